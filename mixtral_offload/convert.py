@@ -1,0 +1,166 @@
+"""Write checkpoints: one file per expert plus a trunk, readable by anyone with safetensors.
+
+Knows how to read a checkpoint tensor by tensor and quantize it. One expert at most is held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoint import EXPERT_KEY, INDEX, MATRIX_NAMES, Checkpoint, ExpertId, open_checkpoint
+from .errors import CheckpointError
+from .quantization import Quantization, dequantize, field_specs, infer, quantize
+from .trunk import split_quantized
+
+ATTENTION = (
+    ".self_attn.q_proj.weight",
+    ".self_attn.k_proj.weight",
+    ".self_attn.v_proj.weight",
+    ".self_attn.o_proj.weight",
+)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    experts: Quantization | None = None,
+    attention: Quantization | None = None,
+    *,
+    device: str = "cpu",
+    config_extra: dict | None = None,
+    progress: Callable[[int], None] = lambda n_done: None,
+) -> Path:
+    """Read the checkpoint `source`, write it to `target` with experts and attention quantized as asked.
+
+    None keeps the bytes as they are stored. A quantized matrix is dequantized first, then quantized anew. config_extra is merged
+    into config.json. progress is called with 1 after each expert. The work is done in `target.partial`, renamed
+    at the end: an interruption leaves no half-made checkpoint. Raises CheckpointError if `target` exists.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise CheckpointError("target exists", path=target, hint="choose another folder or remove this one")
+    checkpoint = open_checkpoint(source)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        weight_map = _write_weights(checkpoint, partial, experts, attention, torch.device(device), progress)
+        total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        _copy_small_files(checkpoint.folder, partial, config_extra or {})
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_weights(checkpoint: Checkpoint, folder, experts, attention, device, progress) -> dict[str, str]:
+    n_files = len(checkpoint.experts) + 1
+    prefixes = _expert_prefixes(checkpoint)
+    weight_map: dict[str, str] = {}
+
+    def save(number: int, tensors: dict[str, Tensor]) -> None:
+        name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+
+    for number, expert in enumerate(sorted(checkpoint.experts), 1):
+        save(number, _expert_tensors(checkpoint, expert, prefixes[expert], experts, device))
+        progress(1)
+    save(n_files, _trunk_tensors(checkpoint, attention, device))
+    return weight_map
+
+
+def _expert_prefixes(checkpoint: Checkpoint) -> dict[ExpertId, dict[str, str]]:
+    """(layer, expert) -> matrix -> key prefix, as the source names it."""
+    prefixes: dict[ExpertId, dict[str, str]] = {}
+    for key in checkpoint.keys:
+        if match := EXPERT_KEY.match(key):
+            of_expert = prefixes.setdefault((int(match["layer"]), int(match["expert"])), {})
+            of_expert[MATRIX_NAMES[match["matrix"]]] = key.removesuffix(match["field"])
+    return prefixes
+
+
+def _expert_tensors(checkpoint, expert, prefixes, quantization, device) -> dict[str, Tensor]:
+    tensors = {}
+    for matrix, shape in checkpoint.layout.shapes.items():
+        fields = {
+            field: stored.read() for (m, field), stored in checkpoint.experts[expert].items() if m == matrix
+        }
+        fields = _requantize(fields, shape, checkpoint.layout.quantization[matrix], quantization, device)
+        tensors |= {prefixes[matrix] + field: value for field, value in fields.items()}
+    return tensors
+
+
+def _requantize(
+    fields, shape, stored: Quantization, wanted: Quantization | None, device
+) -> dict[str, Tensor]:
+    if wanted is None or wanted == stored:
+        return fields
+    weight = dequantize(
+        {name: value.to(device) for name, value in _shaped(fields, shape, stored).items()},
+        shape,
+        stored,
+        torch.float32,
+    )
+    return {name: value.cpu() for name, value in quantize(weight, wanted).items()}
+
+
+def _shaped(fields, shape, quantization) -> dict[str, Tensor]:
+    """Published tensors may differ in rank."""
+    return {name: fields[name].view(dims) for name, (_, dims) in field_specs(shape, quantization).items()}
+
+
+def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, device) -> dict[str, Tensor]:
+    """The trunk in fp16, attention matrices quantized where asked."""
+    tensors, packed = {}, {}
+    for key, stored in checkpoint.trunk.items():
+        value = stored.read()
+        if split := split_quantized(key):
+            packed.setdefault(split[0], {})[split[1]] = value
+        elif attention is not None and key.endswith(ATTENTION):
+            packed[key.removesuffix(".weight")] = {"weight": value}
+        else:
+            tensors[key] = value.half() if value.dtype.is_floating_point else value
+    for module, fields in packed.items():
+        tensors |= {
+            f"{module}.{name}": value
+            for name, value in _attention_fields(checkpoint, module, fields, attention, device).items()
+        }
+    return tensors
+
+
+def _attention_fields(checkpoint, module, fields, attention, device) -> dict[str, Tensor]:
+    if attention is None:
+        return fields
+    shape = (
+        tuple(fields["weight"].shape) if "weight" in fields else attention_shape(checkpoint.config, module)
+    )
+    fields = {name: value.half() if name == "weight" else value for name, value in fields.items()}
+    stored = infer(shape, {name: (value.dtype, value.numel()) for name, value in fields.items()})
+    return _requantize(fields, shape, stored, attention, device)
+
+
+def attention_shape(config, module: str) -> tuple[int, int]:
+    """(N, K) of a projection whose stored tensors no longer tell."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    shapes = {"q_proj": (queries, config.hidden_size), "o_proj": (config.hidden_size, queries)}
+    return shapes.get(module.rpartition(".")[2], (keys, config.hidden_size))
+
+
+def _copy_small_files(source: Path, target: Path, config_extra: dict) -> None:
+    config = json.loads((source / "config.json").read_text()) | config_extra
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".json", ".model", ".jinja", ".txt") and path.name not in ("config.json", INDEX):
+            shutil.copy2(path, target / path.name)

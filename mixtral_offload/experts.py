@@ -1,0 +1,99 @@
+"""One expert: where its tensors lie inside one contiguous buffer, and how to run it from there.
+
+Knows one expert of a gated MLP (gate, up, down). Knows nothing of routers, caches or where the buffer came from.
+One buffer per expert makes a copy to the device one transfer (2312.17238, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .quantization import Fields, Quantization, field_specs, infer, matmul
+
+#: every tensor starts at a multiple of this many bytes, so that kernels may load whole vectors
+ALIGNMENT = 64
+
+MATRICES = ("gate", "up", "down")
+Sizes = dict[tuple[str, str], tuple[torch.dtype, int]]  # (matrix, field) -> dtype, number of elements
+
+
+@dataclass(frozen=True)
+class Field:
+    """One stored tensor of an expert; offset and n_bytes in bytes within the buffer."""
+
+    matrix: str
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The byte layout that all experts of a model share.
+
+    shapes: matrix -> (N, K); gate and up are [intermediate, hidden], down is [hidden, intermediate].
+    n_bytes: size of one buffer, a multiple of ALIGNMENT. stored_bytes: the same without padding.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    quantization: dict[str, Quantization]
+    fields: tuple[Field, ...]
+    n_bytes: int
+
+    @classmethod
+    def build(cls, hidden: int, intermediate: int, sizes: Sizes) -> ExpertLayout:
+        """From the stored tensors' dtypes and element counts; raises CheckpointError where they fit no format."""
+        shapes = {
+            "gate": (intermediate, hidden),
+            "up": (intermediate, hidden),
+            "down": (hidden, intermediate),
+        }
+        quantization, fields, offset = {}, [], 0
+        for matrix in MATRICES:
+            of_matrix = {field: size for (m, field), size in sizes.items() if m == matrix}
+            quantization[matrix] = infer(shapes[matrix], of_matrix)
+            for name, (_, shape) in field_specs(shapes[matrix], quantization[matrix]).items():
+                dtype = of_matrix[name][0]
+                n_bytes = prod(shape) * dtype.itemsize
+                fields.append(Field(matrix, name, dtype, shape, offset, n_bytes))
+                offset += -(-n_bytes // ALIGNMENT) * ALIGNMENT
+        return cls(shapes, quantization, tuple(fields), offset)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(field.n_bytes for field in self.fields)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """fp16 bytes of the largest matrix with its half-dequantized twin: what running one expert needs beside it."""
+        return 2 * 2 * max(prod(shape) for shape in self.shapes.values())
+
+    def views(self, buffer: Tensor) -> dict[str, Fields]:
+        """matrix -> field -> tensor, as views of `buffer` (uint8 [n_bytes]); nothing is copied."""
+        views: dict[str, Fields] = {matrix: {} for matrix in MATRICES}
+        for field in self.fields:
+            flat = buffer[field.offset : field.offset + field.n_bytes]
+            views[field.matrix][field.name] = flat.view(field.dtype).view(field.shape)
+        return views
+
+
+def expert_forward(
+    x: Tensor, views: dict[str, Fields], layout: ExpertLayout, apply_gate: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`down(apply_gate([gate(x), up(x)]))` for `x [T, hidden]` -> `[T, hidden]`, from the packed bytes.
+
+    apply_gate: `[T, 2 * intermediate]` -> `[T, intermediate]`, transformers' own for the model family.
+    """
+    gate, up = (
+        matmul(x, views[matrix], layout.shapes[matrix], layout.quantization[matrix])
+        for matrix in ("gate", "up")
+    )
+    hidden = apply_gate(torch.cat((gate, up), dim=-1))
+    return matmul(hidden, views["down"], layout.shapes["down"], layout.quantization["down"])

@@ -1,0 +1,272 @@
+"""HQQ-quantized matrices: solve, pack, unpack, dequantize, multiply.
+
+Knows one matrix at a time, as a dict of tensors. Knows nothing of experts, files or caches.
+
+A matrix `W [N, K]` is seen as `[group_size, G]` with `G = N * K / group_size` (HQQ with `axis=0`): each column of that
+view shares one scale and one zero, `W = (q - zero) * scale`. The tensors ("fields") carry the names of the published
+Mixtral-8x7B checkpoint (dvmazur/mixtral-offloading): `W_q`, `meta.scale_q`, `meta.meta_scale.scale`, and so on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import CheckpointError, OptionError
+
+Fields = dict[str, Tensor]
+FieldSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+#: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py)
+WORDS = {8: (1, torch.uint8), 4: (2, torch.uint8), 3: (10, torch.int32), 2: (4, torch.uint8)}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a matrix is stored.
+
+    bits: 16 (plain fp16), 8, 4, 3 or 2. group_size: weights that share a scale and a zero.
+    scale_group_size: scales that share an 8-bit quantization of their own, or None for fp16 scales.
+    quantize_zero: zeros in 8 bits with one scale and zero for the matrix, or fp16 zeros.
+    """
+
+    bits: int
+    group_size: int = 0
+    scale_group_size: int | None = None
+    quantize_zero: bool = False
+
+    def __post_init__(self):
+        if self.bits != 16 and self.bits not in WORDS:
+            raise OptionError("unknown bit width", expected="16, 8, 4, 3 or 2", found=self.bits)
+        if self.bits != 16 and self.group_size < 1:
+            raise OptionError("group size must be positive", expected="1 or more", found=self.group_size)
+        if self.scale_group_size is not None and self.scale_group_size < 1:
+            raise OptionError("scale group size must be positive", found=self.scale_group_size)
+
+    def __str__(self):
+        if self.bits == 16:
+            return "16-bit"
+        scale = (
+            f"8-bit scales in groups of {self.scale_group_size}" if self.scale_group_size else "fp16 scales"
+        )
+        return f"{self.bits}-bit, group {self.group_size}, {scale}"
+
+
+#: the settings of the published checkpoint (2312.17238, section 4.2)
+PAPER = {
+    2: Quantization(2, 16, 128, True),
+    3: Quantization(3, 64, 128, True),
+    4: Quantization(4, 64, 256, True),
+    8: Quantization(8, 64),
+    16: Quantization(16),
+}
+
+
+def field_specs(shape: tuple[int, int], quantization: Quantization) -> FieldSpecs:
+    """Names, dtypes and shapes of the tensors that hold a matrix of `shape` = (N, K), in storage order."""
+    n, k = shape
+    if quantization.bits == 16:
+        return {"weight": (torch.float16, (n, k))}
+    group = quantization.group_size
+    if (n * k) % group:
+        raise OptionError(
+            "group size does not divide the matrix", expected=f"a divisor of {n * k} = {n}x{k}", found=group
+        )
+    groups = n * k // group
+    per_word, word = WORDS[quantization.bits]
+    specs: FieldSpecs = {"W_q": (word, (math.ceil(group / per_word), groups))}
+    scale_group = quantization.scale_group_size
+    if scale_group is None:
+        specs["meta.scale"] = (torch.float16, (1, groups))
+    else:
+        if groups % scale_group:
+            raise OptionError(
+                "scale group size does not divide the number of groups",
+                expected=f"a divisor of {groups}",
+                found=scale_group,
+            )
+        specs["meta.scale_q"] = (torch.uint8, (scale_group, groups // scale_group))
+        specs["meta.meta_scale.scale"] = (torch.float16, (1, groups // scale_group))
+        specs["meta.meta_scale.zero"] = (torch.float16, (1, groups // scale_group))
+    if quantization.quantize_zero:
+        specs["meta.zero_q"] = (torch.uint8, (1, groups))
+        specs["meta.meta_zero.scale"] = (torch.float16, ())
+        specs["meta.meta_zero.zero"] = (torch.float16, ())
+    else:
+        specs["meta.zero"] = (torch.float16, (1, groups))
+    return specs
+
+
+def infer(shape: tuple[int, int], sizes: dict[str, tuple[torch.dtype, int]]) -> Quantization:
+    """The `Quantization` of a stored matrix, from its fields' dtypes and element counts alone.
+
+    shape: (N, K). sizes: field name -> (dtype, number of elements). Raises CheckpointError if nothing fits.
+    """
+    found = Quantization(16) if "weight" in sizes else _infer_packed(shape, sizes)
+    expected = {name: (dtype, math.prod(dims)) for name, (dtype, dims) in field_specs(shape, found).items()}
+    if sizes.get("weight", (None, 0))[0] == torch.bfloat16:  # the other 16-bit dtype is as good
+        expected["weight"] = (torch.bfloat16, expected["weight"][1])
+    for name in expected.keys() | sizes.keys():
+        if name not in sizes or name not in expected or sizes[name] != expected[name]:
+            raise CheckpointError(
+                f"a matrix of {shape[0]}x{shape[1]} ({found}) has a tensor of the wrong kind",
+                key=name,
+                expected=_describe(expected.get(name)),
+                found=_describe(sizes.get(name)),
+            )
+    return found
+
+
+def _infer_packed(shape, sizes) -> Quantization:
+    n_weights = shape[0] * shape[1]
+    groups = next((sizes[name][1] for name in ("meta.zero_q", "meta.zero") if name in sizes), 0)
+    if "W_q" not in sizes or groups == 0 or n_weights % groups:
+        raise CheckpointError(
+            f"not an HQQ matrix of {shape[0]}x{shape[1]}",
+            key="W_q and meta.*",
+            expected=f"W_q, and a number of zeros that divides {n_weights}",
+            found=", ".join(f"{name}: {_describe(size)}" for name, size in sizes.items()) or "nothing",
+        )
+    group = n_weights // groups
+    words = {bits: (word, math.ceil(group / per_word) * groups) for bits, (per_word, word) in WORDS.items()}
+    bits = next((bits for bits, size in words.items() if size == sizes["W_q"]), None)
+    if bits is None:
+        raise CheckpointError(
+            f"W_q fits no bit width for a matrix of {shape[0]}x{shape[1]} in groups of {group}",
+            key="W_q",
+            expected=" or ".join(f"{_describe(size)} ({bits}-bit)" for bits, size in words.items()),
+            found=_describe(sizes["W_q"]),
+        )
+    meta = sizes.get("meta.meta_scale.scale")
+    scale_group = groups // max(meta[1], 1) if meta else None
+    return Quantization(bits, group, scale_group, "meta.zero_q" in sizes)
+
+
+def _describe(size) -> str:
+    return (
+        "no such tensor" if size is None else f"{size[1]} elements of {str(size[0]).removeprefix('torch.')}"
+    )
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """Pack integers `q [rows, M]` (0 .. 2**bits - 1) along dim 0, the first rows in the highest bits.
+
+    Returns `[ceil(rows / per_word), M]`, uint8 (int32 at 3 bits). Equal to hqq's `BitPack`, and defined for every
+    number of rows (the last word is padded with zeros).
+    """
+    per_word, word = WORDS[bits]
+    n_words = math.ceil(q.shape[0] / per_word)
+    padded = F.pad(q.to(word), (0, 0, 0, n_words * per_word - q.shape[0]))
+    packed = torch.zeros(n_words, q.shape[1], dtype=word, device=q.device)
+    for i, part in enumerate(padded.view(per_word, n_words, -1)):
+        packed |= part << (bits * (per_word - 1 - i))
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, rows: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Inverse of `pack`: `[n_words, M]` -> `[rows, M]` of `dtype`."""
+    per_word, _ = WORDS[bits]
+    n_words, mask = packed.shape[0], 2**bits - 1
+    q = torch.empty(per_word * n_words, packed.shape[1], dtype=dtype, device=packed.device)
+    for i in range(per_word):
+        q[i * n_words : (i + 1) * n_words] = (packed >> (bits * (per_word - 1 - i))) & mask
+    return q[:rows]
+
+
+def dequantize(
+    fields: Fields, shape: tuple[int, int], quantization: Quantization, dtype=torch.float16
+) -> Tensor:
+    """The matrix `[N, K]` in `dtype`. The arithmetic is fp16, as in hqq, and bit-identical to it."""
+    if quantization.bits == 16:
+        return fields["weight"].view(shape).to(dtype)
+    q = unpack(fields["W_q"], quantization.bits, quantization.group_size, torch.float16)
+    q -= _zero(fields)
+    q *= _scale(fields)
+    return q.view(shape).to(dtype)
+
+
+def _scale(fields: Fields) -> Tensor:
+    """fp16 `[1, G]`"""
+    if "meta.scale" in fields:
+        return fields["meta.scale"]
+    scale = fields["meta.scale_q"].half() - fields["meta.meta_scale.zero"]
+    return (scale * fields["meta.meta_scale.scale"]).view(1, -1)
+
+
+def _zero(fields: Fields) -> Tensor:
+    """fp16 `[1, G]`"""
+    if "meta.zero" in fields:
+        return fields["meta.zero"]
+    return (fields["meta.zero_q"].half() - fields["meta.meta_zero.zero"]) * fields["meta.meta_zero.scale"]
+
+
+def matmul(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
+    """`x [T, K] @ W.T` -> `[T, N]` in x's dtype."""
+    return F.linear(x, dequantize(fields, shape, quantization, x.dtype))
+
+
+def quantize(weight: Tensor, quantization: Quantization) -> Fields:
+    """Quantize `weight [N, K]` (any float dtype) with hqq's solver, on the weight's device."""
+    specs = field_specs(tuple(weight.shape), quantization)
+    if quantization.bits == 16:
+        return {"weight": weight.to(torch.float16).contiguous()}
+    from hqq.core.quantize import Quantizer
+
+    device = str(weight.device)
+    q, meta = Quantizer.quantize(
+        weight,
+        nbits=quantization.bits,
+        group_size=quantization.group_size,
+        axis=0,
+        bitpack=False,
+        device=device,
+    )
+    fields = {"W_q": pack(q.to(torch.uint8), quantization.bits)}
+    if quantization.scale_group_size is None:
+        fields["meta.scale"] = meta["scale"]
+    else:
+        # hqq's solver treats ranges below 1e-4 as constant: bring the scales near 1 first, exactly (a power of two)
+        factor = 2.0 ** -math.floor(math.log2(meta["scale"].abs().max().item()))
+        fields["meta.scale_q"], m = Quantizer.quantize(
+            meta["scale"] * factor,
+            nbits=8, group_size=quantization.scale_group_size, axis=0, optimize=False, device=device,
+        )  # fmt: skip
+        fields["meta.meta_scale.scale"], fields["meta.meta_scale.zero"] = m["scale"] / factor, m["zero"]
+    if quantization.quantize_zero:
+        fields["meta.zero_q"], m = Quantizer.quantize(
+            meta["zero"], nbits=8, channel_wise=False, group_size=None, axis=0, optimize=False, device=device
+        )
+        fields["meta.meta_zero.scale"], fields["meta.meta_zero.zero"] = m["scale"], m["zero"]
+    else:
+        fields["meta.zero"] = meta["zero"]
+    return {name: fields[name].to(dtype).reshape(dims).contiguous() for name, (dtype, dims) in specs.items()}
+
+
+class QuantizedLinear(torch.nn.Module):
+    """A bias-free linear layer whose weight stays quantized; buffers are named as in the checkpoint."""
+
+    def __init__(self, shape: tuple[int, int], quantization: Quantization):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.quantization = quantization
+        self._names = {name: name.replace(".", "__") for name in field_specs(shape, quantization)}
+        for name, (dtype, dims) in field_specs(shape, quantization).items():
+            self.register_buffer(self._names[name], torch.empty(dims, dtype=dtype, device="meta"))
+
+    def set_field(self, name: str, value: Tensor) -> None:
+        """Put one stored tensor in place, reshaped to the shape expected."""
+        buffer = self._names[name]
+        setattr(self, buffer, value.view(getattr(self, buffer).shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fields = {name: getattr(self, buffer) for name, buffer in self._names.items()}
+        rows = x.reshape(-1, self.in_features)
+        y = matmul(rows, fields, (self.out_features, self.in_features), self.quantization)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.quantization}"
