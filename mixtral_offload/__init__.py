@@ -8,7 +8,7 @@ _HOMES = {
     "from_pretrained": "offload",
     "load_tokenizer": "tokenizer",
     "ChatSession": "chat",
-    "convert": "convert",
+    "convert_checkpoint": "convert",
     "Quantization": "quantization",
     "OffloadError": "errors",
 }

@@ -27,7 +27,7 @@ ATTENTION = (
 )
 
 
-def convert(
+def convert_checkpoint(
     source: str | Path,
     target: str | Path,
     experts: Quantization | None = None,

@@ -29,7 +29,7 @@ def parse_size(text: str | int | float) -> int:
     """Bytes from a number or from text such as `15GB`, `512MiB`."""
     if isinstance(text, int | float):
         return int(text)
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*?)\s*", text)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS:
         raise OptionError(
             "cannot read a size", expected="a number of bytes, or like 15GB or 512MiB", found=text

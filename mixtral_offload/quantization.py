@@ -42,8 +42,10 @@ class Quantization:
     def __post_init__(self):
         if self.bits != 16 and self.bits not in WORDS:
             raise OptionError("unknown bit width", expected="16, 8, 4, 3 or 2", found=self.bits)
-        if self.bits != 16 and self.group_size < 1:
-            raise OptionError("group size must be positive", expected="1 or more", found=self.group_size)
+        # smaller groups would not fill a word: larger than 16 bits, and not to be told from another width
+        least = {16: 0, 8: 1, 4: 2, 3: 1, 2: 4}[self.bits]
+        if self.group_size < least:
+            raise OptionError("group size is too small", expected=f"{least} or more", found=self.group_size)
         if self.scale_group_size is not None and self.scale_group_size < 1:
             raise OptionError("scale group size must be positive", found=self.scale_group_size)
 

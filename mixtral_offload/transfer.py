@@ -82,8 +82,9 @@ class ThreadEngine:
         bounce = _BounceBuffer(device, n_bytes) if device.type == "cuda" else None
         # the thread holds no reference to the engine, so that dropping the engine ends the thread
         arguments = (self._queue, bounce, link_bytes_per_s)
-        threading.Thread(target=_serve_copies, args=arguments, name="expert-copies", daemon=True).start()
-        self.close = weakref.finalize(self, self._queue.put, None)
+        thread = threading.Thread(target=_serve_copies, args=arguments, name="expert-copies", daemon=True)
+        thread.start()
+        self.close = weakref.finalize(self, _end, self._queue, thread)
 
     def start(self, copy: Copy) -> None:
         if self._device.type == "cuda":
@@ -109,6 +110,13 @@ class _BounceBuffer:
 def _gather(pieces: Pieces, target: Tensor) -> None:
     for offset, piece in pieces:
         target[offset : offset + piece.numel()].copy_(piece)
+
+
+def _end(copies: queue.SimpleQueue, thread: threading.Thread) -> None:
+    """Also runs at interpreter exit: a thread still inside torch then would abort the process."""
+    copies.put(None)
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 def _serve_copies(copies: queue.SimpleQueue, bounce: _BounceBuffer | None, link: float | None) -> None:

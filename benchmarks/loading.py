@@ -1,0 +1,119 @@
+"""Peak memory and speed of building an offloaded model, for each home and cache size.
+
+    python benchmarks/loading.py [--gb 2.2] [--json FILE]
+
+Makes a synthetic checkpoint, reads its files once plainly, then builds the model from them, each in a process of its
+own, alternating, files in the page cache for both. The bound on memory: slots + host store + trunk + one expert + 300 MB.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from synthetic import mixtral_config, write_checkpoint
+
+from mixtral_offload.quantization import PAPER
+
+CASES = (("ram", 2), ("ram", 4), ("disk", 4), ("auto", 8))
+ALLOWANCE_BYTES = 300_000_000
+
+
+def build(folder: str, store: str, cache_size: int) -> dict:
+    """In a process of its own: build the model; the peak is over what the imports alone had taken."""
+    import psutil
+
+    from mixtral_offload.checkpoint import open_checkpoint
+    from mixtral_offload.offload import OffloadOptions, from_pretrained
+
+    open_checkpoint(Path("tests/fixtures/published-format"))  # pays for imports and first-use allocations
+    # clear_refs sets the high-water mark back to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")
+    before = psutil.Process().memory_info().rss
+    begin = time.perf_counter()
+    model = from_pretrained(folder, store=store, cache_size=cache_size, device="cpu")
+    build_s = time.perf_counter() - begin
+    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    plan, checkpoint = model.offload.plan, model.offload.checkpoint
+    item = OffloadOptions.parse({"device": "cpu"}).dtype.itemsize
+    trunk = sum(p.numel() * item for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    bound = plan.device_bytes + plan.ram_bytes + trunk + checkpoint.layout.n_bytes + ALLOWANCE_BYTES
+    return {
+        "store": store, "cache_size": cache_size, "home": plan.home, "build_s": build_s,
+        "bytes": plan.ram_bytes + plan.n_resident * checkpoint.layout.n_bytes + checkpoint.trunk_bytes,
+        "peak_bytes": peak - before, "bound_bytes": bound,
+    }  # fmt: skip
+
+
+def read_plainly(folder: Path, n_bytes: int) -> float:
+    """Seconds to read the checkpoint's files, up to n_bytes of them, into memory that is kept, as a store keeps it."""
+    begin, kept, left = time.perf_counter(), [], n_bytes
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):  # the trunk comes last by name
+        if left <= 0:
+            break
+        kept.append(path.read_bytes())
+        left -= len(kept[-1])
+    return time.perf_counter() - begin
+
+
+def in_process(arguments: list[str]) -> dict:
+    output = subprocess.run(
+        [sys.executable, __file__, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def measure(folder: Path, repeats: int) -> list[dict]:
+    results = []
+    for store, cache_size in CASES:
+        runs, reads = [], []
+        for _ in range(repeats):
+            runs.append(in_process(["--build", str(folder), store, str(cache_size)]))
+            reads.append(in_process(["--read", str(folder), str(runs[-1]["bytes"])])["read_s"])
+        read_s = statistics.median(reads)
+        build_s = statistics.median(run["build_s"] for run in runs)
+        worst = max(runs, key=lambda run: run["peak_bytes"])
+        results.append(worst | {"build_s": build_s, "read_s": read_s, "speed_ratio": read_s / build_s})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gb", type=float, default=2.2, help="size of the checkpoint")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--build", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.build:
+        print(json.dumps(build(arguments.build[0], arguments.build[1], int(arguments.build[2]))))
+        return
+    if arguments.read:
+        print(json.dumps({"read_s": read_plainly(Path(arguments.read[0]), int(arguments.read[1]))}))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkpoint"
+        layers = max(1, round(arguments.gb * 1e9 / 8 / 66.4e6))
+        n_bytes = write_checkpoint(folder, mixtral_config(layers, vocab=4096), PAPER[2], PAPER[4])
+        results = measure(folder, arguments.repeats)
+    print(f"checkpoint {n_bytes / 1e9:.2f} GB, {layers} layers of Mixtral-8x7B at 2 bits")
+    for r in results:
+        print(
+            f"home {r['home'] or 'device'!s:6} cache {r['cache_size']}: peak {r['peak_bytes'] / 1e6:6.0f} MB of {r['bound_bytes'] / 1e6:6.0f} MB allowed;"
+            f" build {r['build_s']:.2f} s, reading {r['read_s']:.2f} s, ratio of speeds {r['speed_ratio']:.2f}"
+        )
+    if arguments.json:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        arguments.json.write_text(
+            json.dumps({"machine": machine, "checkpoint_bytes": n_bytes, "cases": results}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

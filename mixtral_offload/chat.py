@@ -1,0 +1,177 @@
+"""A conversation with a model: text in, streamed text out.
+
+Knows transformers' `generate`, messages and the KV cache. Knows nothing of terminals or widgets.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+
+from .errors import OptionError
+
+
+@dataclass
+class TurnStats:
+    """What one answer took. first_token_s: from sending to the first token; decode_s: from there to the end."""
+
+    n_prompt: int = 0
+    n_tokens: int = 0
+    first_token_s: float = 0.0
+    decode_s: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    bytes_moved: int = 0
+
+    def __add__(self, other: TurnStats) -> TurnStats:
+        return TurnStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the whole answer, prompt included."""
+        return self.n_tokens / max(self.first_token_s + self.decode_s, 1e-9)
+
+    def __str__(self) -> str:
+        uses = self.hits + self.misses
+        hit_rate = f"{self.hits / uses:.0%} of expert uses were hits" if uses else "no experts used"
+        return f"{self.n_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, {hit_rate}, {self.bytes_moved / 1e6:.1f} MB moved"
+
+
+class ChatSession:
+    """Keeps a conversation; each answer is streamed.
+
+    max_new_tokens: per answer. temperature: 0 is greedy. seed: makes sampled answers repeatable.
+    `messages` is the conversation so far, as transformers' chat templates take it.
+    """
+
+    def __init__(
+        self, model, tokenizer, *, system_prompt: str | None = None, max_new_tokens: int = 512,
+        temperature: float = 0.0, top_p: float = 0.95, seed: int | None = None,
+    ):  # fmt: skip
+        self.model, self.tokenizer = model, tokenizer
+        self.system_prompt, self.max_new_tokens = system_prompt, max_new_tokens
+        self.temperature, self.top_p = temperature, top_p
+        self.messages: list[dict[str, str]] = []
+        self.last, self.total = TurnStats(), TurnStats()
+        self._stop = threading.Event()
+        self._past, self._past_ids = None, []
+        if seed is not None:
+            torch.manual_seed(seed)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model can look back on."""
+        return self.model.config.max_position_embeddings
+
+    def stop(self) -> None:
+        """End the answer under way after its current token. Safe from any thread."""
+        self._stop.set()
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self.messages = []
+        self._past, self._past_ids = None, []
+
+    def send(self, text: str) -> Iterator[str]:
+        """Stream the answer to `text` in pieces. What was streamed is kept in `messages`, also after `stop`.
+
+        If generating fails, the conversation is as before and the error is raised here. Raises OptionError when the
+        conversation has outgrown the model's context.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._encode(messages)
+        self._stop.clear()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        result: dict = {}
+        worker = threading.Thread(
+            target=self._generate, args=(ids, streamer, result), name="generate", daemon=True
+        )
+        begin = time.perf_counter()
+        worker.start()
+        pieces, first = [], None
+        try:
+            for piece in streamer:
+                first = first or time.perf_counter()
+                pieces.append(piece)
+                yield piece
+        finally:
+            self._stop.set()  # also when the reader went away: leave no generation running
+            worker.join()
+            if "ids" in result:
+                self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+                self._count(result, len(ids), begin, first or time.perf_counter())
+        if "error" in result:
+            raise result["error"]
+
+    def _encode(self, messages) -> list[int]:
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        ids = self.tokenizer.apply_chat_template(
+            [*system, *messages], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        if len(ids) >= self.context_length:
+            raise OptionError(
+                "the conversation is longer than the model's context", expected=f"less than {self.context_length} tokens",
+                found=f"{len(ids)} tokens", hint="clear the conversation (/clear) or send a shorter message",
+            )  # fmt: skip
+        return ids
+
+    def _generate(self, ids: list[int], streamer, result: dict) -> None:
+        """On the worker thread, so that Ctrl-C never lands inside the model."""
+        stats = self.model.offload.stats
+        before = stats.hits, stats.misses, stats.bytes_moved
+        try:
+            past = self._reuse(ids)
+            inputs = torch.tensor([ids], device=self.model.device)
+            output = self.model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, streamer=streamer,
+                generation_config=self._config(len(ids)), stopping_criteria=StoppingCriteriaList([self._stopped]),
+            )  # fmt: skip
+            result["ids"] = output[0].tolist()
+            self._past, self._past_ids = past, result["ids"][: past.get_seq_length()]
+        except BaseException as error:
+            result["error"] = error
+            self._past, self._past_ids = None, []
+            streamer.end()
+        after = stats.hits, stats.misses, stats.bytes_moved
+        result["used"] = [a - b for a, b in zip(after, before)]
+
+    def _reuse(self, ids: list[int]) -> DynamicCache:
+        """The last turn's KV cache, cut back to what this prompt shares with it."""
+        shared = 0
+        limit = min(len(ids) - 1, len(self._past_ids))  # at least one token must be computed
+        while shared < limit and ids[shared] == self._past_ids[shared]:
+            shared += 1
+        if self._past is None or shared == 0 or getattr(self.model.config, "sliding_window", None):
+            return DynamicCache(config=self.model.config)
+        self._past.crop(shared)
+        return self._past
+
+    def _config(self, n_prompt: int) -> GenerationConfig:
+        sampling = (
+            {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+            if self.temperature > 0
+            else {"do_sample": False}
+        )
+        room = min(self.max_new_tokens, self.context_length - n_prompt)
+        base = self.model.generation_config
+        eos = base.eos_token_id if base.eos_token_id is not None else self.tokenizer.eos_token_id
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
+        return GenerationConfig(max_new_tokens=room, eos_token_id=eos, pad_token_id=pad, **sampling)
+
+    def _stopped(self, ids, scores, **kwargs) -> torch.Tensor:
+        return torch.full((ids.shape[0],), self._stop.is_set(), device=ids.device)
+
+    def _count(self, result: dict, n_prompt: int, begin: float, first: float) -> None:
+        end = time.perf_counter()
+        n_tokens = len(result["ids"]) - n_prompt
+        self.last = TurnStats(n_prompt, n_tokens, first - begin, end - first, *result["used"])
+        self.total = self.total + self.last

@@ -1,0 +1,70 @@
+"""What a checkpoint holds, what it needs, and whether it fits here, as text.
+
+Knows how to ask the other modules; reads headers, never weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import CapacityError
+from .hub import plan_download, resolve
+from .offload import DEMO, OffloadOptions, plan_for, trunk_bytes
+from .plan import gb
+
+
+def describe(arguments) -> str:
+    """The text of `mixtral-offload info` for parsed command-line options; downloads nothing."""
+    if arguments.model == "demo":
+        folder = DEMO
+    elif Path(arguments.model).expanduser().is_dir():
+        folder = Path(arguments.model).expanduser()
+    else:
+        plan = plan_download(arguments.model, revision=arguments.revision)
+        if plan.remaining_bytes:
+            return (
+                f"{plan.repo_id}: {len(plan.files)} files, {gb(plan.total_bytes)}; {gb(plan.remaining_bytes)} not here yet\n"
+                f"disk: {gb(plan.free_bytes)} free in {plan.folder}\n"
+                f"next step: mixtral-offload download {plan.repo_id}"
+            )
+        folder = resolve(arguments.model, revision=arguments.revision)
+    checkpoint = open_checkpoint(folder)
+    names = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length")
+    options = OffloadOptions.parse({name: v for name in names if (v := getattr(arguments, name)) is not None})
+    return "\n".join(
+        [*_contents(checkpoint), "", *_needs(checkpoint, options), "", *_here(checkpoint, options)]
+    )
+
+
+def _contents(checkpoint: Checkpoint) -> list[str]:
+    layout, config = checkpoint.layout, checkpoint.config
+    files = {stored.path for fields in checkpoint.experts.values() for stored in fields.values()}
+    n_parameters = sum(n * k for n, k in layout.shapes.values())
+    kinds = sorted({str(quantization) for quantization in layout.quantization.values()})
+    return [
+        f"{checkpoint.folder}: {config.model_type}, {len(checkpoint.layers)} layers x {checkpoint.n_experts} experts, "
+        f"{checkpoint.top_k} per token",
+        f"  expert: {n_parameters:,} parameters, {'; '.join(kinds)}, {gb(layout.stored_bytes)}"
+        f" ({8 * layout.stored_bytes / n_parameters:.2f} bits per weight)",
+        f"  experts: {gb(len(checkpoint.experts) * layout.stored_bytes)} in {len(files)} files;"
+        f" trunk: {gb(checkpoint.trunk_bytes)}",
+    ]
+
+
+def _needs(checkpoint: Checkpoint, options: OffloadOptions) -> list[str]:
+    """Device memory for the smallest cache and for everything resident."""
+    trunk = trunk_bytes(checkpoint, options)
+    smallest = len(checkpoint.layers) * checkpoint.top_k * checkpoint.layout.n_bytes
+    everything = len(checkpoint.experts) * checkpoint.layout.n_bytes
+    return [
+        f"needs on the device ({str(options.dtype).removeprefix('torch.')}): {gb(trunk)} for trunk, context and scratch, and",
+        f"  from {gb(smallest)} ({checkpoint.top_k} experts per layer) to {gb(everything)} (all of them) for experts",
+    ]
+
+
+def _here(checkpoint: Checkpoint, options: OffloadOptions) -> list[str]:
+    try:
+        return [f"fits here, on {options.device}:", str(plan_for(checkpoint, options))]
+    except CapacityError as error:
+        return [f"does not fit here, on {options.device}:", str(error)]

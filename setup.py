@@ -1,0 +1,27 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mixtral-offload",
+    version="0.1.0",
+    description="Run Mixture-of-Experts models whose experts do not fit on the device",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["mixtral_offload", "mixtral_offload.*"]),
+    package_data={"mixtral_offload": ["demo/*", "demo/*/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.15",
+        "hqq>=0.2.8",
+        "huggingface-hub>=1.18",
+        "safetensors>=0.5",
+        "ipywidgets>=7.7",
+        "matplotlib>=3.8",
+        "psutil>=5.9",
+        "tqdm>=4.66",
+    ],
+    entry_points={"console_scripts": ["mixtral-offload = mixtral_offload.cli:main"]},
+)

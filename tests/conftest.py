@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixtral_offload.offload import from_pretrained
+
+PUBLISHED = Path(__file__).parent / "fixtures" / "published-format"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """A small checkpoint in the published format: 3 layers of 8 experts at 2 bits, attention at 4."""
+    return PUBLISHED
+
+
+@pytest.fixture(scope="session")
+def expected() -> dict:
+    """fp32 logits, router logits and a greedy continuation, computed from the dequantized weights."""
+    return load_file(PUBLISHED / "expected.safetensors")
+
+
+@pytest.fixture
+def offloaded():
+    """`from_pretrained` whose engines are closed after the test."""
+    models = []
+
+    def build(*arguments, **options):
+        models.append(from_pretrained(*arguments, device=options.pop("device", "cpu"), **options))
+        return models[-1]
+
+    yield build
+    for model in models:
+        model.offload.cache.close()

@@ -1,0 +1,106 @@
+"""Conversations on the shipped model."""
+
+import pytest
+import torch
+
+from mixtral_offload import ChatSession
+from mixtral_offload.errors import OptionError
+from mixtral_offload.offload import DEMO
+from mixtral_offload.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def session(offloaded):
+    return ChatSession(offloaded(DEMO, cache_size=3), load_tokenizer(DEMO), max_new_tokens=80)
+
+
+def fresh_answer(session, messages) -> str:
+    """What transformers' plain generate says to the same messages, without streaming or a kept KV cache."""
+    prompt = session.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = session.model.generate(**prompt, max_new_tokens=80, do_sample=False)
+    return session.tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_answers_stream_and_the_conversation_is_kept(session):
+    for text in ("My name is Ana.", "What is 12 + 30?", "What is my name?"):
+        before = [*session.messages, {"role": "user", "content": text}]
+        pieces = list(session.send(text))
+        assert len(pieces) > 1
+        assert session.messages[:-1] == before
+        assert session.messages[-1] == {"role": "assistant", "content": "".join(pieces).strip()}
+        assert session.messages[-1]["content"] == fresh_answer(session, before)
+    assert "Ana" in session.messages[-1]["content"]
+
+
+def test_the_kept_kv_cache_is_used(session):
+    list(session.send("Tell me a story about a fox."))
+    lengths = []
+    session.model.model.embed_tokens.register_forward_hook(
+        lambda m, args, out: lengths.append(args[0].shape[1])
+    )
+    list(session.send("Thank you!"))
+    n_prompt = len(session.tokenizer("Thank you!")["input_ids"])
+    assert lengths[0] < n_prompt + 20  # not the whole conversation again
+
+
+def test_stop_keeps_what_was_said_and_the_session(session):
+    pieces = []
+    for piece in session.send("Tell me a story about a fox."):
+        pieces.append(piece)
+        if len(pieces) == 5:
+            session.stop()
+    assert session.last.n_tokens < 60
+    assert session.messages[-1]["content"] == "".join(pieces).strip()
+    answer = "".join(session.send("What is 2 + 2?"))
+    assert answer.strip() == fresh_answer(session, session.messages[:-1])
+
+
+def test_a_reader_that_goes_away_stops_the_answer(session):
+    answer = session.send("Tell me a story about a fox.")
+    first = next(answer)
+    answer.close()
+    assert session.messages[-1]["content"] == first.strip()
+    assert session.last.n_tokens < 60
+
+
+def test_an_error_leaves_the_conversation_as_it_was(session, monkeypatch):
+    list(session.send("Hello!"))
+    before = list(session.messages)
+    store, good = session.model.offload.cache._store, session.model.offload.cache._store.pieces
+    store.pieces = lambda expert: (_ for _ in ()).throw(OSError("the disk is gone"))
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(session.send("What is the capital of France?"))
+    assert session.messages == before
+    store.pieces = good
+    answer = "".join(session.send("What is the capital of France?"))
+    assert answer.strip() == fresh_answer(session, session.messages[:-1])
+
+
+def test_seed_makes_sampling_repeatable(session):
+    session.temperature = 1.5
+    answers = []
+    for seed in (1, 1, 2):
+        session.clear()
+        torch.manual_seed(seed)
+        answers.append("".join(session.send("Tell me a story.")))
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_the_end_of_the_context_is_said_before_it_is_hit(session):
+    with pytest.raises(OptionError, match=r"(?s)longer than the model's context.*next step: clear"):
+        list(session.send("hello " * 2000))
+    assert session.messages == []
+    session.max_new_tokens = 10_000
+    ids = session._encode([{"role": "user", "content": "hello " * 400}])
+    assert session._config(len(ids)).max_new_tokens == session.context_length - len(ids)
+
+
+def test_counts(session):
+    list(session.send("What is 2 + 2?"))
+    stats = session.last
+    assert stats.n_tokens > 0 and stats.hits + stats.misses > 0 and stats.tokens_per_s > 0
+    assert stats.bytes_moved == stats.misses * session.model.offload.layout.n_bytes
+    list(session.send("What is 2 + 3?"))
+    assert session.total.n_tokens == stats.n_tokens + session.last.n_tokens

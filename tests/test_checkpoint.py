@@ -1,0 +1,218 @@
+"""Bad input: one clear error that names file, key, what was expected and found, and the next step; nothing half-made."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixtral_offload import convert_checkpoint, from_pretrained
+from mixtral_offload.checkpoint import INDEX, open_checkpoint, read_header
+from mixtral_offload.errors import CapacityError, CheckpointError, OffloadError, OptionError
+from mixtral_offload.quantization import PAPER, Quantization
+
+EXPERT = "model-00002-of-00025.safetensors"  # layer 0, expert 1
+TRUNK = "model-00025-of-00025.safetensors"
+
+
+@pytest.fixture
+def folder(published, tmp_path):
+    return shutil.copytree(published, tmp_path / "checkpoint")
+
+
+def change(path, edit):
+    """Rewrite a safetensors file with its tensors edited."""
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def change_index(folder, edit):
+    index = json.loads((folder / INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def error_of(folder, **options) -> str:
+    with pytest.raises(OffloadError) as caught:
+        from_pretrained(folder, device="cpu", **options)
+    assert caught.value.__cause__ is None or isinstance(
+        caught.value.__cause__, OffloadError | ValueError | OSError
+    )
+    return str(caught.value)
+
+
+def has(message, *parts):
+    assert all(part in message for part in parts), message
+
+
+def test_missing_shard(folder):
+    (folder / EXPERT).unlink()
+    has(error_of(folder), "1 of 25 files are missing", EXPERT, "next step: download")
+
+
+@pytest.mark.parametrize("n_left", [0, 5, 1000, -1])
+def test_truncated_shard(folder, n_left):
+    data = (folder / EXPERT).read_bytes()
+    (folder / EXPERT).write_bytes(data[:n_left])
+    has(error_of(folder), EXPERT, "found:", "next step: delete this file and download it again")
+
+
+def test_wrong_dtype_of_an_expert(folder):
+    change(folder / EXPERT, lambda tensors: tensors.update({"w1.W_q": tensors["w1.W_q"].to(torch.int8)}))
+    has(
+        error_of(folder),
+        "expert 1 of layer 0 has another layout",
+        EXPERT,
+        "gate.W_q",
+        "torch.uint8",
+        "torch.int8",
+    )
+
+
+def test_wrong_shape_of_an_expert(folder):
+    change(
+        folder / EXPERT, lambda tensors: tensors.update({"w1.W_q": tensors["w1.W_q"][:, :-1].contiguous()})
+    )
+    has(error_of(folder), "expert 1 of layer 0 has another layout", EXPERT, "gate.W_q", "32768", "32764")
+
+
+def test_an_expert_of_another_layout(folder, tmp_path):
+    other = convert_checkpoint(folder, tmp_path / "other", PAPER[4])
+    prefix = "model.layers.0.block_sparse_moe.experts.1."
+    tensors = {key.removeprefix(prefix): value for key, value in load_file(other / EXPERT).items()}
+    save_file(tensors, folder / EXPERT)
+    has(error_of(folder), EXPERT, "W_q", "expected:", "found:", "next step: all experts must share bits")
+
+
+def test_first_expert_that_fits_no_format(folder):
+    change(
+        folder / EXPERT.replace("00002", "00001"),
+        lambda tensors: tensors.update({"w2.W_q": tensors["w2.W_q"][:, :8].contiguous()}),
+    )
+    has(error_of(folder), "expert 0 of layer 0", "W_q fits no bit width", "256x512")
+
+
+def test_missing_index_entry_of_an_expert(folder):
+    change_index(folder, lambda weights: weights.pop("model.layers.1.block_sparse_moe.experts.3.w2.W_q"))
+    has(error_of(folder), "expert 3 of layer 1", "down.W_q", "no such tensor")
+
+
+def test_a_whole_expert_missing_from_the_index(folder):
+    def drop(weights):
+        for key in [key for key in weights if ".1.block_sparse_moe.experts.3." in key]:
+            weights.pop(key)
+
+    change_index(folder, drop)
+    has(
+        error_of(folder),
+        INDEX,
+        "layer 1, expert 3",
+        "8 experts in each layer",
+        "next step: download the index again",
+    )
+
+
+def test_a_whole_layer_missing_from_the_index(folder):
+    def drop(weights):
+        for key in [key for key in weights if ".2.block_sparse_moe.experts." in key]:
+            weights.pop(key)
+
+    change_index(folder, drop)
+    has(error_of(folder), "expert layers are not the model's", "[0, 1, 2]", "[0, 1]")
+
+
+def test_missing_index_entry_of_the_trunk(folder):
+    change_index(folder, lambda weights: weights.pop("model.norm.weight"))
+    has(error_of(folder), "1 parameters have no value", "model.norm.weight")
+
+
+def test_an_index_that_names_what_the_file_does_not_hold(folder):
+    change(folder / EXPERT, lambda tensors: tensors.pop("w3.meta.zero_q"))
+    has(error_of(folder), EXPERT, "experts.1.w3.meta.zero_q", "next step:")
+    change(folder / TRUNK, lambda tensors: tensors.pop("lm_head.weight"))
+    has(error_of(folder), "next step:")
+
+
+def test_wrong_shape_in_the_trunk(folder):
+    change(folder / TRUNK, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7).half()}))
+    has(error_of(folder), TRUNK, "model.norm.weight", "(256,)", "(7,)")
+
+
+def test_wrong_attention_in_the_trunk(folder):
+    name = "model.layers.0.self_attn.q_proj.W_q"
+    change(folder / TRUNK, lambda tensors: tensors.update({name: tensors[name][:1].contiguous()}))
+    has(error_of(folder), TRUNK, "self_attn.q_proj", "W_q")
+
+
+def test_a_tensor_that_the_model_has_no_place_for(folder):
+    change(folder / TRUNK, lambda tensors: tensors.update({"model.extra.weight": torch.ones(7).half()}))
+    change_index(folder, lambda weights: weights.update({"model.extra.weight": TRUNK}))
+    has(error_of(folder), "MixtralForCausalLM has no place", "model.extra.weight", TRUNK)
+
+
+def test_no_folder_no_config_no_weights(tmp_path, folder):
+    has(error_of(tmp_path / "nowhere"), "nowhere")
+    (tmp_path / "empty").mkdir()
+    has(error_of(tmp_path / "empty"), "not a checkpoint folder", "config.json")
+    (folder / INDEX).unlink()
+    has(error_of(folder), "no weights found", INDEX, "model.safetensors")
+
+
+def test_broken_config_and_index(folder):
+    (folder / INDEX).write_text("{")
+    has(error_of(folder), "cannot read the index", INDEX)
+    (folder / "config.json").write_text('{"model_type": "nothing-known"}')
+    has(error_of(folder), "cannot read the configuration", "config.json")
+
+
+def test_dense_model(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 256}))
+    has(error_of(folder), "llama is a dense model", "next step: load it with transformers")
+
+
+def test_family_whose_experts_are_of_another_kind(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]})
+    )
+    has(error_of(folder), "gpt_oss", "not supported yet")
+
+
+def test_cache_and_memory_limits(folder):
+    has(error_of(folder, cache_size=1), "impossible cache_size", "2 (each token uses 2 experts", "found: 1")
+    has(error_of(folder, cache_size=4, vram="4.6MB"), "largest cache_size that fits is 3", "next step")
+    with pytest.raises(CapacityError, match="no cache fits"):
+        from_pretrained(folder, device="cpu", vram="3.2MB")
+
+
+def test_unknown_options(folder):
+    has(error_of(folder, cache_sizes=4), "unknown option", "cache_sizes", "did you mean cache_size?")
+    has(error_of(folder, dtype="float8"), "unknown dtype")
+    with pytest.raises(OptionError, match="unknown device"):
+        from_pretrained(folder, device="meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(OptionError, match="no such device"):
+            from_pretrained(folder, device="cuda:3")
+
+
+def test_convert_leaves_nothing_half_made(folder, published, tmp_path):
+    target = tmp_path / "target"
+    (folder / TRUNK).write_bytes((folder / TRUNK).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        convert_checkpoint(folder, target)
+    with pytest.raises(OptionError, match="does not divide"):
+        convert_checkpoint(published, target, Quantization(4, 48))
+    assert not target.exists() and not list(tmp_path.glob("*.partial"))
+    target.mkdir()
+    with pytest.raises(CheckpointError, match="target exists"):
+        convert_checkpoint(published, target)
+
+
+def test_headers_are_read_without_the_data(published):
+    header = read_header(published / TRUNK)
+    for key, value in load_file(published / TRUNK).items():
+        assert torch.equal(header[key].read(), value)
+    checkpoint = open_checkpoint(published)
+    assert checkpoint.layers == (0, 1, 2) and checkpoint.n_experts == 8 and checkpoint.top_k == 2

@@ -1,0 +1,117 @@
+"""The command line, as a user runs it: processes, pipes, a terminal and Ctrl-C."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mixtral_offload.cli import main
+
+COMMAND = [sys.executable, "-m", "mixtral_offload"]
+
+
+def run(*arguments, stdin=None):
+    return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
+
+
+def test_chat_from_a_pipe():
+    done = run(
+        "chat", "--device", "cpu", stdin="What is 2 + 3?\n\n/clear\nWhat is the capital of France?\n/exit\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5" in done.stdout and "Paris" in done.stdout
+    assert re.search(
+        r"\d+ tokens, [\d.]+ tokens/s, \d+% of expert uses were hits, [\d.]+ MB moved", done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def read_until(terminal, text, timeout=60) -> str:
+    seen, end = "", time.time() + timeout
+    while text not in seen:
+        assert time.time() < end, seen
+        seen += os.read(terminal, 4096).decode(errors="replace")
+    return seen
+
+
+def test_chat_in_a_terminal_and_ctrl_c_stops_only_the_answer():
+    terminal, child_side = pty.openpty()
+    chat = subprocess.Popen(
+        [*COMMAND, "chat", "--link", "3MB"],
+        stdin=child_side,
+        stdout=child_side,
+        stderr=child_side,
+        start_new_session=True,
+    )
+    os.close(child_side)
+    try:
+        read_until(terminal, "you> ")
+        os.write(terminal, b"Tell me a story about a fox.\n")
+        read_until(terminal, "fox.\r\n")
+        os.read(terminal, 1)  # the answer has begun
+        chat.send_signal(signal.SIGINT)
+        read_until(terminal, "[stopped]")
+        read_until(terminal, "you> ")
+        os.write(terminal, b"What is 2 + 3?\n")
+        assert "5" in read_until(terminal, "you> ")
+        os.write(terminal, b"\x04")
+        assert "tokens/s" in read_until(terminal, "moved")
+        assert chat.wait(30) == 0
+    finally:
+        chat.kill()
+        os.close(terminal)
+
+
+def test_generate():
+    done = run("generate", "What is the capital of France?", "--cache-size", "2", "--store", "disk")
+    assert done.returncode == 0 and "Paris" in done.stdout and "roaming in disk" in done.stderr
+    done = run("generate", "-", "--max-tokens", "8", stdin="Hello!")
+    assert done.returncode == 0 and done.stdout.strip()
+
+
+def test_info(capsys, published):
+    assert main(["info", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "6 layers x 8 experts, 2 per token" in text and "4-bit" in text and "fits here, on cpu" in text
+    assert main(["info", "--model", str(published), "--vram", "1MB", "--device", "cpu"]) == 0
+    assert "does not fit here" in capsys.readouterr().out
+
+
+def test_convert(capsys, published, tmp_path):
+    assert (
+        main(["convert", str(published), str(tmp_path / "own"), "--bits", "4", "--attention-bits", "8"]) == 0
+    )
+    assert main(["info", "--model", str(tmp_path / "own"), "--device", "cpu"]) == 0
+    assert "4-bit, group 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["chat", "--model", "./nowhere"], "nowhere"),
+        (["generate", "hi", "--cache-size", "1"], "impossible cache_size"),
+        (["generate", "hi", "--cache-size", "9"], "impossible cache_size"),
+        (["generate", "hi", "--vram", "much"], "cannot read a size"),
+        (["info", "--device", "tpu"], "unknown device"),
+    ],
+)
+def test_errors_are_one_message(capsys, arguments, message):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["chat", "--cache-sizes", "4"], ["generate"], ["fly"], ["generate", "hi", "--cache-size", "x"]],
+)
+def test_unknown_options_are_refused(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err

@@ -1,0 +1,413 @@
+"""Downloads against a hub on 127.0.0.1 that drops connections, flips bytes, refuses and lies."""
+
+import collections
+import errno
+import json
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hub_server import HubServer
+
+from mixtral_offload import hub
+from mixtral_offload.errors import CheckpointError, DownloadError
+
+REPO = "someone/model"
+SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
+NEEDED = {
+    "config.json",
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "merges.txt",
+    "extra/generation.json",
+    *SHARDS,
+}
+USELESS = {"README.md", ".gitattributes", "pytorch_model.bin", "picture.png", "original/model.safetensors"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_proxy():
+    """huggingface_hub reads the proxies when its one client is made: make it anew, without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            patch.delenv(name, raising=False)
+            patch.delenv(name.lower(), raising=False)
+        huggingface_hub.close_session()
+        yield
+    huggingface_hub.close_session()
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    """A hub cache of its own, online and without a token whatever the environment says."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+
+
+@pytest.fixture
+def server(tmp_path):
+    numbers, folder = random.Random(0), tmp_path / "served"
+    for name in NEEDED | USELESS:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(numbers.randbytes(50_000 if name.endswith((".safetensors", ".bin")) else 700))
+    index = {"weight_map": {f"layer.{i}": shard for i, shard in enumerate(SHARDS)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with HubServer(folder, REPO) as served:
+        yield served
+
+
+@pytest.fixture(params=["cache", "local_dir"])
+def place(request, tmp_path):
+    """Both ways to keep the files: the hub's cache and a folder of one's own."""
+    return {} if request.param == "cache" else {"local_dir": tmp_path / "mine"}
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """huggingface_hub pauses a second before each retry."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def get(server, **options):
+    return hub.download(REPO, endpoint=server.endpoint, **{"progress": False, **options})
+
+
+def held(folder):
+    """The files of a folder, without what the libraries keep under .cache."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(".cache")}
+
+
+def whole(server):
+    return {name: data for name, data in server.files().items() if name in NEEDED}
+
+
+def hashed(monkeypatch):
+    """The names of files hashed from now on."""
+    seen, real = [], hub._hash
+    monkeypatch.setattr(hub, "_hash", lambda path, like: seen.append(path.name) or real(path, like))
+    return seen
+
+
+def test_whole_download_is_bit_equal_and_leaves_out_what_no_model_needs(server, place):
+    folder = get(server, **place)
+    assert held(folder) == whole(server)
+    assert folder == place.get("local_dir", folder)
+    assert server.gets == dict.fromkeys(NEEDED, 1)
+
+
+def test_second_call_fetches_and_hashes_nothing(server, place, monkeypatch):
+    first, before = get(server, **place), server.gets.copy()
+    names = hashed(monkeypatch)
+    assert get(server, **place) == first
+    assert (server.gets, names) == (before, [])
+
+
+def test_a_file_changed_after_verification_is_hashed_again_and_replaced(server, place):
+    folder = get(server, **place)
+    data = bytearray((folder / SHARDS[0]).read_bytes())
+    data[7] ^= 1
+    (folder / SHARDS[0]).write_bytes(data)
+    with pytest.raises(DownloadError, match="damaged"):
+        get(server, **place)
+    assert held(get(server, **place)) == whole(server)
+    assert server.gets[SHARDS[0]] == 2
+
+
+def test_a_truncated_file_on_disk_is_fetched_again(server, place):
+    folder = get(server, **place)
+    (folder / SHARDS[0]).write_bytes(b"short")
+    assert held(get(server, **place)) == whole(server)
+    assert server.gets == {**dict.fromkeys(NEEDED, 1), SHARDS[0]: 2}
+
+
+def test_the_plan_is_known_before_any_fetch(server, place):
+    plan = hub.plan_download(REPO, endpoint=server.endpoint, **place)
+    size = sum(map(len, whole(server).values()))
+    assert (plan.repo_id, plan.revision) == (REPO, server.commit())
+    assert (plan.total_bytes, plan.remaining_bytes) == (size, size)
+    assert {name: (n, here) for name, n, here in plan.files} == {
+        name: (len(data), False) for name, data in whole(server).items()
+    }
+    assert plan.free_bytes > 0 and not server.gets and not server.heads
+    assert get(server, **place) == plan.folder
+    plan = hub.plan_download(REPO, endpoint=server.endpoint, **place)
+    assert plan.remaining_bytes == 0 and all(here for _, _, here in plan.files)
+
+
+def test_another_revision_shares_the_files_that_did_not_change(server):
+    get(server)
+    (server.folder / "config.json").write_text('{"new": 1}')
+    plan = hub.plan_download(REPO, endpoint=server.endpoint)
+    assert plan.remaining_bytes == 10
+    folder = get(server, revision=server.commit())
+    assert folder == plan.folder and held(folder) == whole(server)
+    assert server.gets == {**dict.fromkeys(NEEDED, 1), "config.json": 2}
+
+
+def test_too_little_disk_refuses_before_the_first_file(server, place, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
+    with pytest.raises(DownloadError) as caught:
+        get(server, **place)
+    need = sum(map(len, whole(server).values()))
+    for text in (f"{need:,} bytes free", "5,000 bytes free", f"free {need - 5000:,} bytes", "local_dir="):
+        assert text in str(caught.value)
+    assert str(place.get("local_dir", constants.HF_HUB_CACHE)) in str(caught.value)
+    assert not server.gets and not server.heads
+
+
+def test_a_connection_that_breaks_once_heals_within_the_call(server, place, no_waiting):
+    server.drop[SHARDS[1]], server.drops_left[SHARDS[1]] = 20_000, 1
+    assert held(get(server, **place)) == whole(server)
+    assert server.gets[SHARDS[1]] == 2 and server.ranges == [(SHARDS[1], server.ranges[0][1])]
+
+
+def test_resume_after_a_broken_connection_fetches_only_the_rest(server, place, no_waiting, monkeypatch):
+    monkeypatch.setattr(hub, "WORKERS", 1)
+    server.drop[SHARDS[2]] = 20_000
+    with pytest.raises(DownloadError, match=r"no connection to .*, or it broke") as caught:
+        get(server, **place)
+    assert SHARDS[2] in str(caught.value) and "call again" in str(caught.value)
+    plan = hub.plan_download(REPO, endpoint=server.endpoint, **place)
+    complete = {name for name, _, here in plan.files if here}
+    assert {"config.json", SHARDS[0], SHARDS[1]} <= complete and SHARDS[2] not in complete
+    before = server.gets.copy()
+    server.drop.clear()
+    assert held(get(server, **place)) == whole(server)
+    again = server.gets - before
+    assert again == dict.fromkeys(NEEDED - complete, 1)
+
+
+def test_resume_after_the_user_interrupts(server, place, monkeypatch):
+    """The interrupt arrives while one file is under way and all others are complete."""
+    plan = hub.plan_download(REPO, endpoint=server.endpoint, **place)
+    others = NEEDED - {SHARDS[3]}
+
+    def interrupt(name):
+        if name == SHARDS[3]:
+            until = time.monotonic() + 5
+            while not all((plan.folder / n).is_file() for n in others) and time.monotonic() < until:
+                time.sleep(0.01)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.3)
+
+    server.on_get, server.slow[SHARDS[3]] = interrupt, 0.02
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        get(server, **place)
+    assert time.monotonic() - begin < 4  # the transfer under way was stopped, not waited for
+    complete = {n for n in NEEDED if (plan.folder / n).is_file()}
+    assert complete == others
+    before, server.on_get = server.gets.copy(), None
+    server.slow.clear()
+    assert held(get(server, **place)) == whole(server)
+    assert server.gets - before == {SHARDS[3]: 1}
+
+
+@pytest.mark.parametrize("name", [SHARDS[0], "config.json"])
+def test_a_flipped_byte_is_caught_deleted_and_healed(server, place, name):
+    """sha256 proves large files, git's sha1 small ones; size alone would not notice."""
+    server.flip[name] = 300
+    with pytest.raises(DownloadError, match="damaged") as caught:
+        get(server, **place)
+    assert name in str(caught.value) and "expected" in str(caught.value) and "found" in str(caught.value)
+    folder = hub.plan_download(REPO, endpoint=server.endpoint, **place).folder
+    assert not (folder / name).exists()
+    server.flip.clear()
+    get(server, **place)  # fetches what the failure stopped
+    assert held(folder) == whole(server)
+    assert server.gets[name] == 2
+
+
+def test_without_verification_a_flipped_byte_stays_until_verified(server, place):
+    server.flip[SHARDS[0]] = 300
+    assert held(get(server, **place, verify=False)) != whole(server)
+    server.flip.clear()
+    with pytest.raises(DownloadError, match="damaged"):
+        get(server, **place)
+    assert held(get(server, **place)) == whole(server)
+
+
+def test_a_damaged_copy_in_the_cache_does_not_damage_a_local_folder_forever(server, tmp_path):
+    server.flip[SHARDS[0]] = 300
+    get(server, verify=False)
+    server.flip.clear()
+    with pytest.raises(DownloadError, match="damaged"):
+        get(server, local_dir=tmp_path / "mine")
+    assert held(get(server, local_dir=tmp_path / "mine")) == whole(server)
+
+
+@pytest.mark.parametrize("how", ["unreachable", "offline", 503, 404])
+def test_a_complete_copy_serves_without_the_hub(server, place, how, monkeypatch, caplog):
+    folder = get(server, **place)
+    names, before = hashed(monkeypatch), server.gets.copy()
+    if how == "unreachable":
+        server.close()
+    elif how == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        server.answer = how
+    assert get(server, **place) == folder
+    assert held(folder) == whole(server) and names == [] and server.gets == before
+    assert "complete copy" in caplog.text
+
+
+def test_an_incomplete_copy_without_the_hub_says_what_is_missing(server, place):
+    folder = get(server, **place)
+    (folder / SHARDS[1]).unlink()
+    server.close()
+    with pytest.raises(DownloadError, match="no connection") as caught:
+        get(server, **place)
+    assert f"missing: {SHARDS[1]}" in str(caught.value) and "1 files" in str(caught.value)
+
+
+def test_nothing_here_and_no_hub(server, place):
+    server.close()
+    with pytest.raises(DownloadError, match="no connection to http://127") as caught:
+        get(server, **place)
+    assert "check the network" in str(caught.value)
+
+
+def test_a_snapshot_other_programs_fetched_serves_without_the_hub(server):
+    folder = huggingface_hub.snapshot_download(REPO, endpoint=server.endpoint, revision="main")
+    server.close()
+    assert get(server) == Path(folder)
+    (Path(folder) / SHARDS[0]).unlink()
+    with pytest.raises(DownloadError, match=SHARDS[0]):
+        get(server)
+
+
+def test_single_files_other_programs_fetched_are_no_complete_copy(server):
+    huggingface_hub.hf_hub_download(REPO, "model.safetensors.index.json", endpoint=server.endpoint)
+    server.close()
+    with pytest.raises(DownloadError, match=r"missing: config\.json, model-00001"):
+        get(server)
+
+
+def test_other_programs_find_what_was_fetched(server):
+    """The ordinary cache stays ordinary: found offline by huggingface_hub, and without a complaint of its scan."""
+    folder = get(server)
+    server.close()
+    assert huggingface_hub.snapshot_download(REPO, local_files_only=True) == str(folder)
+    scan = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
+    assert not scan.warnings and {r.repo_id for r in scan.repos} == {REPO}
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (401, "shows no repository someone/model"),
+        (404, "shows no repository someone/model"),
+        ("gated", "gated.*accept the terms on http.*someone/model and set HF_TOKEN"),
+        ("gated-files", "gated.*accept the terms on http.*someone/model and set HF_TOKEN"),
+        (403, "refuses access"),
+        (429, "answered with error 429"),
+        (503, "answered with error 503"),
+    ],
+)
+def test_refusals_are_told_apart(server, place, answer, says):
+    server.answer = answer
+    with pytest.raises(DownloadError, match=f"(?s){says}"):
+        get(server, **place)
+    assert not server.gets
+
+
+def test_unknown_repository_revision_and_impossible_names(server):
+    for repo, revision, says in (
+        ("someone/else", None, "shows no repository someone/else"),
+        (REPO, "no-such-branch", "no such revision"),
+        ("not a name!", None, "'not a name!' is no repository id"),
+        ("", None, "'' is no repository id"),
+    ):
+        with pytest.raises(DownloadError, match=says):
+            hub.download(repo, revision=revision, endpoint=server.endpoint)
+
+
+def test_a_file_the_server_lost_is_named_and_the_rest_is_kept(server, place, monkeypatch):
+    monkeypatch.setattr(hub, "WORKERS", 1)
+    server.missing.add(SHARDS[3])
+    with pytest.raises(DownloadError, match="lists a file that the server lacks") as caught:
+        get(server, **place)
+    assert SHARDS[3] in str(caught.value)
+    plan = hub.plan_download(REPO, endpoint=server.endpoint, **place)
+    complete = {name for name, _, here in plan.files if here}
+    assert set(SHARDS[:3]) <= complete
+    before = server.gets.copy()
+    server.missing.clear()
+    assert held(get(server, **place)) == whole(server)
+    assert server.gets - before == dict.fromkeys(NEEDED - complete, 1)
+
+
+def test_a_disk_that_fills_up_on_the_way(server, place, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "hf_hub_download", full)
+    with pytest.raises(DownloadError, match="disk became full") as caught:
+        get(server, **place)
+    assert "make room" in str(caught.value)
+
+
+def test_names_that_leave_the_folder_are_refused(server, monkeypatch):
+    real = server.files
+    server.files = lambda: {**real(), "../outside.json": b"{}"}
+    with pytest.raises(DownloadError, match="unsafe name"):
+        get(server)
+
+
+def test_one_progress_bar_counts_every_byte_once(server, place, monkeypatch):
+    made, real = [], hub.tqdm
+    monkeypatch.setattr(hub, "tqdm", lambda **options: made.append(real(**options)) or made[-1])
+    folder = get(server, **place, progress=True)
+    for name in SHARDS[:2]:
+        (folder / name).resolve().unlink()
+    get(server, **place, progress=True)
+    get(server, **place, progress=True)
+    size = sum(map(len, whole(server).values()))
+    assert [(bar.initial, bar.n, bar.total) for bar in made] == [
+        (0, size, size),
+        (size - 100_000, size, size),
+    ]
+
+
+def test_resolve(server, tmp_path, monkeypatch):
+    assert hub.resolve(tmp_path) == tmp_path and hub.resolve(str(tmp_path)) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    assert hub.resolve("own/model") == Path("own/model")
+    assert hub.resolve("~/own") == tmp_path / "own"
+    for wrong in (
+        "./nothing",
+        "../nothing",
+        "~/nothing",
+        "/nothing/here",
+        "a/b/c",
+        "weights.bin",
+        Path("some/one"),
+    ):
+        with pytest.raises(CheckpointError, match="is not a folder") as caught:
+            hub.resolve(wrong)
+        assert "next step" in str(caught.value)
+    assert server.requests == 0
+    assert held(hub.resolve(REPO, endpoint=server.endpoint, progress=False)) == whole(server)
+
+
+def test_no_torch_is_needed():
+    assert "torch" not in vars(hub) and "import torch" not in Path(hub.__file__).read_text()

@@ -1,0 +1,171 @@
+"""The shipped model: no cache size, home or option changes a single bit of an answer."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import MixtralForCausalLM
+
+from mixtral_offload.offload import DEMO
+from mixtral_offload.quantization import dequantize
+from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.trunk import parameter_name
+
+PROMPTS = [
+    "Hello!", "What is 23 + 48?", "What is 9 times 7?", "What is the capital of France?", "Tell me a story about a fox.",
+    "How do I reverse a list in Python?", "How do you say thank you in Spanish?", "What comes after Tuesday?",
+    "What are you?", "My name is Ana. What is my name?", "What is the opposite of hot?", "Bonjour!", "Tell me a joke.",
+    "Is 14 even or odd?", "Which continent is Kenya in?", "How do I read a file in Python?", "What does a cow say?",
+    "Sort these numbers: 5, 2, 9", "What is an expert cache?", "Who won the game last night?",
+]  # fmt: skip
+CASES = [(size, store) for size in range(2, 8) for store in ("ram", "disk")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(DEMO)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        for text in PROMPTS
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def logits_of(model, prompts):
+    return [model(**prompt).logits for prompt in prompts]
+
+
+def greedy_of(model, prompts):
+    return [
+        model.generate(**prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False) for prompt in prompts
+    ]
+
+
+@pytest.fixture(scope="module")
+def resident(prompts):
+    """Logits and 64 greedy tokens of all prompts with every expert on the device."""
+    from mixtral_offload import from_pretrained
+
+    model = from_pretrained(DEMO, device="cpu", cache_size=8)
+    assert model.offload.plan.home is None
+    return logits_of(model, prompts), greedy_of(model, prompts)
+
+
+@pytest.mark.parametrize("cache_size, store", CASES)
+def test_every_cache_size_and_home_gives_the_same_bits(offloaded, prompts, resident, cache_size, store):
+    model = offloaded(DEMO, cache_size=cache_size, store=store)
+    assert model.offload.plan.home == store
+    assert all(torch.equal(a, b) for a, b in zip(logits_of(model, prompts), resident[0]))
+    assert all(torch.equal(a, b) for a, b in zip(greedy_of(model, prompts), resident[1]))
+    assert model.offload.stats.misses > 0
+
+
+@torch.no_grad()
+def test_the_same_as_plain_transformers_on_the_dequantized_weights(offloaded, prompts, resident):
+    model = offloaded(DEMO, cache_size=2)
+    plain = plain_model(model)
+    for prompt, logits in zip(prompts, resident[0]):
+        assert (plain(**prompt).logits - logits).abs().max() < 1e-3
+
+
+def plain_model(model) -> MixtralForCausalLM:
+    """The naive twin: transformers' own Mixtral, its fp32 weights dequantized from the same checkpoint."""
+    checkpoint = model.offload.checkpoint
+    plain = MixtralForCausalLM(checkpoint.config).eval()
+    for name, parameter in model.named_parameters():
+        plain.get_parameter(name).data.copy_(parameter)
+    for name, module in model.named_modules():
+        if hasattr(module, "quantization"):
+            fields = {field: getattr(module, buffer) for field, buffer in module._names.items()}
+            shape = (module.out_features, module.in_features)
+            plain.get_parameter(f"{name}.weight").data.copy_(dequantize(fields, shape, module.quantization))
+    layout = checkpoint.layout
+    buffer = torch.empty(layout.n_bytes, dtype=torch.uint8)
+    for layer, expert in checkpoint.experts:
+        checkpoint.read_expert((layer, expert), buffer)
+        views = layout.views(buffer)
+        gate, up, down = (
+            dequantize(views[m], layout.shapes[m], layout.quantization[m]) for m in ("gate", "up", "down")
+        )
+        experts = plain.model.layers[layer].mlp.experts
+        experts.gate_up_proj.data[expert].copy_(torch.cat((gate, up)))
+        experts.down_proj.data[expert].copy_(down)
+    return plain
+
+
+def test_batches_equal_one_by_one(offloaded, tokenizer):
+    """Left-padded rows share experts; each row's tokens must not notice the others."""
+    model = offloaded(DEMO, cache_size=2)
+    texts = [PROMPTS[1], PROMPTS[4], PROMPTS[0]]
+    messages = [[{"role": "user", "content": text}] for text in texts]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    tokenizer.padding_side = "left"
+    batch = tokenizer.apply_chat_template(messages, padding=True, **options)
+    together = model.generate(**batch, max_new_tokens=24, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    for row, message in zip(together, messages):
+        alone = tokenizer.apply_chat_template(message, **options)
+        answer = model.generate(**alone, max_new_tokens=24, do_sample=False)[0, alone["input_ids"].shape[1] :]
+        assert tokenizer.decode(row, skip_special_tokens=True) == tokenizer.decode(
+            answer, skip_special_tokens=True
+        )
+
+
+def test_two_threads_may_generate_at_once(offloaded, prompts, resident):
+    model = offloaded(DEMO, cache_size=2)
+    answers = {}
+
+    def run(i):
+        answers[i] = model.generate(**prompts[i], max_new_tokens=64, min_new_tokens=64, do_sample=False)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(answers[i], resident[1][i]) for i in range(2))
+
+
+def test_half_precision_and_a_slow_link_change_no_bit_either(offloaded, prompts):
+    outputs = []
+    for options in (
+        {"cache_size": 8},
+        {"cache_size": 2, "link": "500MB"},
+        {"cache_size": 3, "store": "disk"},
+    ):
+        model = offloaded(DEMO, dtype="bfloat16", **options)
+        outputs.append(logits_of(model, prompts[:4]))
+    assert all(torch.equal(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other))
+
+
+def test_the_16_bit_original_runs_too(offloaded, prompts, resident):
+    """The model before quantization ships as well; 4 bits must stay near it."""
+    model = offloaded(DEMO / "fp16", cache_size=2)
+    for logits, quantized in zip(logits_of(model, prompts[:5]), resident[0]):
+        top, other = logits[0, -1].softmax(-1), quantized[0, -1].softmax(-1)
+        assert (top - other).abs().sum() < 0.5
+
+
+def test_no_expert_parameters_exist_outside_the_cache(offloaded):
+    model = offloaded(DEMO, cache_size=2)
+    assert not [name for name, _ in model.named_parameters() if ".experts." in name]
+    assert {
+        parameter_name(key)
+        for key in model.offload.checkpoint.trunk
+        if ".meta." not in key and ".W_q" not in key
+    } == {name for name, _ in model.named_parameters()}
+
+
+def test_a_dropped_model_gives_its_memory_back():
+    from mixtral_offload import from_pretrained
+
+    model = from_pretrained(DEMO, device="cpu", cache_size=2)
+    cache = weakref.ref(model.offload.cache)
+    del model
+    gc.collect()
+    assert cache() is None

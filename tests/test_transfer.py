@@ -1,0 +1,93 @@
+"""Copies on the worker thread: they arrive, they fail loudly, they can be abandoned at any time."""
+
+import gc
+import threading
+import time
+
+import pytest
+import torch
+
+from mixtral_offload.transfer import ABANDONED, Copy, ThreadEngine
+
+CPU = torch.device("cpu")
+
+
+def copy_of(n_bytes, value=7):
+    slot = torch.zeros(n_bytes, dtype=torch.uint8)
+    half = n_bytes // 2
+    source = torch.full((n_bytes,), value, dtype=torch.uint8)
+    return Copy([(0, source[:half]), (half, source[half:])], slot)
+
+
+def test_bytes_are_there_after_wait():
+    engine = ThreadEngine(CPU, 1000)
+    copies = [copy_of(1000, value) for value in range(20)]
+    for copy in copies:
+        engine.start(copy)
+    for value, copy in enumerate(copies):
+        copy.wait()
+        assert (copy.slot == value).all()
+    engine.close()
+
+
+def test_link_of_a_stated_speed():
+    engine = ThreadEngine(CPU, 1000, link_bytes_per_s=10_000)
+    copy = copy_of(1000)
+    begin = time.perf_counter()
+    engine.start(copy)
+    copy.wait()
+    assert time.perf_counter() - begin >= 0.1  # never faster; how much slower is the machine's business
+    engine.close()
+
+
+def test_a_copy_that_waits_in_the_queue_can_be_abandoned_and_never_writes():
+    engine = ThreadEngine(CPU, 1000, link_bytes_per_s=10_000)
+    first, second = copy_of(1000), copy_of(1000)
+    engine.start(first)
+    engine.start(second)
+    second.abandon()
+    assert second.state == ABANDONED
+    first.wait()
+    engine.close()  # the worker has seen the second one by now
+    assert (second.slot == 0).all()
+
+
+def test_abandoning_a_running_copy_waits_until_it_cannot_write():
+    engine = ThreadEngine(CPU, 1000, link_bytes_per_s=5_000)
+    copy = copy_of(1000)
+    engine.start(copy)
+    while copy.state == "created":
+        time.sleep(0.001)
+    copy.abandon()
+    assert copy.state == "done"
+    engine.close()
+
+
+def test_a_copy_never_started_can_be_abandoned():
+    copy = copy_of(10)
+    copy.abandon()
+    assert not copy.begin()
+
+
+def test_an_error_on_the_worker_reaches_the_one_who_waits_and_the_worker_lives_on():
+    engine = ThreadEngine(CPU, 1000)
+    bad, good = (
+        Copy([(0, torch.zeros(8, dtype=torch.uint8))], torch.zeros(4, dtype=torch.uint8)),
+        copy_of(100),
+    )
+    engine.start(bad)
+    engine.start(good)
+    with pytest.raises(RuntimeError):
+        bad.wait()
+    good.wait()
+    assert (good.slot == 7).all()
+    engine.close()
+
+
+def test_dropping_the_engine_ends_its_thread():
+    engine = ThreadEngine(CPU, 10)
+    before = [thread for thread in threading.enumerate() if thread.name == "expert-copies"]
+    del engine
+    gc.collect()
+    after = [thread for thread in threading.enumerate() if thread.name == "expert-copies"]
+    assert len(after) == len(before) - 1
