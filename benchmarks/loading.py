@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def build(folder: str, store: str, cache_size: int) -> dict:
     begin = time.perf_counter()
     model = from_pretrained(folder, store=store, cache_size=cache_size, device="cpu")
     build_s = time.perf_counter() - begin
-    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     plan, checkpoint = model.offload.plan, model.offload.checkpoint
     item = OffloadOptions.parse({"device": "cpu"}).dtype.itemsize
     trunk = sum(p.numel() * item for p in model.parameters()) + sum(b.nbytes for b in model.buffers())

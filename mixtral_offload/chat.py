@@ -148,7 +148,8 @@ class ChatSession:
             shared += 1
         if self._past is None or shared == 0 or getattr(self.model.config, "sliding_window", None):
             return DynamicCache(config=self.model.config)
-        self._past.crop(shared)
+        if surplus := self._past.get_seq_length() - shared:
+            self._past.crop(-surplus)
         return self._past
 
     def _config(self, n_prompt: int) -> GenerationConfig:

@@ -116,6 +116,11 @@ def add_convert_options(parser) -> None:
     parser.add_argument(
         "--attention-bits", type=int, choices=(16, 8, 4, 3, 2), help="of the attention (default: as stored)"
     )
+    parser.add_argument(
+        "--default-cache-size",
+        type=int,
+        help="recommend a cache size to those who load it without naming one",
+    )
     parser.add_argument("--device", default="cpu", help="where to solve (default: cpu)")
 
 
@@ -232,14 +237,12 @@ def run_convert(arguments) -> None:
         return Quantization(16) if bits == 16 else Quantization(bits, group, scale, scale is not None)
 
     n_experts = len(open_checkpoint(arguments.source).experts)
+    experts, attention = quantization(arguments.bits), quantization(arguments.attention_bits)
+    recommended = arguments.default_cache_size
+    extra = None if recommended is None else {"offload": {"cache_size": recommended}}
     with tqdm(total=n_experts, unit="expert", desc="convert") as bar:
-        experts, attention = quantization(arguments.bits), quantization(arguments.attention_bits)
-        convert(
-            arguments.source,
-            arguments.target,
-            experts,
-            attention,
-            device=arguments.device,
-            progress=bar.update,
-        )
+        convert_checkpoint(
+            arguments.source, arguments.target, experts, attention,
+            device=arguments.device, config_extra=extra, progress=bar.update,
+        )  # fmt: skip
     print(f"written: {arguments.target}")

@@ -28,7 +28,7 @@ from .store import FileStore, RamStore
 from .transfer import make_engine
 from .trunk import load_trunk
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent / "demo" / "4bit"
 MARGIN_BYTES = 600_000_000  # CUDA context, allocator rounding, activations
 
 
@@ -62,10 +62,7 @@ class OffloadOptions:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else None
                 raise OptionError("unknown option", found=name, expected=", ".join(known), hint=hint)
-        device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-        _check_device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = _device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = options.get("dtype") or (torch.float16 if device.type == "cuda" else torch.float32)
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -75,16 +72,19 @@ class OffloadOptions:
         return cls(**{**options, "device": device, "dtype": dtype})
 
 
-def _check_device(device: torch.device) -> None:
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError("unknown device", expected="cpu, cuda, cuda:1, ...", found=device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            "no such device",
-            expected=f"one of {torch.cuda.device_count()} CUDA devices",
-            found=device,
-            hint='use device="cpu"',
-        )
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+    except RuntimeError:
+        raise OptionError("unknown device", expected="cpu, cuda, cuda:1, ...", found=name) from None
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices"
+        raise OptionError("no such device", expected=name, found=found, hint='use device="cpu"')
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 @dataclass

@@ -184,7 +184,7 @@ def test_an_interrupt_at_any_line_leaves_no_wrong_expert_and_no_lost_slot(expert
     while True:
         cache, _ = make_cache(n_slots=3, n_layers=1, link=LAYOUT.n_bytes / 0.0005)
         serve(cache, 0, [0, 1])
-        was_interrupted = interrupted_at(line, lambda: serve(cache, 0, experts))
+        was_interrupted = interrupted_at(line, lambda cache=cache: serve(cache, 0, experts))
         for expert in range(N_EXPERTS):
             assert serve(cache, 0, [expert]) == [expert]
         assert len(cache.contents(0)) == 3  # every slot in use again

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -31,40 +32,48 @@ def test_chat_from_a_pipe():
     assert "Traceback" not in done.stderr
 
 
-def read_until(terminal, text, timeout=60) -> str:
-    seen, end = "", time.time() + timeout
-    while text not in seen:
-        assert time.time() < end, seen
-        seen += os.read(terminal, 4096).decode(errors="replace")
-    return seen
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.end, child = pty.openpty()
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments], stdin=child, stdout=child, stderr=child, start_new_session=True
+        )
+        os.close(child)
+        self.unread = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.end, keys.encode())
+
+    def read_until(self, text: str, timeout: float = 60) -> str:
+        deadline = time.time() + timeout
+        while text not in self.unread:
+            ready, _, _ = select.select([self.end], [], [], max(0, deadline - time.time()))
+            assert ready, f"no {text!r} in {self.unread!r}"
+            self.unread += os.read(self.end, 4096).decode(errors="replace")
+        seen, _, self.unread = self.unread.partition(text)
+        return seen
 
 
 def test_chat_in_a_terminal_and_ctrl_c_stops_only_the_answer():
-    terminal, child_side = pty.openpty()
-    chat = subprocess.Popen(
-        [*COMMAND, "chat", "--link", "3MB"],
-        stdin=child_side,
-        stdout=child_side,
-        stderr=child_side,
-        start_new_session=True,
-    )
-    os.close(child_side)
+    terminal = Terminal("chat", "--device", "cpu", "--cache-size", "2", "--link", "3MB")
     try:
-        read_until(terminal, "you> ")
-        os.write(terminal, b"Tell me a story about a fox.\n")
-        read_until(terminal, "fox.\r\n")
-        os.read(terminal, 1)  # the answer has begun
-        chat.send_signal(signal.SIGINT)
-        read_until(terminal, "[stopped]")
-        read_until(terminal, "you> ")
-        os.write(terminal, b"What is 2 + 3?\n")
-        assert "5" in read_until(terminal, "you> ")
-        os.write(terminal, b"\x04")
-        assert "tokens/s" in read_until(terminal, "moved")
-        assert chat.wait(30) == 0
+        terminal.read_until("you> ")
+        terminal.type("Tell me a story about a fox.\n")
+        terminal.read_until("fox.\r\n")  # the echo
+        terminal.read_until(" ")  # the answer has begun
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.read_until("[stopped]")
+        terminal.read_until("you> ")
+        terminal.type("What is 2 + 3?\n")
+        assert "5" in terminal.read_until("you> ")
+        terminal.type("\x04")
+        assert "tokens/s" in terminal.read_until("moved")
+        assert terminal.process.wait(30) == 0
     finally:
-        chat.kill()
-        os.close(terminal)
+        terminal.process.kill()
+        os.close(terminal.end)
 
 
 def test_generate():

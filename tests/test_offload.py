@@ -145,7 +145,7 @@ def test_half_precision_and_a_slow_link_change_no_bit_either(offloaded, prompts)
 
 def test_the_16_bit_original_runs_too(offloaded, prompts, resident):
     """The model before quantization ships as well; 4 bits must stay near it."""
-    model = offloaded(DEMO / "fp16", cache_size=2)
+    model = offloaded(DEMO.parent / "fp16", cache_size=2)
     for logits, quantized in zip(logits_of(model, prompts[:5]), resident[0]):
         top, other = logits[0, -1].softmax(-1), quantized[0, -1].softmax(-1)
         assert (top - other).abs().sum() < 0.5
