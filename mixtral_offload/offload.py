@@ -6,6 +6,7 @@ Knows transformers: its model classes, its module names, and its experts interfa
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from dataclasses import dataclass, fields
@@ -163,7 +164,7 @@ def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
 def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedModel:
     """The model without any weights, its experts' parameters gone for good."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=options.dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=options.dtype)
     for name, module in _experts_modules(model):
         if module.has_bias or module.is_transposed or not module.has_gate or not module.is_concatenated:
             raise CheckpointError(

@@ -43,7 +43,7 @@ def make_cache(n_slots=2, n_layers=2, resident=(), link=None):
 
 
 def is_right(layer, expert, views) -> bool:
-    wanted = torch.tensor(layer * N_EXPERTS + expert, dtype=torch.uint8)
+    wanted = layer * N_EXPERTS + expert
     return all(
         (field.view(torch.uint8) == wanted).all() for fields in views.values() for field in fields.values()
     )
