@@ -2,14 +2,11 @@
 
 Knows which files of a repository a model needs, where the hub's cache keeps them, their sizes and hashes
 (sha256 of large files, git's sha1 of small ones), and what a failure means for the reader. huggingface_hub
-does the transfers: a file complete before an interruption is never fetched again, a partial one starts over. A
-record beside the files, `mixtral_offload/<repository>@<revision>.json`, keeps the list and what was verified.
-Does not know what is inside the files, which model they make, devices, or torch.
+does the transfers: a file complete before an interruption is never fetched again, a partial one starts over. What
+is here already and was proven, `hub_record` knows. Does not know what is inside the files, which model they make, devices, or torch.
 """
 
-import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +15,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hf
@@ -26,12 +22,13 @@ from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
 from .errors import CheckpointError, DownloadError
+from .hub_record import AGAIN, Record
+from .plan import gb
 
 LEAVE = ["consolidated*", "*/consolidated*", "original/*"]  # the same weights once more, in other layouts
 KEEP = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 RULES = {"allow_patterns": KEEP, "ignore_patterns": LEAVE}
 WORKERS = 8
-AGAIN = "call again: complete files are kept, only the rest is fetched"
 TOKEN = "set HF_TOKEN to a token that may read it, or pass token="
 HTTP = next(k for k in hf.HfHubHTTPError.__mro__ if k.__name__ == "HTTPError")  # of the httpx the hub uses
 CAUSES = (  # the first match counts: kind of error, what happened, what to do
@@ -67,67 +64,6 @@ class DownloadPlan:
 
 class _Stopped(Exception):
     """Ends the other transfers after one has failed or the user has interrupted."""
-
-
-class _Job:
-    """The files of one commit: where they belong, what they must be, which of them were verified."""
-
-    def __init__(self, repo_id, revision, local_dir):
-        self.repo_id, self.revision = repo_id, revision or "main"
-        self.store = Path(constants.HF_HUB_CACHE) / f"models--{str(repo_id).replace('/', '--')}"
-        self.local_dir = None if local_dir is None else Path(local_dir).expanduser().absolute()
-        base = self.local_dir / ".cache" if self.local_dir else self.store
-        self.record = base / "mixtral_offload" / f"{quote(f'{repo_id}@{self.revision}', safe='@')}.json"
-        self.lock = threading.Lock()
-        # files: name -> [bytes, hash]; verified: name -> [bytes, hash, mtime_ns when it was hashed]
-        self.commit, self.files, self.verified = None, {}, {}
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            self.commit, self.files, self.verified = json.loads(self.record.read_text())
-
-    @property
-    def folder(self):
-        return self.local_dir or self.store / "snapshots" / str(self.commit)
-
-    def blob(self, name):
-        return self.store / "blobs" / str(self.files[name][1])
-
-    def intact(self, name, path=None):
-        path = path or self.folder / name
-        return path.is_file() and path.stat().st_size == self.files[name][0]
-
-    def proven(self, name):
-        return self.verified.get(name) == [*self.files[name], (self.folder / name).stat().st_mtime_ns]
-
-    def save(self):
-        """Write the record and the hub cache's own note of the revision. A read-only disk is no error."""
-        texts = {self.record: json.dumps([self.commit, self.files, self.verified])}
-        if not self.local_dir and self.revision != self.commit:
-            texts[self.store / "refs" / self.revision] = self.commit
-        try:
-            for path, text in texts.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f"{path.name}.{os.getpid()}.part")
-                part.write_text(text)
-                part.replace(path)
-        except OSError as error:
-            log.debug("the record of %s was not written: %s", self.repo_id, error)
-
-    def verify(self, name):
-        """Hash one file; delete it and refuse when it is not what the hub has."""
-        path, (size, digest) = self.folder / name, self.files[name]
-        found = _hash(path, digest)
-        if self.intact(name) and found == digest:
-            with self.lock:
-                self.verified[name] = [size, digest, path.stat().st_mtime_ns]
-                self.save()
-            return
-        found = f"{path.stat().st_size} bytes, hash {found}"
-        cached = self.store / "snapshots" / str(self.commit) / name  # a local_dir is filled from it
-        for each in (self.blob(name).resolve(), self.blob(name), cached, path):
-            each.unlink(missing_ok=True)
-        what = f"{name} of {self.repo_id} is damaged, not the bytes the hub has; it was deleted"
-        hint = f"{AGAIN}; if it happens again, suspect the network, a proxy or the disk"
-        raise DownloadError(what, path=path, expected=f"{size} bytes, hash {digest}", found=found, hint=hint)
 
 
 class _Meter:
@@ -168,11 +104,11 @@ def download(
     try:
         job = _ask(repo_id, revision, endpoint, token, local_dir)
     except DownloadError as error:
-        return _without_hub(_Job(repo_id, revision, local_dir), verify, error)
+        return _without_hub(Record(repo_id, revision, local_dir), verify, error)
     plan = _plan(job)
     if plan.remaining_bytes > plan.free_bytes:
         lack = plan.remaining_bytes - plan.free_bytes
-        need, free, lack = map(_human, (plan.remaining_bytes, plan.free_bytes, lack))
+        need, free, lack = map(gb, (plan.remaining_bytes, plan.free_bytes, lack))
         what = f"the disk has too little room for {repo_id}; nothing was fetched"
         hint = f"free {lack} there, or use another disk: local_dir=..., or HF_HOME for the hub's cache"
         raise DownloadError(what, path=plan.folder, expected=f"{need} free", found=f"{free} free", hint=hint)
@@ -202,7 +138,7 @@ def _ask(repo_id, revision, endpoint, token, local_dir):
     try:
         api = HfApi(endpoint=endpoint, token=token)
         info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=20)
-        job = _Job(repo_id, revision, local_dir)
+        job = Record(repo_id, revision, local_dir)
         job.commit, job.files = info.sha, {}
         found = filter_repo_objects(info.siblings or (), key=lambda s: s.rfilename, **RULES)
         for file in sorted(found, key=lambda s: s.rfilename):
@@ -297,19 +233,6 @@ def _foreign_copy(job):
     if index.is_file():
         named = {"config.json", *json.loads(index.read_text())["weight_map"].values()}
     return found, sorted(name for name in named if not (found / name).is_file())
-
-
-def _hash(path, like):
-    """The file's hash, of the kind `like` is: sha256 (64 digits), or git's sha1 of a blob."""
-    made = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            made.update(chunk)
-    return made.hexdigest()
-
-
-def _human(count):
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count:,} bytes"
 
 
 def _explain(error, repo_id, endpoint, path=None):

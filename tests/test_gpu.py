@@ -28,7 +28,9 @@ def test_every_cache_size_and_home_gives_the_same_bits(offloaded, dtype):
         for store in ("ram", "disk"):
             model = offloaded(DEMO, device="cuda", cache_size=cache_size, store=store, dtype=dtype)
             assert torch.equal(model(IDS.cuda()).logits, wanted)
-            assert torch.equal(model.generate(IDS.cuda(), max_new_tokens=64, min_new_tokens=64, do_sample=False), tokens)
+            assert torch.equal(
+                model.generate(IDS.cuda(), max_new_tokens=64, min_new_tokens=64, do_sample=False), tokens
+            )
 
 
 def test_the_slab_is_pinned_and_copies_use_a_stream(offloaded):
@@ -40,7 +42,9 @@ def test_the_slab_is_pinned_and_copies_use_a_stream(offloaded):
 
 
 def test_memory_that_cannot_be_pinned_is_used_with_one_warning(offloaded, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: type("Refuses", (), {"cudaHostRegister": staticmethod(lambda *a: 2)}))
+    monkeypatch.setattr(
+        torch.cuda, "cudart", lambda: type("Refuses", (), {"cudaHostRegister": staticmethod(lambda *a: 2)})
+    )
     with pytest.warns(UserWarning, match="cannot pin") as caught:
         model = offloaded(DEMO, device="cuda", cache_size=2, store="ram")
     assert len([w for w in caught if "cannot pin" in str(w.message)]) == 1

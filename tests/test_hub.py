@@ -17,8 +17,9 @@ from huggingface_hub import constants
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import HubServer
 
-from mixtral_offload import hub
+from mixtral_offload import hub, hub_record
 from mixtral_offload.errors import CheckpointError, DownloadError
+from mixtral_offload.plan import gb
 
 REPO = "someone/model"
 SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
@@ -98,8 +99,8 @@ def whole(server):
 
 def hashed(monkeypatch):
     """The names of files hashed from now on."""
-    seen, real = [], hub._hash
-    monkeypatch.setattr(hub, "_hash", lambda path, like: seen.append(path.name) or real(path, like))
+    seen, real = [], hub_record.hash_of
+    monkeypatch.setattr(hub_record, "hash_of", lambda path, like: seen.append(path.name) or real(path, like))
     return seen
 
 
@@ -165,7 +166,7 @@ def test_too_little_disk_refuses_before_the_first_file(server, place, monkeypatc
     with pytest.raises(DownloadError) as caught:
         get(server, **place)
     need = sum(map(len, whole(server).values()))
-    for text in (f"{need:,} bytes free", "5,000 bytes free", f"free {need - 5000:,} bytes", "local_dir="):
+    for text in (f"{gb(need)} free", f"{gb(5000)} free", f"free {gb(need - 5000)} there", "local_dir="):
         assert text in str(caught.value)
     assert str(place.get("local_dir", constants.HF_HUB_CACHE)) in str(caught.value)
     assert not server.gets and not server.heads

@@ -9,7 +9,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_building_stays_within_its_bound(tmp_path):
-    command = [sys.executable, "benchmarks/loading.py", "--gb", "2.1", "--repeats", "1", "--json", str(tmp_path / "loading.json")]
+    command = [
+        sys.executable,
+        "benchmarks/loading.py",
+        "--gb",
+        "2.1",
+        "--repeats",
+        "1",
+        "--json",
+        str(tmp_path / "loading.json"),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=400)
     result = json.loads((tmp_path / "loading.json").read_text())
     assert result["checkpoint_bytes"] > 2e9
