@@ -24,16 +24,16 @@ from mixtral_offload.quantization import PAPER
 
 CASES = (("ram", 2), ("ram", 4), ("disk", 4), ("auto", 8))
 ALLOWANCE_BYTES = 300_000_000
+FIXTURE = Path(__file__).parent.parent / "tests/fixtures/published-format"
 
 
 def build(folder: str, store: str, cache_size: int) -> dict:
     """In a process of its own: build the model; the peak is over what the imports alone had taken."""
     import psutil
 
-    from mixtral_offload.checkpoint import open_checkpoint
     from mixtral_offload.offload import OffloadOptions, from_pretrained
 
-    open_checkpoint(Path("tests/fixtures/published-format"))  # pays for imports and first-use allocations
+    from_pretrained(FIXTURE, device="cpu")  # pays for imports and first-use allocations
     # clear_refs sets the high-water mark back to what is resident now
     Path("/proc/self/clear_refs").write_text("5")
     before = psutil.Process().memory_info().rss

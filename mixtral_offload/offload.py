@@ -132,9 +132,9 @@ def from_pretrained(
 def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
     """The plan for a checkpoint on this machine, as it is now."""
     sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
-    cache_size = options.cache_size or (getattr(checkpoint.config, "offload", None) or {}).get(
-        "cache_size", "auto"
-    )
+    recommended = (getattr(checkpoint.config, "offload", None) or {}).get("cache_size", "auto")
+    cache_size = recommended if options.cache_size is None else options.cache_size
+    why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
     on_cpu = options.device.type == "cpu"
     memory = psutil.virtual_memory()
     ram = parse_size(options.ram) if options.ram is not None else int(0.9 * memory.available)
@@ -144,7 +144,7 @@ def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
         device = ram if on_cpu else torch.cuda.mem_get_info(options.device)[0]
     device -= trunk_bytes(checkpoint, options) + (0 if on_cpu else MARGIN_BYTES)
     return make_plan(
-        sizes, max(device, 0), ram, cache_size=cache_size, store=options.store, shared_memory=on_cpu
+        sizes, max(device, 0), ram, cache_size=cache_size, store=options.store, shared_memory=on_cpu, why=why
     )
 
 

@@ -100,13 +100,13 @@ class Plan:
 
 def make_plan(
     sizes: Sizes, device_bytes: int, ram_bytes: int, *, cache_size: int | str = "auto", store: str = "auto",
-    shared_memory: bool = False,
+    shared_memory: bool = False, why: str = "as asked",
 ) -> Plan:  # fmt: skip
     """The plan that keeps most experts on the device.
 
     device_bytes, ram_bytes: free for experts. cache_size: experts of a layer on the device, or "auto" for as many as
     fit. store: home of roaming experts, "ram", "disk" or "auto". shared_memory: the device is the CPU, and the two
-    budgets are one. Raises CapacityError (naming the largest cache that fits) or OptionError.
+    budgets are one. why: the reason for a given cache_size. Raises CapacityError (naming the largest cache that fits) or OptionError.
     """
     room = min(device_bytes // sizes.expert_bytes, sizes.total)
     largest = room // len(sizes.layers)
@@ -119,7 +119,7 @@ def make_plan(
     reasons = [
         chosen
         if cache_size == "auto"
-        else f"cache of {cache_size} of {sizes.n_experts} experts per layer: as asked"
+        else f"cache of {cache_size} of {sizes.n_experts} experts per layer: {why}"
     ]
     if store == "disk":
         return _plan(sizes, 0, _slots(sizes, 0, room, wanted), "disk", [*reasons, "home on disk: as asked"])

@@ -92,6 +92,11 @@ def _pin(slab: Tensor) -> bool:
     result = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.numel(), 0)
     if int(result) == 0:
         return True
+    try:  # the refusal stays CUDA's last error until an operation trips over it: let it be this one
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        pass
     warnings.warn(
         f"cannot pin {slab.numel() / 1e9:.1f} GB of memory (CUDA error {int(result)}; common on WSL and under small "
         "locked-memory limits): ordinary memory is used, copies to the device will be slower",

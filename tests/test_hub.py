@@ -5,7 +5,6 @@ import errno
 import json
 import random
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,12 +13,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hub_server import HubServer
-
-from mixtral_offload import hub, hub_record
+from mixtral_offload import from_pretrained, hub, hub_record
 from mixtral_offload.errors import CheckpointError, DownloadError
 from mixtral_offload.plan import gb
+from tests.hub_server import HubServer
 
 REPO = "someone/model"
 SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
@@ -412,3 +409,14 @@ def test_resolve(server, tmp_path, monkeypatch):
 
 def test_no_torch_is_needed():
     assert "torch" not in vars(hub) and "import torch" not in Path(hub.__file__).read_text()
+
+
+def test_a_model_by_its_name_on_the_hub(published, expected, place):
+    """Download, load and run the published format by repository name; the second time without the hub."""
+    name = "lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo"
+    with HubServer(published, name) as served:
+        options = {"endpoint": served.endpoint, "progress": False, **place}
+        for _ in range(2):
+            model = from_pretrained(name, hub=options, device="cpu", cache_size=2)
+            assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-4
+            served.close()

@@ -1,0 +1,30 @@
+"""The shipped model answers sensibly, through the offloaded 4-bit checkpoint that users get."""
+
+import re
+from pathlib import Path
+
+from mixtral_offload.offload import DEMO
+from mixtral_offload.tokenizer import load_tokenizer
+from training.evaluate import evaluate, read
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_held_out_prompts_and_the_score_in_the_readme(offloaded):
+    assert len(read("heldout.jsonl")) >= 100
+    result = evaluate(offloaded(DEMO, cache_size=4), load_tokenizer(DEMO))
+    assert result["score"] >= 0.8, result
+    stated = re.search(r"(\d+) % of (\d+) held-out prompts", (ROOT / "README.md").read_text())
+    assert int(stated[2]) == len(read("heldout.jsonl"))
+    assert abs(int(stated[1]) - 100 * result["score"]) <= 1  # another processor may round a token differently
+
+
+def test_any_text_encodes_and_decodes_exactly():
+    tokenizer = load_tokenizer(DEMO)
+    for text in ("Hello, world!", "  two  spaces\n\tand a tab", "naïve café, 東京 — 🦊", "x = {'a': 1}"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_it_fits_the_repository():
+    files = [path for path in DEMO.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24_000_000
