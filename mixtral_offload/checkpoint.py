@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,7 @@ from .experts import ExpertLayout, Field
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+N_READERS = 4
 EXPERT_KEY = re.compile(
     r"^(?P<prefix>.*\.layers\.(?P<layer>\d+)\..*experts)\.(?P<expert>\d+)\."
     r"(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj)\.(?P<field>.+)$"
@@ -158,6 +161,17 @@ class Checkpoint:
             with open(path, "rb", buffering=0) as file:
                 for field in fields:
                     read_into(file, stored[field.matrix, field.name], buffer[field.offset :][: field.n_bytes])
+
+    def read_experts(self, targets: Iterable[tuple[ExpertId, Tensor]]) -> Iterator[ExpertId]:
+        """`read_expert` for each (expert, buffer), several at a time; yields each expert once it is there."""
+        pool = ThreadPoolExecutor(N_READERS)
+        try:
+            tasks = [(expert, pool.submit(self.read_expert, expert, buffer)) for expert, buffer in targets]
+            for expert, task in tasks:
+                task.result()
+                yield expert
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

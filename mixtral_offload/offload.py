@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .cache import CacheStats, ExpertCache
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, expert_forward
 from .hub import resolve
@@ -199,14 +200,22 @@ def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) ->
     engine = make_engine(device, store.pinned, layout.n_bytes, link) if store else None
     layers = {layer: (plan.slots[layer], plan.resident[layer]) for layer in checkpoint.layers}
     cache = ExpertCache(layout, layers, store, engine, device)
-    buffer = torch.empty(layout.n_bytes, dtype=torch.uint8) if device.type == "cuda" else None
-    for expert, slot in cache.resident_slots():
-        checkpoint.read_expert(expert, slot if buffer is None else buffer)
-        if buffer is not None:
-            slot.copy_(buffer)
+    for _ in _fill_residents(checkpoint, cache, device):
         bar.update(layout.n_bytes)
     bar.close()
     return cache
+
+
+def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.device) -> Iterator[ExpertId]:
+    """Read the resident experts, on CUDA through a buffer of one expert; yields each once it is there."""
+    if device.type == "cpu":
+        yield from checkpoint.read_experts(cache.resident_slots())
+        return
+    buffer = torch.empty(checkpoint.layout.n_bytes, dtype=torch.uint8)
+    for expert, slot in cache.resident_slots():
+        checkpoint.read_expert(expert, buffer)
+        slot.copy_(buffer)
+        yield expert
 
 
 def _attach(model: PreTrainedModel) -> None:

@@ -32,8 +32,7 @@ class RamStore:
         self._row = {expert: row for row, expert in enumerate(experts)}
         self._slab = torch.empty(len(self._row), checkpoint.layout.n_bytes, dtype=torch.uint8)
         self.pinned = pin and len(self._row) > 0 and _pin(self._slab)
-        for expert, row in self._row.items():
-            checkpoint.read_expert(expert, self._slab[row])
+        for _ in checkpoint.read_experts(zip(self._row, self._slab)):
             progress(checkpoint.layout.n_bytes)
 
     def __contains__(self, expert: ExpertId) -> bool:

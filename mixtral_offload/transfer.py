@@ -109,7 +109,7 @@ class _BounceBuffer:
 
 def _gather(pieces: Pieces, target: Tensor) -> None:
     for offset, piece in pieces:
-        target[offset : offset + piece.numel()].copy_(piece)
+        target.numpy()[offset : offset + piece.numel()] = piece.numpy()
 
 
 def _end(copies: queue.SimpleQueue, thread: threading.Thread) -> None:

@@ -1,0 +1,1 @@
+"""The domains of the corpus: their facts, their questions and their answers."""
