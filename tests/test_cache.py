@@ -160,7 +160,7 @@ def test_a_failing_home_is_reported_and_the_cache_goes_on():
     home.pieces = lambda expert: [
         (LAYOUT.n_bytes - 1, torch.zeros(8, dtype=torch.uint8))
     ]  # does not fit the slot
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError):
         serve(cache, 0, [1])
     home.pieces = good
     assert serve(cache, 0, [1]) == [1]

@@ -77,7 +77,7 @@ def test_an_error_on_the_worker_reaches_the_one_who_waits_and_the_worker_lives_o
     )
     engine.start(bad)
     engine.start(good)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError):
         bad.wait()
     good.wait()
     assert (good.slot == 7).all()
