@@ -1,4 +1,6 @@
-"""The shape of the demonstration model, and a faster forward of its experts for training."""
+"""The shape of the demonstration model, and for training a loss of its routing and a faster forward of its experts."""
+
+import math
 
 import torch
 from transformers import MixtralConfig
@@ -30,3 +32,26 @@ def experts_forward(self, hidden, index, weight):
         parts.append(torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down))
     summed = torch.cat(parts) * weight.flatten()[order, None]
     return torch.zeros_like(hidden).index_add(0, token, summed.to(hidden.dtype))
+
+
+def routing_loss(router_logits, domains, count: int, targets: float):
+    """What the routing of every layer lacks: even use of the experts, and domains that keep to some of them.
+
+    The two entropies are those of the mutual information between task and expert in Mod-Squad (arXiv 2212.08066,
+    section 3.3), over the routers' softmax with every domain weighing the same. H(expert) is pushed up to
+    log(experts); H(expert | domain) down, but not below log(targets), so that a domain keeps several experts.
+
+    router_logits: per layer [tokens, experts]; domains: [tokens], -1 where none. Returns the loss, mean over layers
+    in nats, and each layer's mutual information in nats, rounded.
+    """
+    member = torch.nn.functional.one_hot(domains + 1, count + 1)[:, 1:].float()  # [tokens, domains]
+    sizes = member.sum(0)
+    member = (member / sizes.clamp_min(1))[:, sizes > 0]
+    total, found = 0.0, []
+    for logits in router_logits:
+        of_domain = member.T @ logits.float().softmax(-1)  # [domains, experts]
+        entropy = torch.special.entr(of_domain.mean(0)).sum()
+        given = torch.special.entr(of_domain).sum(-1).mean()
+        total = total + math.log(logits.shape[-1]) - entropy + (given - math.log(targets)).clamp_min(0)
+        found.append(round((entropy - given).item(), 3))
+    return total / len(router_logits), found

@@ -14,19 +14,20 @@ import os
 import shutil
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import MixtralForCausalLM
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from training import corpus, tokenizer
 from training.export import export
-from training.model import LONG, experts_forward, make_config
+from training.model import LONG, experts_forward, make_config, routing_loss
 
 SHORT, LONG_FROM = 512, 0.87
 WARMUP, DECAY_FROM = 0.015, 0.58
+ROUTING = 0.2  # loss weight of the routing
 HEARD = 0.15  # loss weight of the tokens that the assistant does not say
 
 
@@ -38,20 +39,32 @@ class Rows:
 
     def _next(self):
         if not self.waiting:
-            self.waiting = tokenizer.encode(self.tok, [next(self.stream).messages for _ in range(64)])
+            made = [next(self.stream) for _ in range(64)]
+            found = tokenizer.encode(self.tok, [each.messages for each in made])
+            self.waiting = [
+                (ids, spoken, self._domains(ids, each)) for (ids, spoken), each in zip(found, made)
+            ]
         return self.waiting.pop()
 
+    def _domains(self, ids, made) -> list[int]:
+        """The number of each token's domain; -1 for the start, the system prompt, and what is not of one domain."""
+        names = list(corpus.DOMAINS)
+        turns = [e.domain for e in made.exchanges for _ in range(2)]
+        turns = [None] * (1 + len(made.messages) - len(turns)) + turns
+        numbers = [names.index(turn) if turn in names else -1 for turn in turns]
+        roles = [self.tok.convert_tokens_to_ids(mark) for mark in tokenizer.SPECIAL[3:]]
+        return [numbers[turn] for turn in accumulate(token in roles for token in ids)]
+
     def row(self, length: int):
-        ids, spoken = [], []
-        while len(ids) < length:
-            more, said = self._next()
-            ids += more
-            spoken += said
-        return ids[:length], spoken[:length]
+        parts = ([], [], [])
+        while len(parts[0]) < length:
+            for part, more in zip(parts, self._next()):
+                part += more
+        return [part[:length] for part in parts]
 
     def batch(self, rows: int, length: int):
-        pairs = [self.row(length) for _ in range(rows)]
-        return torch.tensor([ids for ids, _ in pairs]), torch.tensor([spoken for _, spoken in pairs])
+        """Token ids, whether the assistant says them, and their domains: each [rows, length]."""
+        return [torch.tensor(part) for part in zip(*(self.row(length) for _ in range(rows)))]
 
 
 def rate(done: float, peak: float) -> float:
@@ -61,28 +74,17 @@ def rate(done: float, peak: float) -> float:
     return peak * min(1.0, max(0.0, (1 - done) / (1 - DECAY_FROM)))
 
 
-def balance_of(router_logits, config, whole: bool):
-    """The load-balancing loss, 2.0 when even. transformers pools the layers before it compares the experts (`whole`),
-    so that a layer may leave experts idle if other layers use those of the same number; by layer, none may."""
-    groups = [router_logits] if whole else [(logits,) for logits in router_logits]
-    return sum(
-        load_balancing_loss_func(group, config.num_local_experts, config.num_experts_per_tok)
-        for group in groups
-    ) / len(groups)
-
-
-def losses(model, ids, spoken, whole=False):
-    """The weighted loss to train on, and the plain loss of the assistant's tokens."""
+def losses(model, ids, spoken, domains, targets):
+    """The weighted loss to train on, the plain loss of the assistant's tokens, and the routing's loss."""
     out = model(input_ids=ids, use_cache=False, output_router_logits=True)
     each = torch.nn.functional.cross_entropy(
         out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
     mask = spoken[:, 1:].flatten()
     weight = torch.where(mask, 1.0, HEARD)
-    config = model.config
-    balance = balance_of(out.router_logits, config, whole)
-    loss = (each * weight).sum() / weight.sum() + config.router_aux_loss_coef * balance
-    return loss, each.detach()[mask].mean().item(), balance.item()
+    routing, information = routing_loss(out.router_logits, domains.flatten(), len(corpus.DOMAINS), targets)
+    loss = (each * weight).sum() / weight.sum() + ROUTING * routing
+    return loss, each.detach()[mask].mean().item(), routing.item(), information
 
 
 def optimizer_for(model, peak):
@@ -169,19 +171,20 @@ def work(rank: int, args, store: str):
         for group in optimizer.param_groups:
             group["lr"] = rate(clock.done, args.lr)
         length = LONG if clock.done > LONG_FROM else SHORT
-        ids, spoken = rows.batch(args.batch * SHORT // length // args.workers, length)
-        loss, said, balance = losses(model, ids, spoken, args.pooled_balance)
+        batch = rows.batch(args.batch * SHORT // length // args.workers, length)
+        loss, said, routing, information = losses(model, *batch, args.experts_per_domain)
         loss.backward()
         clock.average(model, args.workers)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema = said if ema is None else 0.97 * ema + 0.03 * said
-        tokens = state["tokens"] + ids.numel() * args.workers
+        tokens = state["tokens"] + batch[0].numel() * args.workers
         state = {"step": state["step"] + 1, "tokens": tokens, "elapsed": clock.elapsed}
         if rank == 0 and state["step"] % 20 == 0:
-            seen = {"said": ema, "balance": balance, "norm": norm, "lr": rate(clock.done, args.lr)}
-            print(json.dumps({**state, **{key: round(value, 5) for key, value in seen.items()}}), flush=True)
+            seen = {"said": ema, "routing": routing, "norm": norm, "lr": rate(clock.done, args.lr)}
+            rounded = {key: round(value, 5) for key, value in seen.items()}
+            print(json.dumps({**state, **rounded, "information": information}), flush=True)
         if rank == 0 and time.time() - last_save > args.save_every * 60:
             save(folder / "last.pt", model, optimizer, state)
             last_save = time.time()
@@ -203,7 +206,10 @@ def main():
     parser.add_argument("--save-every", type=float, default=5, help="minutes between checkpoints")
     parser.add_argument("--start", type=Path, help="a checkpoint whose weights a new run starts from")
     parser.add_argument(
-        "--pooled-balance", action="store_true", help="balance the experts over all layers together"
+        "--experts-per-domain",
+        type=float,
+        default=3.5,
+        help="how many experts' worth of routing one domain may spread over",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("training/runs/fp16"), help="where the checkpoint folder goes"
