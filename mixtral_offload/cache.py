@@ -1,43 +1,54 @@
-"""Which experts are on the device: fixed slots per layer, least recently used out first (2312.17238, section 3.1).
+"""Which experts are on the device: fixed slots, filled on demand (2312.17238, section 3.1) or by a guess (3.2).
 
-Knows slots, copies and recency. Knows nothing of models, routers or how an expert is run.
+Knows rows of device memory, copies and the order of things. Knows nothing of models, routers or how an expert is run.
 
-A slot is invalidated, then copied into, then published. Which slots are free is derived, never stored, so an
-interrupt at any moment leaves nothing to repair: the next call drops what was under way.
+A row is invalidated, then copied into, then published. Guesses arrive in staging rows; a guess that comes true takes
+its row into the cache and leaves the evicted expert's row for the next guess: nothing is copied twice. Which rows are
+free is derived, never stored, so an interrupt at any moment leaves nothing to repair: the next call drops what was
+under way.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .checkpoint import ExpertId
 from .errors import CapacityError
 from .experts import ExpertLayout
+from .policy import LOAD, LRU, Policy, Pool, serve
 from .quantization import Fields
 from .store import Store
-from .transfer import Copy
+from .trace import HIT, MISS, PREFETCHED
+from .transfer import CREATED, Copy
 
 Views = dict[str, Fields]
 
 
 @dataclass
 class CacheStats:
-    """Counters since the last `reset`. One use is one expert needed by one pass through one layer."""
+    """Counters since the last `reset`. One use is one expert needed by one pass through one layer.
+
+    misses: uses that found their expert in no slot; prefetched: those of them whose copy a guess had started.
+    bytes_moved: of all copies; wasted_bytes: of guesses that were not used. wait_s: the model stood still.
+    """
 
     hits: int = 0
     misses: int = 0
+    prefetched: int = 0
+    guesses: int = 0
     bytes_moved: int = 0
+    wasted_bytes: int = 0
     wait_s: float = 0.0
 
     @property
     def hit_rate(self) -> float:
-        """Share of uses that found their expert on the device; nan before the first use."""
+        """Share of uses that found their expert in a slot; nan before the first use."""
         uses = self.hits + self.misses
         return self.hits / uses if uses else float("nan")
 
@@ -45,129 +56,209 @@ class CacheStats:
         self.__init__()
 
 
-@dataclass
-class _Layer:
-    """One layer's part of the device memory. Slots are row numbers of the slab."""
+class Use(NamedTuple):
+    """One use, for a trace: outcome is HIT, MISS or PREFETCHED; copy is None for a hit. at_s: when it could run."""
 
-    slots: tuple[int, ...]
-    resident: dict[int, int]  # expert -> slot, for good
-    published: OrderedDict[int, int] = field(
-        default_factory=OrderedDict
-    )  # expert -> slot, least recent first
-    loading: dict[int, tuple[int, Copy]] = field(default_factory=dict)  # expert -> (slot, copy), oldest first
+    layer: int
+    expert: int
+    outcome: int
+    wait_s: float
+    at_s: float
+    copy: Copy | None
 
-    def find(self, expert: int) -> int | None:
-        slot = self.resident.get(expert)
-        return self.published.get(expert) if slot is None else slot
 
-    def free_slot(self, keep: set[int]) -> int | None:
-        """A slot to copy into, its old expert invalidated; None if all hold experts of `keep` or copies under way."""
-        used = {*self.published.values(), *(slot for slot, _ in self.loading.values())}
-        for slot in self.slots:
-            if slot not in used:
-                return slot
-        victim = next((expert for expert in self.published if expert not in keep), None)
-        return None if victim is None else self.published.pop(victim)
+class Guess(NamedTuple):
+    """An expert in a staging row, or on its way there. In a journal: one that did not come true."""
+
+    key: ExpertId
+    row: int
+    copy: Copy
 
 
 class ExpertCache:
     """Experts on the device.
 
     layers: layer -> (number of slots, resident experts). store: home of all experts that are not resident.
-    memory: one uint8 slab [slots and residents, layout.n_bytes] on `device`.
+    policy: makes an eviction policy. shared: one pool of slots for all layers instead of one for each.
+    n_staging: rows for guesses. memory: one uint8 slab [slots, staging and residents, layout.n_bytes] on `device`.
     """
 
     def __init__(
-        self,
-        layout: ExpertLayout,
-        layers: dict[int, tuple[int, Sequence[int]]],
-        store: Store | None,
-        engine,
-        device,
-    ):
+        self, layout: ExpertLayout, layers: dict[int, tuple[int, Sequence[int]]], store: Store | None, engine, device,
+        *, policy: Callable[[], Policy] = LRU, shared: bool = False, n_staging: int = 0,
+    ):  # fmt: skip
         self.layout, self.stats, self.lock = layout, CacheStats(), threading.RLock()
+        self.journal: list[Use | Guess] | None = None  # a recorder's, who wants to know every use and guess
+        self.n_staging = n_staging if store else 0
         self._store, self._engine = store, engine
-        n_rows = sum(n_slots + len(resident) for n_slots, resident in layers.values())
-        self._slab = _allocate(n_rows, layout.n_bytes, device)
+        n_slots = sum(n for n, _ in layers.values())
+        residents = [(layer, expert) for layer, (_, resident) in layers.items() for expert in resident]
+        self._rows = range(n_slots + self.n_staging)
+        self._resident = {key: row for row, key in enumerate(residents, len(self._rows))}
+        self._slab = _allocate(len(self._rows) + len(residents), layout.n_bytes, device)
         self._views = [layout.views(row) for row in self._slab]
-        self._layers: dict[int, _Layer] = {}
-        rows = iter(range(n_rows))
-        for layer, (n_slots, resident) in layers.items():
-            self._layers[layer] = _Layer(
-                slots=tuple(next(rows) for _ in range(n_slots)),
-                resident={expert: next(rows) for expert in resident},
-            )
+        self._slots, self._policy, self._shared = (
+            {layer: n for layer, (n, _) in layers.items()},
+            policy,
+            shared,
+        )
+        self._passes = 0
+        self._staged: dict[ExpertId, Guess] = {}
+        self._dropped: list[Guess] = []  # their rows may still be written
+        self._pools = self._make_pools()
+
+    def clear(self) -> None:
+        """Forget every expert that is not resident, and what the policy has learnt."""
+        for pool in self._pools.values():
+            self._drop_interrupted(pool)
+        for key in list(self._staged):
+            self._drop_guess(key)
+        self._pools = self._make_pools()
+
+    def _make_pools(self) -> dict[int, Pool]:
+        """layer -> its pool; one and the same for all layers if it is shared."""
+        if self._shared:
+            return dict.fromkeys(self._slots, Pool(sum(self._slots.values()), self._policy(), self._resident))
+        return {layer: Pool(n, self._policy(), self._resident) for layer, n in self._slots.items()}
 
     def resident_slots(self) -> Iterator[tuple[ExpertId, torch.Tensor]]:
         """(layer, expert) and the memory of each resident expert, to be filled once while building."""
-        for layer, state in self._layers.items():
-            for expert, slot in state.resident.items():
-                yield (layer, expert), self._slab[slot]
+        for key, row in self._resident.items():
+            yield key, self._slab[row]
 
     def contents(self, layer: int) -> list[int]:
-        """Experts of `layer` on the device: residents, then the least to the most recently used."""
-        state = self._layers[layer]
-        return [*state.resident, *state.published]
+        """Experts of `layer` on the device: residents, then those in slots, the next to be evicted first."""
+        pool = self._pools[layer]
+        held = sorted((key for key in pool.held if key[0] == layer), key=pool.policy.score.__getitem__)
+        return [expert for at, expert in (*self._resident, *held) if at == layer]
 
     def n_slots(self, layer: int) -> int:
-        return len(self._layers[layer].slots)
+        """Slots of this layer; with a shared pool, its share."""
+        return self._slots[layer]
 
-    def serve(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Views]]:
+    def serve(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Views]]:
         """Yield each of `experts` with its views, once: those on the device first, the others as they land.
 
-        All copies that the slots allow are under way before the first expert is yielded. The views are valid until
-        the next one is asked for. More experts than slots pass through in waves.
+        All copies that the slots allow are under way, and then `meanwhile` has been called, before the first expert
+        is yielded. The views are valid until the next one is asked for. More experts than slots go through in waves.
         """
-        state = self._layers[layer]
-        self._drop_interrupted(state)
-        hits = [expert for expert in experts if state.find(expert) is not None]
-        missing = deque(expert for expert in experts if expert not in hits)
-        self.stats.hits += len(hits)
-        self.stats.misses += len(missing)
-        keep = set(hits)
-        self._start_copies(layer, state, missing, keep)
-        for expert in hits:
-            if expert in state.published:
-                state.published.move_to_end(expert)
-            yield expert, self._views[state.find(expert)]
-            keep.discard(expert)
-            self._start_copies(layer, state, missing, keep)
-        while state.loading:
-            expert = self._land(state)
-            keep.add(expert)
-            yield expert, self._views[state.published[expert]]
-            keep.discard(expert)
-            self._start_copies(layer, state, missing, keep)
+        pool = self._pools[layer]
+        self._drop_interrupted(pool)
+        self._passes += 1
+        for action, key, hit in serve(pool, [(layer, expert) for expert in experts]):
+            if action is LOAD:
+                self._load(pool, key)
+                continue
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
+            if hit:
+                self._count(Use(*key, HIT, 0.0, time.perf_counter(), None))
+            else:
+                key = self._land(pool, key)
+            row = self._resident.get(key)
+            yield key[1], self._views[pool.held[key] if row is None else row]
+        for key in [key for key in self._staged if key[0] == layer]:
+            self._drop_guess(key)  # not needed after all
 
-    def _start_copies(self, layer: int, state: _Layer, missing: deque[int], keep: set[int]) -> None:
-        while missing and (slot := state.free_slot(keep)) is not None:
-            expert = missing.popleft()
-            copy = Copy(self._store.pieces((layer, expert)), self._slab[slot])
-            state.loading[expert] = (slot, copy)  # remembered before it can write
-            self._engine.start(copy)
-            self.stats.bytes_moved += copy.n_bytes
+    def prefetch(self, layer: int, experts: Sequence[int], distance: int = 1) -> None:
+        """Start copies of the experts that `layer`, `distance` layers from now, will probably need, likeliest first.
 
-    def _land(self, state: _Layer) -> int:
-        """Wait for the oldest copy and publish its expert."""
-        expert, (slot, copy) = next(iter(state.loading.items()))
+        One that is there or on its way is left alone; an earlier guess for this layer whose copy has not begun, and
+        which is not among `experts` now, makes room. Without a free staging row, nothing happens.
+        """
+        pool = self._pools[layer]
+        for key in [key for key in self._staged if key[0] == layer and key[1] not in experts]:
+            if self._staged[key].copy.state == CREATED:
+                self._drop_guess(key)
+        for expert in experts:
+            key = (layer, expert)
+            if key in self._resident or key in pool.held or key in pool.loading or key in self._staged:
+                continue
+            self.settle()
+            if len(self._staged) + len(self._dropped) >= self.n_staging:
+                return
+            row = self._free_row()
+            guess = Guess(key, row, Copy(self._store.pieces(key), self._slab[row], self._passes + distance))
+            self._staged[key] = guess  # remembered before it can write
+            self._engine.start(guess.copy)
+            guess.copy.was_guess = True  # only now: one that never started must not be waited for
+            self.stats.guesses += 1
+
+    def _load(self, pool: Pool, key: ExpertId) -> None:
+        """Start the copy of an expert that is needed, or take over the guess that has started it."""
+        guess = self._staged.get(key)
+        if guess is not None and guess.copy.is_good:
+            pool.loading[key] = guess.row, guess.copy
+            del self._staged[key]
+            self._engine.promote(guess.copy)
+            return
+        if guess is not None:
+            self._drop_guess(key)
+        row = self._free_row()
+        copy = Copy(self._store.pieces(key), self._slab[row])
+        pool.loading[key] = row, copy  # remembered before it can write
+        self._engine.start(copy)
+
+    def _land(self, pool: Pool, key: ExpertId | None) -> ExpertId:
+        """Wait for an expert's copy (None: for the first asked for) and publish it."""
+        if key is None:
+            key = min(pool.loading, key=lambda key: pool.loading[key][1].asked_s)
+        row, copy = pool.loading[key]
         begin = time.perf_counter()
         copy.wait()
-        self.stats.wait_s += time.perf_counter() - begin
-        state.published[expert] = slot
-        del state.loading[expert]
-        return expert
+        end = time.perf_counter()
+        pool.publish(key, row)
+        self._count(Use(*key, PREFETCHED if copy.was_guess else MISS, end - begin, end, copy))
+        return key
 
-    def _drop_interrupted(self, state: _Layer) -> None:
+    def _count(self, use: Use) -> None:
+        stats = self.stats
+        stats.hits += use.outcome == HIT
+        stats.misses += use.outcome != HIT
+        stats.prefetched += use.outcome == PREFETCHED
+        stats.wait_s += use.wait_s
+        stats.bytes_moved += use.copy.moved_bytes if use.copy else 0
+        if self.journal is not None:
+            self.journal.append(use)
+
+    def settle(self) -> None:
+        """Free the rows of dropped guesses that nothing writes any more, and count what they moved."""
+        for guess in [guess for guess in self._dropped if guess.copy.is_over]:
+            self._dropped.remove(guess)
+            self.stats.bytes_moved += guess.copy.moved_bytes
+            self.stats.wasted_bytes += guess.copy.moved_bytes
+
+    def _free_row(self) -> int:
+        """A row that nothing is in or on its way to; there is one whenever a pool or the staging has room."""
+        used = {guess.row for guess in (*self._staged.values(), *self._dropped)}
+        for pool in {id(pool): pool for pool in self._pools.values()}.values():
+            used.update(pool.held.values())
+            used.update(row for row, _ in pool.loading.values())
+        return next(row for row in self._rows if row not in used)
+
+    def _drop_guess(self, key: ExpertId) -> None:
+        guess = self._staged[key]
+        guess.copy.cancel()
+        self._dropped.append(guess)  # before it is forgotten: its row is free only when nothing writes it
+        del self._staged[key]
+        if self.journal is not None:
+            self.journal.append(guess)
+
+    def _drop_interrupted(self, pool: Pool) -> None:
         """Forget what an exception left under way, once it cannot write any more."""
-        while state.loading:
-            expert, (_, copy) = next(iter(state.loading.items()))
+        while pool.loading:
+            key, (_, copy) = next(iter(pool.loading.items()))
             copy.abandon()
-            del state.loading[expert]
+            pool.loading.pop(key)
 
     def close(self) -> None:
         """Wait for all copies and end the engine; the cache must not be used afterwards."""
-        for state in self._layers.values():
-            self._drop_interrupted(state)
+        self.clear()
+        for guess in self._dropped:
+            guess.copy.abandon()
         if self._engine is not None:
             self._engine.close()
 

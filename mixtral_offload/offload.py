@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +27,9 @@ from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, expert_forward
 from .hub import resolve
 from .plan import Plan, Sizes, make_plan, parse_size
+from .policy import POLICIES, make_policy
+from .prefetch import Prefetcher, find_gates
+from .recorder import Recorder
 from .store import FileStore, RamStore
 from .transfer import make_engine
 from .trunk import load_trunk
@@ -42,7 +46,10 @@ class OffloadOptions:
     default: float16 on CUDA, float32 on the CPU. cache_size: experts per layer on the device, or "auto" for all that
     fit; default: what the checkpoint asks for, or "auto". store: home of the other experts, "ram", "disk" or "auto".
     vram, ram: bytes (or text like "15GB") that may be used; default: what is free. context_length: tokens to leave
-    room for. link: slow copies down to so many bytes (or "12GB") per second, for experiments.
+    room for. link: slow copies down to so many bytes (or "12GB") per second, for experiments. prefetch: experts of
+    each coming layer to copy ahead, guessed from the hidden state of now; default: 2 where there is a link to hide (CUDA, or
+    `link`), else 0. look_ahead: how many layers ahead to guess. policy: which expert leaves, "lru", "lfu" or "lrfu".
+    shared_slots: one pool of slots for all layers instead of one for each.
     """
 
     device: str | torch.device | None = None
@@ -53,6 +60,10 @@ class OffloadOptions:
     ram: int | str | None = None
     context_length: int = 4096
     link: float | str | None = None
+    prefetch: int | None = None
+    look_ahead: int = 1
+    policy: str = "lru"
+    shared_slots: bool = False
     progress: bool = False
 
     @classmethod
@@ -71,7 +82,21 @@ class OffloadOptions:
             raise OptionError(
                 "unknown dtype", expected="float16, bfloat16 or float32", found=options["dtype"]
             )
-        return cls(**{**options, "device": device, "dtype": dtype})
+        prefetch = options.get("prefetch")
+        if prefetch is None:
+            prefetch = 2 if device.type == "cuda" or options.get("link") is not None else 0
+        options = {**options, "device": device, "dtype": dtype, "prefetch": prefetch}
+        for name, least in (("prefetch", 0), ("look_ahead", 1)):
+            value = options.get(name, least)
+            if not isinstance(value, int) or value < least:
+                raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=value)
+        make_policy(options.get("policy", cls.policy))
+        return cls(**options)
+
+    @property
+    def n_staging(self) -> int:
+        """Rows for guesses: one more than can be useful at a time, for one whose copy is still being stopped."""
+        return self.prefetch * self.look_ahead + 1 if self.prefetch else 0
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -97,6 +122,8 @@ class Offload:
     options: OffloadOptions
     plan: Plan
     cache: ExpertCache
+    prefetcher: Prefetcher | None = None
+    recorder: Recorder | None = None
 
     @property
     def stats(self) -> CacheStats:
@@ -105,6 +132,15 @@ class Offload:
     @property
     def layout(self) -> ExpertLayout:
         return self.checkpoint.layout
+
+    def settings(self) -> dict:
+        """What a trace keeps of how the model ran, in JSON's types."""
+        checkpoint, options, plan = self.checkpoint, self.options, self.plan
+        return {"model": checkpoint.folder.name, "layers": list(checkpoint.layers), "n_experts": checkpoint.n_experts,
+                "expert_bytes": self.layout.n_bytes if plan.home == "ram" else self.layout.stored_bytes,
+                "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "home": plan.home,
+                "policy": options.policy, "shared_slots": options.shared_slots, "prefetch": options.prefetch,
+                "look_ahead": options.look_ahead, "device": str(options.device)}  # fmt: skip
 
 
 def from_pretrained(
@@ -143,6 +179,7 @@ def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
         device = parse_size(options.vram)
     else:
         device = ram if on_cpu else torch.cuda.mem_get_info(options.device)[0]
+    device -= options.n_staging * sizes.expert_bytes
     device -= trunk_bytes(checkpoint, options) + (0 if on_cpu else MARGIN_BYTES)
     return make_plan(
         sizes, max(device, 0), ram, cache_size=cache_size, store=options.store, shared_memory=on_cpu, why=why
@@ -199,7 +236,10 @@ def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) ->
     link = None if options.link is None else float(parse_size(options.link))
     engine = make_engine(device, store.pinned, layout.n_bytes, link) if store else None
     layers = {layer: (plan.slots[layer], plan.resident[layer]) for layer in checkpoint.layers}
-    cache = ExpertCache(layout, layers, store, engine, device)
+    cache = ExpertCache(
+        layout, layers, store, engine, device, policy=POLICIES[options.policy], shared=options.shared_slots,
+        n_staging=options.n_staging,
+    )  # fmt: skip
     for _ in _fill_residents(checkpoint, cache, device):
         bar.update(layout.n_bytes)
     bar.close()
@@ -220,17 +260,21 @@ def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.de
 
 def _attach(model: PreTrainedModel) -> None:
     """Put `offloaded_experts` in place of the model's own experts."""
-    layers = []
+    layers = {}
     for name, module in _experts_modules(model):
-        layers.append(int(re.search(r"\.layers\.(\d+)\.", name)[1]))
-        module.offload, module.layer = model.offload, layers[-1]
-    if tuple(layers) != model.offload.checkpoint.layers:
+        layers[name] = int(re.search(r"\.layers\.(\d+)\.", name)[1])
+        module.offload, module.layer = model.offload, layers[name]
+    if tuple(layers.values()) != model.offload.checkpoint.layers:
         raise CheckpointError(
             "the checkpoint's expert layers are not the model's", path=model.offload.checkpoint.folder,
-            expected=f"layers {layers}", found=f"layers {list(model.offload.checkpoint.layers)}",
+            expected=f"layers {list(layers.values())}", found=f"layers {list(model.offload.checkpoint.layers)}",
             hint="download the checkpoint's index and config again",
         )  # fmt: skip
     model.set_experts_implementation("offloaded")
+    options = model.offload.options
+    if options.prefetch and model.offload.plan.home:
+        gates = find_gates(model, layers)
+        model.offload.prefetcher = Prefetcher(gates, options.prefetch, options.look_ahead)
 
 
 def offloaded_experts(
@@ -244,20 +288,41 @@ def offloaded_experts(
     offload, cache = module.offload, module.offload.cache
     n_tokens, top_k = top_k_index.shape
     order = top_k_index.reshape(-1).argsort(stable=True)
-    counts = torch.bincount(
-        top_k_index.reshape(-1), minlength=offload.checkpoint.n_experts
-    ).tolist()  # the host waits here
+    counts, prefetch = _read_routing(offload, module.layer, top_k_index)
     ends = torch.tensor(counts).cumsum(0).tolist()
     x = hidden_states[order // top_k]  # [T * k, H], sorted by expert
     y = torch.empty_like(x)
+    began_s = time.perf_counter()
     with cache.lock:
-        for expert, views in cache.serve(module.layer, [expert for expert, n in enumerate(counts) if n]):
+        needed = [expert for expert, n in enumerate(counts) if n]
+        for expert, views in cache.serve(module.layer, needed, meanwhile=prefetch):
             rows = slice(ends[expert] - counts[expert], ends[expert])
             y[rows] = expert_forward(x[rows], views, offload.layout, module._apply_gate)
+        if offload.recorder is not None:
+            offload.recorder.add(module.layer, top_k_index, top_k_weights, began_s)
     unsorted = torch.empty_like(y)
     unsorted[order] = y
     weighted = unsorted.view(n_tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
     return weighted.sum(1).to(hidden_states.dtype)
+
+
+def _read_routing(offload: Offload, layer: int, top_k_index: Tensor):
+    """Tokens per expert, as a list, and a function that starts the guesses for later layers (or None).
+
+    The guesses are computed before, and come to the host with the counts: it waits for the device once per layer.
+    """
+    counts = torch.bincount(top_k_index.reshape(-1), minlength=offload.checkpoint.n_experts)
+    layers, ranked = offload.prefetcher.rank(layer) if offload.prefetcher else ([], None)
+    if not layers:
+        return counts.tolist(), None
+    numbers = torch.cat((counts, ranked.flatten())).tolist()  # the host waits here
+    guesses = torch.tensor(numbers[len(counts) :]).view(len(layers), -1).tolist()
+
+    def prefetch() -> None:
+        for distance, (target, experts) in enumerate(zip(layers, guesses), 1):
+            offload.cache.prefetch(target, experts, distance)
+
+    return numbers[: len(counts)], prefetch
 
 
 ALL_EXPERTS_FUNCTIONS.register("offloaded", offloaded_experts)

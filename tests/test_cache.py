@@ -49,9 +49,14 @@ class UnorderedEngine:
     def _run(self, copy, delay_s):
         if copy.begin():
             time.sleep(delay_s)
-            for offset, piece in copy.pieces:
-                copy.slot[offset : offset + piece.numel()].copy_(piece)
+            while copy.moved_bytes < copy.n_bytes and not copy.cancelled:
+                source, target = copy.next_chunk(1000)
+                target.copy_(source)
+                copy.moved_bytes += source.numel()
             copy.finish()
+
+    def promote(self, copy):
+        copy.due = -1
 
     def close(self):
         for thread in self.threads:
@@ -99,6 +104,8 @@ class NaiveLRU:
                 if len(self.held) == self.n_slots:
                     self.held.popitem(last=False)
                 self.held[expert] = True
+        for expert in experts:  # of one pass, the later ones count as more recent
+            self.held.move_to_end(expert)
 
 
 passes = st.lists(

@@ -46,20 +46,24 @@ def test_a_copy_that_waits_in_the_queue_can_be_abandoned_and_never_writes():
     engine.start(first)
     engine.start(second)
     second.abandon()
-    assert second.state == ABANDONED
+    assert second.is_over
     first.wait()
     engine.close()  # the worker has seen the second one by now
+    assert second.state == ABANDONED
     assert (second.slot == 0).all()
 
 
 def test_abandoning_a_running_copy_waits_until_it_cannot_write():
-    engine = ThreadEngine(CPU, 1000, link_bytes_per_s=5_000)
-    copy = copy_of(1000)
+    engine = ThreadEngine(CPU, 1000, link_bytes_per_s=100_000)
+    copy = copy_of(20_000)
     engine.start(copy)
     while copy.state == "created":
         time.sleep(0.001)
     copy.abandon()
-    assert copy.state == "done"
+    assert copy.state == ABANDONED
+    written = copy.slot.clone()
+    time.sleep(0.1)
+    assert (copy.slot == written).all() and (copy.slot == 0).any()
     engine.close()
 
 

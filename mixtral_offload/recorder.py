@@ -1,0 +1,133 @@
+"""Records a RoutingTrace while a model runs.
+
+Knows the live cache's journal and the model's token ids. While recording, it only keeps references; everything is put
+into arrays at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import numpy as np
+from torch import Tensor
+
+from .cache import Use
+from .trace import RoutingTrace
+
+
+class Recorder:
+    """Filled by `offloaded_experts` and by the cache; `finish` makes the trace. Use `record`."""
+
+    def __init__(self, model):
+        self._model, self._offload = model, model.offload
+        self._began_s = time.perf_counter()
+        self._ids: list[Tensor] = []
+        self._parts: list[tuple[int, int, Tensor, Tensor, float, float, int]] = []
+        self._hook = model.get_input_embeddings().register_forward_pre_hook(self._new_pass)
+        self._offload.cache.journal = self._journal = []
+
+    def _new_pass(self, module, arguments: tuple) -> None:
+        self._ids.append(arguments[0])
+
+    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
+        """One pass through one layer's experts, whose uses are all in the journal."""
+        now = time.perf_counter()
+        part = len(self._ids) - 1, layer, top_k_index, top_k_weights, began_s, now, len(self._journal)
+        self._parts.append(part)
+
+    def stop(self) -> None:
+        self._hook.remove()
+        self._offload.cache.journal = None
+
+    def finish(self, tokenizer=None) -> RoutingTrace:
+        """The trace of the passes that ran to their end."""
+        number = {layer: i for i, layer in enumerate(self._offload.checkpoint.layers)}
+        whole = sum(part[1] == self._offload.checkpoint.layers[-1] for part in self._parts)
+        parts = [part for part in self._parts if part[0] < whole]
+        ids = [ids.reshape(-1).cpu().numpy() for ids in self._ids[:whole]]
+        sizes = [len(part) for part in ids]
+        tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+        n_layers, top_k = len(number), self._offload.checkpoint.top_k
+        by_layer = [[part for part in parts if part[1] == layer] for layer in number]
+        experts = [
+            np.concatenate([p[2].cpu().numpy() for p in of] or [np.zeros((0, top_k))]) for of in by_layer
+        ]
+        weights = [
+            np.concatenate([p[3].float().cpu().numpy() for p in of] or [np.zeros((0, top_k))])
+            for of in by_layer
+        ]
+        spans = np.array([[(p[4], p[5]) for p in of] for of in by_layer]).reshape(n_layers, whole, 2)
+        pieces = [tokenizer.decode([token]) for token in tokens.tolist()] if tokenizer else []
+        return RoutingTrace(
+            tokens=tokens.astype(np.int64), passes=np.repeat(np.arange(whole), sizes).astype(np.int32),
+            experts=np.stack(experts, 1).astype(np.int16), weights=np.stack(weights, 1).astype(np.float32),
+            **self._journal_arrays(parts, number), spans=spans.transpose(1, 0, 2) - self._began_s,
+            settings=self._offload.settings(), counters=asdict(self._offload.stats), pieces=pieces,
+        )  # fmt: skip
+
+    def _journal_arrays(self, parts, number: dict[int, int]) -> dict[str, np.ndarray]:
+        """The columns use_* and wrong_* of the trace."""
+        used, wrong, start = [], [], 0
+        for part in parts:
+            for entry in self._journal[start : part[6]]:
+                copy = entry.copy
+                times = (np.nan, np.nan) if copy is None or not copy.began_s else (copy.began_s, copy.ended_s)
+                moved = copy.moved_bytes if copy else 0
+                if isinstance(entry, Use):
+                    used.append(
+                        (
+                            part[0],
+                            number[entry.layer],
+                            entry.expert,
+                            entry.outcome,
+                            entry.wait_s,
+                            entry.at_s,
+                            moved,
+                            *times,
+                        )
+                    )
+                else:
+                    wrong.append((part[0], number[entry.key[0]], entry.key[1], moved, *times))
+            start = part[6]
+        return _columns("use", used, self._began_s) | _columns("wrong", wrong, self._began_s)
+
+
+def _columns(kind: str, rows: list[tuple], began_s: float) -> dict[str, np.ndarray]:
+    names = ["pass", "layer", "expert", "outcome", "wait_s", "at_s", "bytes"]
+    names = names if kind == "use" else ["pass", "layer", "expert", "bytes"]
+    types = {"pass": np.int32, "layer": np.int32, "expert": np.int32, "outcome": np.uint8, "bytes": np.int64}
+    columns = list(zip(*rows)) if rows else [()] * (len(names) + 2)
+    found = {
+        f"{kind}_{name}": np.array(column, types.get(name, np.float64))
+        for name, column in zip(names, columns)
+    }
+    if kind == "use":
+        found["use_at_s"] = found["use_at_s"] - began_s
+    return found | {f"{kind}_copy_s": np.array(columns[-2:], np.float64).T.reshape(-1, 2) - began_s}
+
+
+@contextmanager
+def record(model, tokenizer=None):
+    """Record what `model` routes:
+
+        with record(model, tokenizer) as recording:
+            model.generate(...)
+        trace = recording()
+
+    The cache begins empty and its counters at zero, so that a replay of the trace can be exact. tokenizer: to keep the
+    tokens' text. Batches are recorded as one stream of tokens.
+    """
+    offload = model.offload
+    with offload.cache.lock:
+        offload.cache.clear()
+        offload.stats.reset()
+        recorder = offload.recorder = Recorder(model)
+    finished: list[RoutingTrace] = []
+    try:
+        yield lambda: finished[0]
+    finally:
+        offload.recorder = None
+        recorder.stop()
+        finished.append(recorder.finish(tokenizer))
