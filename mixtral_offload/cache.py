@@ -259,6 +259,7 @@ class ExpertCache:
         self.clear()
         for guess in self._dropped:
             guess.copy.abandon()
+        self.settle()
         if self._engine is not None:
             self._engine.close()
 

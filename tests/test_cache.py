@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ N_EXPERTS = 8
 LAYOUT = ExpertLayout.build(
     4, 8, {(matrix, "weight"): (torch.float16, 32) for matrix in ("gate", "up", "down")}
 )  # fmt: skip
+
+
+ENGINE = ThreadEngine(CPU, LAYOUT.n_bytes)  # for tests that make thousands of caches
 
 
 class Home:
@@ -63,9 +67,10 @@ class UnorderedEngine:
             thread.join()
 
 
-def make_cache(n_slots=2, n_layers=2, resident=(), link=None, engine=None):
+def make_cache(n_slots=2, n_layers=2, resident=(), link=None, engine=None, **options):
     home, engine = Home(), engine or ThreadEngine(CPU, LAYOUT.n_bytes, link)
-    cache = ExpertCache(LAYOUT, dict.fromkeys(range(n_layers), (n_slots, resident)), home, engine, CPU)
+    layers = dict.fromkeys(range(n_layers), (n_slots, resident))
+    cache = ExpertCache(LAYOUT, layers, home, engine, CPU, **options)
     for (layer, expert), slot in cache.resident_slots():
         slot.fill_(layer * N_EXPERTS + expert)
     return cache, home
@@ -107,29 +112,106 @@ class NaiveLRU:
         for expert in experts:  # of one pass, the later ones count as more recent
             self.held.move_to_end(expert)
 
+    def copy_from(self, cache, layer):
+        self.held = OrderedDict.fromkeys(cache.contents(layer), True)
 
-passes = st.lists(
-    st.tuples(
-        st.integers(0, 1), st.lists(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=2, unique=True)
-    ),
-    max_size=30,
+
+experts_of_a_pass = st.lists(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=2, unique=True)
+steps = st.one_of(
+    st.tuples(st.just("serve"), st.integers(0, 1), experts_of_a_pass),
+    st.tuples(st.just("guess"), st.integers(0, 1), experts_of_a_pass),
+    st.tuples(st.just("serve and guess"), st.integers(0, 1), experts_of_a_pass),
+    st.tuples(st.just("go away"), st.integers(0, 1), experts_of_a_pass),
 )
 
 
-@given(passes=passes, n_slots=st.integers(2, N_EXPERTS))
-@settings(max_examples=300, deadline=None)
-def test_hits_misses_and_contents_are_those_of_the_textbook(passes, n_slots):
-    cache, _ = make_cache(n_slots)
+def rows_in_use(cache):
+    """Of the slots: every row that something is in or on its way to."""
+    pools = {id(pool): pool for pool in cache._pools.values()}.values()
+    rows = [
+        row for pool in pools for row in (*pool.held.values(), *(row for row, _ in pool.loading.values()))
+    ]
+    return rows + [guess.row for guess in (*cache._staged.values(), *cache._dropped)]
+
+
+@given(sequence=st.lists(steps, max_size=20), n_slots=st.integers(2, N_EXPERTS), n_staging=st.integers(0, 4))
+@settings(max_examples=10_000, deadline=None)
+def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots, n_staging):
+    """Guesses, right, wrong or dropped, change neither hits nor contents, and no row is ever used twice or lost."""
+    cache, home = make_cache(n_slots, engine=ENGINE, n_staging=n_staging)
     naive = [NaiveLRU(n_slots), NaiveLRU(n_slots)]
-    for layer, experts in passes:
+    for action, layer, experts in sequence:
         experts = sorted(experts)
-        assert sorted(serve(cache, layer, experts)) == experts
-        naive[layer].serve(experts)
-        assert cache.contents(layer) == list(naive[layer].held)
-    assert cache.stats.hits == sum(n.hits for n in naive)
-    assert cache.stats.misses == sum(n.misses for n in naive)
-    assert cache.stats.bytes_moved == cache.stats.misses * LAYOUT.n_bytes
+        if action == "guess":
+            cache.prefetch(layer, experts)
+        elif (
+            action == "go away"
+        ):  # the first expert is served, the rest never asked for: held as far as it landed
+            served = cache.serve(layer, experts)
+            expert, views = next(served)
+            assert is_right(layer, expert, views)
+            served.close()
+            naive[layer].copy_from(cache, layer)
+        else:
+            guess = None if action == "serve" else partial(cache.prefetch, 1 - layer, experts)
+            got = []
+            for expert, views in cache.serve(layer, experts, guess):
+                assert is_right(layer, expert, views)
+                got.append(expert)
+            assert sorted(got) == experts
+            naive[layer].serve(experts)
+            assert cache.contents(layer) == list(naive[layer].held)
+        rows = rows_in_use(cache)
+        assert len(rows) == len(set(rows)) <= 2 * n_slots + n_staging
+        assert len(cache._staged) + len(cache._dropped) <= n_staging
+    if not any(action == "go away" for action, _, _ in sequence):
+        assert cache.stats.hits == sum(n.hits for n in naive)
+        assert cache.stats.misses == sum(n.misses for n in naive)
+        assert (
+            len(home.asked) == cache.stats.misses - cache.stats.prefetched + cache.stats.guesses
+        )  # nothing twice
+    cache.clear()
+    for guess in cache._dropped:
+        guess.copy.abandon()
+    cache.settle()
+    assert rows_in_use(cache) == []
+
+
+def test_a_guess_that_comes_true_is_not_copied_again_and_the_evicted_row_serves_the_next_guess():
+    cache, home = make_cache(n_slots=2, n_layers=2, n_staging=1)
+    serve(cache, 1, [0, 1])
+    for expert in (2, 3, 4, 5):
+        cache.prefetch(1, [expert])
+        serve(cache, 1, [expert])
+    assert home.asked == [(1, expert) for expert in range(6)]
+    assert cache.stats.prefetched == 4 and cache.stats.wasted_bytes == 0
     cache.close()
+
+
+def test_a_wrong_guess_evicts_nothing_and_is_stopped_when_its_layer_is_through():
+    cache, _ = make_cache(n_slots=2, n_layers=1, n_staging=2, link=LAYOUT.n_bytes / 0.02)
+    serve(cache, 0, [0, 1])
+    cache.prefetch(0, [6, 7])
+    assert cache.contents(0) == [0, 1]
+    assert serve(cache, 0, [0, 1]) == [0, 1]
+    assert cache.contents(0) == [0, 1] and cache.stats.misses == 2
+    cache.close()
+    assert cache.stats.wasted_bytes < 2 * LAYOUT.n_bytes
+
+
+@given(
+    sequence=st.lists(st.tuples(st.integers(0, 1), experts_of_a_pass), max_size=30), n_slots=st.integers(2, 5)
+)
+@settings(max_examples=300, deadline=None)
+def test_one_pool_for_all_layers_is_one_lru_over_all_experts(sequence, n_slots):
+    cache, _ = make_cache(n_slots, engine=ENGINE, shared=True)
+    naive = NaiveLRU(2 * n_slots)
+    for layer, experts in sequence:
+        experts = sorted(experts)
+        serve(cache, layer, experts)
+        naive.serve([(layer, expert) for expert in experts])
+        assert cache.contents(layer) == [expert for at, expert in naive.held if at == layer]
+    assert (cache.stats.hits, cache.stats.misses) == (naive.hits, naive.misses)
 
 
 @given(
@@ -234,3 +316,34 @@ def test_an_interrupt_at_any_line_leaves_no_wrong_expert_and_no_lost_slot(expert
             break
         line += 1
     assert line > 20
+
+
+@pytest.mark.parametrize("guesses", [[2], [3, 4], [1, 5]])
+def test_an_interrupt_while_guessing_leaves_no_wrong_expert_and_no_lost_row(guesses):
+    """Interrupted anywhere in a pass that takes over a guess, starts others and drops them in the next pass."""
+
+    def run(cache):
+        serve(cache, 0, [1, 2])
+        for expert, views in cache.serve(1, [0, 2], lambda: cache.prefetch(0, guesses)):
+            assert is_right(1, expert, views)
+        serve(cache, 0, [0, 3])
+
+    line = 1
+    while True:
+        cache, _ = make_cache(n_slots=2, n_layers=2, n_staging=2, link=LAYOUT.n_bytes / 0.0005)
+        serve(cache, 0, [0, 1])
+        cache.prefetch(0, [2, 6])
+        was_interrupted = interrupted_at(line, lambda cache=cache: run(cache))
+        for layer in (0, 1):
+            for expert in (*range(N_EXPERTS), *range(N_EXPERTS)):
+                cache.prefetch(1 - layer, [expert])
+                assert serve(cache, layer, [expert]) == [expert]
+        rows = rows_in_use(cache)
+        assert len(rows) == len(set(rows))
+        assert len(cache.contents(0)) == len(cache.contents(1)) == 2  # every slot in use again
+        cache.close()
+        assert rows_in_use(cache) == []  # nor is a staging row lost
+        if not was_interrupted:
+            break
+        line += 1
+    assert line > 60

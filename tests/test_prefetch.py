@@ -1,0 +1,157 @@
+"""Speculative loading: answers never depend on it, and a needed expert never waits for a whole wrong one."""
+
+import time
+
+import pytest
+import torch
+
+from mixtral_offload import from_pretrained, load_tokenizer
+from mixtral_offload.errors import OptionError
+from mixtral_offload.offload import DEMO
+from mixtral_offload.prefetch import next_router
+from mixtral_offload.recorder import record
+from mixtral_offload.transfer import DONE, Copy, ThreadEngine
+
+PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?", "How do I sort a list in Python?"]
+
+
+def always_wrong(hidden, router, norm):
+    return -next_router(hidden, router, norm)
+
+
+def random(hidden, router, norm):
+    return torch.randn(hidden.shape[0], router.weight.shape[0])
+
+
+class Stale:
+    """Says at each call what it should have said at the call before."""
+
+    def __init__(self):
+        self.last = torch.zeros(1, 8)
+
+    def __call__(self, hidden, router, norm):
+        said, self.last = self.last, next_router(hidden, router, norm)
+        return said
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokenizer = load_tokenizer(DEMO)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        for text in PROMPTS
+    ]
+
+
+@torch.inference_mode()
+def answers(model, prompts):
+    """Logits of each prompt and 24 greedy tokens with their scores."""
+    found = []
+    for prompt in prompts:
+        out = model.generate(
+            **prompt, max_new_tokens=24, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        found += [model(**prompt).logits, out.sequences, torch.stack(out.logits)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prompts):
+    return answers(from_pretrained(cache_size=8), prompts)
+
+
+@pytest.mark.parametrize("predictor", [next_router, always_wrong, random, Stale()])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_size": 2, "prefetch": 2},
+        {"cache_size": 3, "prefetch": 3, "look_ahead": 3, "store": "disk"},
+        {"cache_size": 2, "prefetch": 8, "look_ahead": 5, "link": "50MB"},
+        {"cache_size": 2, "prefetch": 2, "shared_slots": True, "policy": "lrfu"},
+    ],
+)
+def test_no_guess_changes_a_bit(offloaded, prompts, undisturbed, predictor, options):
+    model = offloaded(**options)
+    model.offload.prefetcher.predictor = predictor
+    assert all(torch.equal(a, b) for a, b in zip(answers(model, prompts), undisturbed))
+    assert model.offload.stats.guesses > 0
+
+
+def test_a_good_predictor_helps_and_a_bad_one_only_wastes(offloaded, prompts):
+    """With a link as slow as the compute, right guesses shorten the wait; hits stay what they are."""
+    rates = {}
+    for predictor in (next_router, always_wrong):
+        model = offloaded(cache_size=2, prefetch=2)
+        model.offload.prefetcher.predictor = predictor
+        answers(model, prompts)
+        stats = model.offload.stats
+        rates[predictor] = stats.prefetched / stats.misses, stats.hits, stats.misses
+    assert rates[next_router][0] > 2 * rates[always_wrong][0]
+    assert rates[next_router][1:] == rates[always_wrong][1:]
+
+
+def test_a_needed_copy_waits_for_one_chunk_of_a_guess_at_most():
+    """The guess goes on afterwards, from where it was."""
+    device, n_bytes = torch.device("cpu"), 16 * 4096
+    engine = ThreadEngine(device, n_bytes, link_bytes_per_s=n_bytes / 0.32)  # 20 ms a chunk
+
+    def copy(value, due):
+        return Copy(
+            [(0, torch.full((n_bytes,), value, dtype=torch.uint8))],
+            torch.zeros(n_bytes, dtype=torch.uint8),
+            due,
+        )
+
+    guess, needed = copy(1, 3), copy(2, -1)
+    engine.start(guess)
+    time.sleep(0.1)
+    before = guess.moved_bytes
+    assert 0 < before < n_bytes
+    engine.start(needed)
+    needed.wait()
+    assert guess.moved_bytes <= before + 2 * 4096  # the chunk under way, and one for the clock's sake
+    assert (needed.slot == 2).all()
+    guess.wait()
+    assert guess.state == DONE and (guess.slot == 1).all()
+    engine.close()
+
+
+def test_guesses_go_in_the_order_in_which_their_layers_come():
+    device, n_bytes = torch.device("cpu"), 4096
+    engine = ThreadEngine(device, n_bytes, link_bytes_per_s=n_bytes / 0.02)
+    copies = {
+        due: Copy([(0, torch.ones(n_bytes, dtype=torch.uint8))], torch.zeros(n_bytes, dtype=torch.uint8), due)
+        for due in (1, 4, 3, 2)
+    }
+    for copy in copies.values():
+        engine.start(copy)
+    for copy in copies.values():
+        copy.wait()
+    ended = sorted(copies, key=lambda due: copies[due].ended_s)
+    assert ended == [1, 2, 3, 4]
+    engine.close()
+
+
+def test_recall_is_above_chance(offloaded, prompts):
+    """Two of eight experts guessed at random would find one needed expert in four."""
+    model = offloaded(cache_size=2, prefetch=2)
+    with record(model) as recording:
+        answers(model, prompts)
+    trace = recording()
+    decode = (trace.passes[1:] != trace.passes[:-1]).nonzero()[0]
+    assert len(decode) > 30
+    stats = model.offload.stats
+    assert stats.prefetched / stats.misses > 0.35
+
+
+@pytest.mark.parametrize(
+    "options", [{"prefetch": -1}, {"look_ahead": 0}, {"policy": "fifo"}, {"prefetch": "2"}]
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(OptionError):
+        from_pretrained(**options)
