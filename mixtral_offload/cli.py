@@ -1,4 +1,4 @@
-"""The command line: chat, generate, download, info, convert.
+"""The command line: chat, generate, trace, download, info, convert.
 
 Knows the terminal. Everything it does is a function of the package, called with the options given.
 """
@@ -50,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         add_model_options(sub)
         add_offload_options(sub)
         add_sampling_options(sub)
+    trace = command("trace", run_trace, "record what a file of prompts routes, and draw it")
+    trace.add_argument("prompts", help="a file: one prompt on each line, or set<TAB>prompt to compare sets")
+    trace.add_argument("folder", help="where the trace, its table and the pictures go")
+    trace.add_argument("--max-tokens", type=int, default=64, help="longest answer (default: 64)")
+    add_model_options(trace)
+    add_offload_options(trace)
     download = command("download", run_download, "fetch a checkpoint from the hub")
     download.add_argument("model", help="hub repository, as owner/name")
     download.add_argument("--local-dir", help="folder to put it in (default: the hub's cache)")
@@ -90,6 +96,19 @@ def add_offload_options(parser) -> None:
     )
     parser.add_argument(
         "--link", help="slow copies down to this many bytes per second, like 12GB, for experiments"
+    )
+
+    parser.add_argument(
+        "--prefetch",
+        type=int,
+        help="experts of each coming layer to guess and copy ahead (default: 2 on CUDA, 0 on cpu)",
+    )
+    parser.add_argument("--look-ahead", type=int, help="layers ahead to guess for (default: 1)")
+    parser.add_argument(
+        "--policy", choices=("lru", "lfu", "lrfu"), help="which expert leaves the cache (default: lru)"
+    )
+    parser.add_argument(
+        "--shared-slots", action="store_true", default=None, help="one pool of slots for all layers"
     )
 
 
@@ -141,7 +160,8 @@ def load(arguments):
 
     source = demo_folder if arguments.model == DEMO else arguments.model
     hub = {"revision": arguments.revision} if arguments.revision else None
-    names = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length", "link")
+    names = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length", "link", "prefetch", "look_ahead",
+             "policy", "shared_slots")  # fmt: skip
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     model = from_pretrained(source, hub=hub, progress=sys.stderr.isatty(), **options)
     print(f"{model.offload.plan}\n", file=sys.stderr)
@@ -201,6 +221,16 @@ def run_generate(arguments) -> None:
         print(piece, end="", flush=True)
     print()
     print(chat.total, file=sys.stderr)
+
+
+def run_trace(arguments) -> None:
+    from .report import read_prompts, write_report
+
+    prompts = read_prompts(arguments.prompts)
+    model, tokenizer = load(arguments)
+    trace, written = write_report(model, tokenizer, prompts, arguments.folder, arguments.max_tokens)
+    print(f"{trace.n_tokens} tokens through {trace.n_layers} layers; {model.offload.stats.hit_rate:.0%} hits")
+    print("\n".join(str(path) for path in written if path.suffix != ".npy"))
 
 
 def run_download(arguments) -> None:

@@ -122,6 +122,7 @@ class Offload:
     options: OffloadOptions
     plan: Plan
     cache: ExpertCache
+    modules: dict[str, int]  # name of each module of experts -> its layer
     prefetcher: Prefetcher | None = None
     recorder: Recorder | None = None
 
@@ -159,7 +160,9 @@ def from_pretrained(
     plan = plan_for(checkpoint, options)
     model = _skeleton(checkpoint, options)
     load_trunk(model, checkpoint, options.device, options.dtype)
-    model.offload = Offload(checkpoint, options, plan, _build_cache(checkpoint, plan, options))
+    model.offload = Offload(
+        checkpoint, options, plan, _build_cache(checkpoint, plan, options), _layers(model)
+    )
     _attach(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -258,23 +261,27 @@ def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.de
         yield expert
 
 
+def _layers(model: PreTrainedModel) -> dict[str, int]:
+    """Name of each module of experts -> its layer."""
+    return {name: int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name, _ in _experts_modules(model)}
+
+
 def _attach(model: PreTrainedModel) -> None:
     """Put `offloaded_experts` in place of the model's own experts."""
-    layers = {}
-    for name, module in _experts_modules(model):
-        layers[name] = int(re.search(r"\.layers\.(\d+)\.", name)[1])
-        module.offload, module.layer = model.offload, layers[name]
-    if tuple(layers.values()) != model.offload.checkpoint.layers:
+    offload = model.offload
+    if tuple(offload.modules.values()) != offload.checkpoint.layers:
         raise CheckpointError(
-            "the checkpoint's expert layers are not the model's", path=model.offload.checkpoint.folder,
-            expected=f"layers {list(layers.values())}", found=f"layers {list(model.offload.checkpoint.layers)}",
+            "the checkpoint's expert layers are not the model's", path=offload.checkpoint.folder,
+            expected=f"layers {list(offload.modules.values())}", found=f"layers {list(offload.checkpoint.layers)}",
             hint="download the checkpoint's index and config again",
         )  # fmt: skip
+    for name, layer in offload.modules.items():
+        module = model.get_submodule(name)
+        module.offload, module.layer = offload, layer
     model.set_experts_implementation("offloaded")
-    options = model.offload.options
-    if options.prefetch and model.offload.plan.home:
-        gates = find_gates(model, layers)
-        model.offload.prefetcher = Prefetcher(gates, options.prefetch, options.look_ahead)
+    if offload.options.prefetch and offload.plan.home:
+        gates = find_gates(model, offload.modules)
+        offload.prefetcher = Prefetcher(gates, offload.options.prefetch, offload.options.look_ahead)
 
 
 def offloaded_experts(

@@ -7,6 +7,7 @@ into arrays at the end.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -18,13 +19,14 @@ from .trace import RoutingTrace
 
 
 class Recorder:
-    """Filled by `offloaded_experts` and by the cache; `finish` makes the trace. Use `record`."""
+    """Filled by `offloaded_experts` and by the cache. Made by `record`, at whose end it has its `trace`."""
 
     def __init__(self, model):
         self._model, self._offload = model, model.offload
         self._began_s = time.perf_counter()
         self._ids: list[Tensor] = []
         self._parts: list[tuple[int, int, Tensor, Tensor, float, float, int]] = []
+        self.trace: RoutingTrace | None = None
         self._hook = model.get_input_embeddings().register_forward_pre_hook(self._new_pass)
         self._offload.cache.journal = self._journal = []
 
@@ -36,6 +38,11 @@ class Recorder:
         now = time.perf_counter()
         part = len(self._ids) - 1, layer, top_k_index, top_k_weights, began_s, now, len(self._journal)
         self._parts.append(part)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that went in so far."""
+        return sum(ids.numel() for ids in self._ids)
 
     def stop(self) -> None:
         self._hook.remove()
@@ -109,14 +116,14 @@ def _columns(kind: str, rows: list[tuple], began_s: float) -> dict[str, np.ndarr
 
 
 @contextmanager
-def record(model, tokenizer=None):
+def record(model, tokenizer=None) -> Iterator[Recorder]:
     """Record what `model` routes:
 
         with record(model, tokenizer) as recording:
             model.generate(...)
-        trace = recording()
+        recording.trace.save("trace.safetensors")
 
-    The cache begins empty and its counters at zero, so that a replay of the trace can be exact. tokenizer: to keep the
+    The cache begins empty and its counters at zero, so that a replay of the trace is exact. tokenizer: to keep the
     tokens' text. Batches are recorded as one stream of tokens.
     """
     offload = model.offload
@@ -124,10 +131,9 @@ def record(model, tokenizer=None):
         offload.cache.clear()
         offload.stats.reset()
         recorder = offload.recorder = Recorder(model)
-    finished: list[RoutingTrace] = []
     try:
-        yield lambda: finished[0]
+        yield recorder
     finally:
         offload.recorder = None
         recorder.stop()
-        finished.append(recorder.finish(tokenizer))
+        recorder.trace = recorder.finish(tokenizer)

@@ -6,8 +6,9 @@ run's own settings counts exactly its hits, misses and bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -52,12 +53,12 @@ class Replay:
 
 def simulate(
     trace: RoutingTrace, cache_size: int | Sequence[int] | None = None, policy: str | None = None,
-    shared: bool | None = None,
+    shared: bool | None = None, watch: Callable[[int, int, Pool], None] | None = None,
 ) -> Replay:  # fmt: skip
     """Replay under these settings; what is None stays as it was in the run (residents too, if cache_size is None).
 
     cache_size: slots of each layer, or one number for all. policy: "lru", "lfu", "lrfu" or "belady". shared: one pool
-    for all layers, as large as the layers' slots together. Raises OptionError for what no run could have.
+    for all layers, as large as the layers' slots together. watch: called with (pass, layer, pool) before each. Raises OptionError for what no run could have.
     """
     run = trace.settings
     policy = run["policy"] if policy is None else policy
@@ -72,8 +73,12 @@ def simulate(
     keys, bounds, uses = _passes(trace)
     hit = np.zeros(len(keys), bool)
     pools = _pools(trace, keys, slots, residents, policy, shared)
-    layers = trace.use_layer[uses][bounds[:-1]].tolist() if len(keys) else []
-    for layer, begin, end in zip(layers, bounds, bounds[1:]):
+    starts = uses[bounds[:-1]]
+    for number, layer, begin, end in zip(
+        trace.use_pass[starts].tolist(), trace.use_layer[starts].tolist(), bounds, bounds[1:]
+    ):
+        if watch is not None:
+            watch(number, layer, pools[layer])
         _serve(pools[layer], keys[begin:end], hit, begin)
     in_order = np.empty_like(hit)
     in_order[uses] = hit
@@ -164,3 +169,37 @@ def best_allocation(trace: RoutingTrace, total: int, policy: str = "lru") -> lis
         slots.append(options[total][1])
         total -= slots[-1]
     return slots[::-1]
+
+
+def cache_contents(trace: RoutingTrace, **settings) -> np.ndarray:
+    """What a replay's cache holds when each pass reaches each layer: bool [P, L, E]. settings: as for `simulate`."""
+    held = np.zeros((trace.n_passes, trace.n_layers, trace.n_experts), bool)
+
+    def look(number: int, layer: int, pool: Pool) -> None:
+        for key in (*pool.held, *pool.resident):
+            if key // trace.n_experts == layer:
+                held[number, layer, key % trace.n_experts] = True
+
+    simulate(trace, **settings, watch=look)
+    return held
+
+
+def reuse_distances(trace: RoutingTrace) -> np.ndarray:
+    """How many different experts of the layer were used between two uses of one expert: int64 [L, E + 1].
+
+    Column d counts uses at distance d (an LRU cache of more than d slots has them); the last one counts first uses.
+    """
+    keys, bounds, uses = _passes(trace)
+    found = np.zeros((trace.n_layers, trace.n_experts + 1), np.int64)
+    recent: list[list[int]] = [[] for _ in range(trace.n_layers)]  # most recent first
+    layers = trace.use_layer[uses].tolist()
+    for begin, end in pairwise(bounds):
+        of_layer = recent[layers[begin]]
+        before = list(of_layer)
+        for key in keys[begin:end]:
+            distance = before.index(key) if key in before else trace.n_experts
+            found[layers[begin], distance] += 1
+            if key in of_layer:
+                of_layer.remove(key)
+            of_layer.insert(0, key)
+    return found

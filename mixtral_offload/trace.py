@@ -118,6 +118,25 @@ class RoutingTrace:
             ) from None
         return pandas.DataFrame(self.rows())
 
+    @classmethod
+    def from_routing(
+        cls, experts: np.ndarray, weights: np.ndarray, n_experts: int, expert_bytes: int = 0, **settings
+    ) -> RoutingTrace:
+        """A trace of known routing, as if generated token by token: experts and weights [N, L, k]; nothing was copied."""
+        n, n_layers = experts.shape[:2]
+        uses = np.sort(experts, -1).ravel()
+        number, layer = (axis.ravel() for axis in np.indices(experts.shape)[:2])
+        zeros, none, nothing = np.zeros(len(uses)), np.full((len(uses), 2), np.nan), np.zeros(0, np.int32)
+        run = {"n_experts": n_experts, "expert_bytes": expert_bytes, "layers": list(range(n_layers)), "slots": [n_experts] * n_layers,
+               "resident": [[]] * n_layers, "policy": "lru", "shared_slots": False, **settings}  # fmt: skip
+        return cls(
+            tokens=np.zeros(n, np.int64), passes=np.arange(n, dtype=np.int32), experts=experts.astype(np.int16),
+            weights=weights.astype(np.float32), use_pass=number.astype(np.int32), use_layer=layer.astype(np.int32),
+            use_expert=uses.astype(np.int32), use_outcome=np.zeros(len(uses), np.uint8), use_wait_s=zeros, use_at_s=zeros,
+            use_bytes=zeros.astype(np.int64), use_copy_s=none, wrong_pass=nothing, wrong_layer=nothing, wrong_expert=nothing,
+            wrong_bytes=nothing.astype(np.int64), wrong_copy_s=np.zeros((0, 2)), spans=np.zeros((n, n_layers, 2)), settings=run,
+        )  # fmt: skip
+
     def save(self, path: str | Path) -> None:
         """One safetensors file: the arrays, and the rest as JSON in its metadata."""
         arrays = {

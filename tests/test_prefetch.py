@@ -142,7 +142,7 @@ def test_recall_is_above_chance(offloaded, prompts):
     model = offloaded(cache_size=2, prefetch=2)
     with record(model) as recording:
         answers(model, prompts)
-    trace = recording()
+    trace = recording.trace
     decode = (trace.passes[1:] != trace.passes[:-1]).nonzero()[0]
     assert len(decode) > 30
     stats = model.offload.stats

@@ -33,7 +33,7 @@ def run(tokenizer, n_tokens=24, **options) -> RoutingTrace:
             )
             with torch.inference_mode():
                 model.generate(**ids, max_new_tokens=n_tokens, do_sample=False)
-    return recording()
+    return recording.trace
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,67 @@
+"""Which hidden state predicts the experts of coming layers best, and how good LRU is, on the held-out text.
+
+    python benchmarks/predictors.py [--model FOLDER] [--texts 40]
+
+Prints recall of two guesses by source and look-ahead, layer 0's from the previous token, and LRU's hit rates with
+chance beside them; writes benchmarks/results/predictors.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mixtral_offload import from_pretrained, load_tokenizer
+from mixtral_offload.offload import DEMO
+from mixtral_offload.prefetch import find_gates
+from mixtral_offload.simulate import hit_rate_curves
+from mixtral_offload.speculation import SOURCES, collect_states, first_layer_recall, measure_recall
+from mixtral_offload.trace import RoutingTrace
+
+HERE = Path(__file__).parent
+TEXTS = HERE.parent / "training" / "heldout_text.jsonl"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--texts", type=int, default=40, help="held-out conversations to run")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "predictors.json")
+    arguments = parser.parse_args()
+    model, tokenizer = from_pretrained(arguments.model, cache_size="auto"), load_tokenizer(arguments.model)
+    lines = TEXTS.read_text(encoding="utf-8").splitlines()[: arguments.texts]
+    texts = [
+        tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)["input_ids"][:1024] for line in lines
+    ]
+    gates = find_gates(model, model.offload.modules)
+    states = collect_states(model, gates, texts)
+    n_experts, top_k = model.offload.checkpoint.n_experts, model.offload.checkpoint.top_k
+    found = {"tokens": len(states.first), "texts": len(texts), "chance_of_two": 2 / n_experts, "recall_of_two": {}, "layer_0": {}}
+    print(f"{len(states.first)} tokens. Recall of the two likeliest (chance {2 / n_experts:.2f}); in brackets of three\n")
+    for source in SOURCES:
+        recall = measure_recall(gates, states, (1, 2, 3, 10), source)
+        average = recall.average()
+        found["recall_of_two"][source] = dict(zip(map(str, recall.look_aheads), average[:, 2].tolist()))
+        found["recall_of_two"][source]["by_layer"] = np.nan_to_num(recall.recall[0, :, 2], nan=-1).tolist()
+        shown = "  ".join(f"{ahead} ahead {row[2]:.3f} ({row[3]:.3f})" for ahead, row in zip(recall.look_aheads, average))
+        print(f"{source:>8}: {shown}")
+    print("\nlayer 0:")
+    for name, curve in first_layer_recall(gates, states).items():
+        found["layer_0"][name] = curve[2]
+        print(f"  {name}: {curve[2]:.3f} ({curve[3]:.3f})")
+    experts = torch.stack(states.chosen, 1).cpu().numpy()
+    trace = RoutingTrace.from_routing(experts, np.full(experts.shape, 1 / top_k), n_experts)
+    curves = hit_rate_curves(trace)
+    sizes = range(top_k, n_experts + 1)
+    found["hit_rate"] = {name: dict(zip(map(str, sizes), curve.mean(1).tolist())) for name, curve in curves.items()}
+    print("\nhit rate by cache size:", "  ".join(f"{k}" for k in sizes))
+    for name, curve in curves.items():
+        print(f"  {name:>7}:", " ".join(f"{value:.3f}" for value in curve.mean(1)))
+    print("   chance:", " ".join(f"{k / n_experts:.3f}" for k in sizes))
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
