@@ -3,8 +3,8 @@
     python benchmarks/ablation.py [--cache-size 4] [--tokens 48] [--repeats 3] [--ratio 5.5]
 
 The link is slowed until the copy of one expert takes `ratio` times one layer's compute, measured in the same run
-(2312.17238 on a T4: 66.4 MB at 12 GB/s is 5.5 ms, against about 1 ms). The variants take turns, `repeats` times.
-Prints a table and writes benchmarks/results/ablation.json.
+(2312.17238 on a T4: 66.4 MB at 12 GB/s is 5.5 ms, against about 1 ms). One model, one store and one link serve all
+variants, which take turns. Prints a table and writes benchmarks/results/ablation.json.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,49 +20,164 @@ import torch
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.cache import ExpertCache
 from mixtral_offload.offload import DEMO
+from mixtral_offload.prefetch import MOMENTS, Prefetcher, find_gates
+from mixtral_offload.transfer import make_engine
 
 RESULTS = Path(__file__).parent / "results"
+#: tokens/s on a T4 at 2 bits (2312.17238, table 2)
 PAPER = {"full": 2.092, "without prefetch": 1.567, "without cache and prefetch": 1.168, "naive": 0.661}
 PROMPTS = [
     "Tell me a story about a fox.",
     "How do I sort a list in Python?",
     "Tell me a story about a boy named Tom.",
-    "How do I read a file in Python?",
+    "Who are you and what can you do?",
 ]
 
 
 class Forgetful(ExpertCache):
-    """Keeps nothing from one pass of a layer to the next: what is needed is copied each time, all of it at once."""
+    """Keeps nothing from one pass of a layer to the next: what a token needs is copied each time."""
 
     def serve(self, layer, experts, meanwhile=None):
-        self._drop_interrupted(self._pools[layer])
         self._pools[layer].held.clear()
         yield from super().serve(layer, experts, meanwhile)
 
 
 class Naive(Forgetful):
-    """As accelerate offloads a module: all experts of the layer are there before the first one runs."""
+    """As accelerate offloads a layer: all of its experts are copied before the first one runs."""
 
     def serve(self, layer, experts, meanwhile=None):
-        everything = dict(super().serve(layer, range(len(self._pools[layer].held) or self.n_slots(layer))))
+        everything = dict(super().serve(layer, range(self.n_slots(layer)), meanwhile))
         for expert in experts:
             yield expert, everything[expert]
 
 
-def build(kind: str, cache_size: int, link: float | None, options):
-    """A model; the kinds without a cache get the slots that they need to hold what one pass copies."""
-    n_experts, top_k = 8, 2
-    slots = {"naive": n_experts - 0, "without cache and prefetch": top_k}.get(kind, cache_size)
-    prefetch = options.prefetch if kind == "full" else 0
-    kwargs = {"cache_size": min(slots, n_experts - 1) if kind == "naive" else slots, "store": "ram"}
-    model = from_pretrained(
-        options.model, device=options.device, link=link, prefetch=prefetch, look_ahead=options.look_ahead, **kwargs
-    )
-    return model
+def variants(model, arguments) -> dict[str, ExpertCache]:
+    """name -> cache, all over the same store and the same engine."""
+    offload = model.offload
+    base = offload.cache
+    n_experts, top_k = offload.checkpoint.n_experts, offload.checkpoint.top_k
+
+    def cache(kind, n_slots, n_staging=0):
+        layers = dict.fromkeys(offload.checkpoint.layers, (n_slots, ()))
+        return kind(base.layout, layers, base.store, base.engine, offload.options.device, n_staging=n_staging)
+
+    n_staging = arguments.prefetch * arguments.look_ahead + 1
+    return {
+        "full": cache(ExpertCache, arguments.cache_size, n_staging),
+        "without prefetch": cache(ExpertCache, arguments.cache_size),
+        "without cache and prefetch": cache(Forgetful, top_k),
+        "naive": cache(Naive, n_experts),
+    }
+
+
+@torch.inference_mode()
+def generate(model, prompts, n_tokens: int) -> tuple[float, list]:
+    """Seconds for all prompts, n_tokens each, and what was generated."""
+    begin, out = time.perf_counter(), []
+    for prompt in prompts:
+        out.append(
+            model.generate(**prompt, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)
+        )
+    return time.perf_counter() - begin, out
+
+
+@contextmanager
+def switched(model, cache: ExpertCache, speculation):
+    """The model with this cache, empty; with `speculation`, it guesses."""
+    offload = model.offload
+    offload.cache = cache
+    cache.clear()
+    cache.stats.reset()
+    if speculation is not None:
+        gates = find_gates(model, offload.modules)
+        how = speculation.prefetch, speculation.look_ahead
+        offload.prefetcher = Prefetcher(
+            model, gates, offload.prefetch, *how, moments=tuple(speculation.moments)
+        )
+    yield
+    if offload.prefetcher is not None:
+        offload.prefetcher.close()
+        offload.prefetcher = None
+
+
+def measure(model, resident, prompts, arguments) -> tuple[dict, dict]:
+    """Seconds of each variant and repeat, and its counters; every answer is compared with the resident model's."""
+    expected = generate(resident, prompts, arguments.tokens)[1]
+    seconds, counters = {"everything resident": []}, {}
+    chosen = variants(model, arguments)
+    for _ in range(arguments.repeats):
+        seconds["everything resident"].append(generate(resident, prompts, arguments.tokens)[0])
+        for name, cache in chosen.items():
+            with switched(model, cache, arguments if cache.n_staging else None):
+                taken, out = generate(model, prompts, arguments.tokens)
+            assert all(torch.equal(a, b) for a, b in zip(out, expected)), f"{name} changed an answer"
+            seconds.setdefault(name, []).append(taken)
+            counters[name] = vars(cache.stats) | {"hit_rate": cache.stats.hit_rate}
+    return seconds, counters
 
 
 def main():
-    raise SystemExit
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cache-size", type=int, default=4)
+    parser.add_argument("--prefetch", type=int, default=2)
+    parser.add_argument("--look-ahead", type=int, default=1)
+    parser.add_argument(
+        "--moments", nargs="+", default=MOMENTS, choices=("before", "after"), help="when to guess"
+    )
+    parser.add_argument("--tokens", type=int, default=48, help="generated for each of four prompts")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ratio", type=float, default=5.5, help="one expert's copy over one layer's compute")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
+    arguments = parser.parse_args()
+    tokenizer = load_tokenizer(arguments.model)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(arguments.device)
+        for text in PROMPTS
+    ]
+    resident = from_pretrained(arguments.model, device=arguments.device, cache_size="auto", store="ram")
+    model = from_pretrained(
+        arguments.model, device=arguments.device, cache_size=arguments.cache_size, store="ram", prefetch=0
+    )
+    generate(resident, prompts, 8)  # warm up
+    n_tokens = len(prompts) * arguments.tokens
+    n_layers = len(model.offload.checkpoint.layers)
+    layer_s = (
+        statistics.median(generate(resident, prompts, arguments.tokens)[0] for _ in range(3))
+        / n_tokens
+        / n_layers
+    )
+    n_bytes = model.offload.layout.n_bytes
+    link = n_bytes / (arguments.ratio * layer_s)
+    model.offload.cache.engine = make_engine(model.offload.options.device, False, n_bytes, link)
+    seconds, counters = measure(model, resident, prompts, arguments)
+    speed = {name: n_tokens / statistics.median(taken) for name, taken in seconds.items()}
+    print(
+        f"one layer's compute {1e3 * layer_s:.2f} ms, one expert's copy {arguments.ratio * 1e3 * layer_s:.2f} ms ({link / 1e6:.1f} MB/s)"
+    )
+    print(
+        f"cache of {arguments.cache_size}, {arguments.prefetch} guesses, {arguments.look_ahead} layer(s) ahead\n"
+    )
+    print(f"{'':28}tokens/s  over naive  paper's T4, over naive  hits  waited  MB moved (wasted)")
+    for name, value in speed.items():
+        paper = f"{PAPER[name] / PAPER['naive']:.2f}" if name in PAPER else ""
+        row = counters.get(name)
+        rest = (
+            f"{row['hit_rate']:5.2f} {row['wait_s']:6.1f} s {row['bytes_moved'] / 1e6:7.0f} ({row['wasted_bytes'] / 1e6:.0f})"
+            if row
+            else ""
+        )
+        print(f"{name:28}{value:8.2f}  {value / speed['naive']:10.2f}  {paper:>22}  {rest}")
+    result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}", "layer_s": layer_s,
+              "copy_s": arguments.ratio * layer_s, "settings": {k: str(v) for k, v in vars(arguments).items() if k != "out"},
+              "tokens_per_s": speed, "seconds": seconds, "counters": counters}  # fmt: skip
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,19 +33,30 @@ def main():
     model, tokenizer = from_pretrained(arguments.model, cache_size="auto"), load_tokenizer(arguments.model)
     lines = TEXTS.read_text(encoding="utf-8").splitlines()[: arguments.texts]
     texts = [
-        tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)["input_ids"][:1024] for line in lines
+        tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)["input_ids"][:1024]
+        for line in lines
     ]
     gates = find_gates(model, model.offload.modules)
     states = collect_states(model, gates, texts)
     n_experts, top_k = model.offload.checkpoint.n_experts, model.offload.checkpoint.top_k
-    found = {"tokens": len(states.first), "texts": len(texts), "chance_of_two": 2 / n_experts, "recall_of_two": {}, "layer_0": {}}
-    print(f"{len(states.first)} tokens. Recall of the two likeliest (chance {2 / n_experts:.2f}); in brackets of three\n")
+    found = {
+        "tokens": len(states.first),
+        "texts": len(texts),
+        "chance_of_two": 2 / n_experts,
+        "recall_of_two": {},
+        "layer_0": {},
+    }
+    print(
+        f"{len(states.first)} tokens. Recall of the two likeliest (chance {2 / n_experts:.2f}); in brackets of three\n"
+    )
     for source in SOURCES:
         recall = measure_recall(gates, states, (1, 2, 3, 10), source)
         average = recall.average()
         found["recall_of_two"][source] = dict(zip(map(str, recall.look_aheads), average[:, 2].tolist()))
         found["recall_of_two"][source]["by_layer"] = np.nan_to_num(recall.recall[0, :, 2], nan=-1).tolist()
-        shown = "  ".join(f"{ahead} ahead {row[2]:.3f} ({row[3]:.3f})" for ahead, row in zip(recall.look_aheads, average))
+        shown = "  ".join(
+            f"{ahead} ahead {row[2]:.3f} ({row[3]:.3f})" for ahead, row in zip(recall.look_aheads, average)
+        )
         print(f"{source:>8}: {shown}")
     print("\nlayer 0:")
     for name, curve in first_layer_recall(gates, states).items():
@@ -55,7 +66,9 @@ def main():
     trace = RoutingTrace.from_routing(experts, np.full(experts.shape, 1 / top_k), n_experts)
     curves = hit_rate_curves(trace)
     sizes = range(top_k, n_experts + 1)
-    found["hit_rate"] = {name: dict(zip(map(str, sizes), curve.mean(1).tolist())) for name, curve in curves.items()}
+    found["hit_rate"] = {
+        name: dict(zip(map(str, sizes), curve.mean(1).tolist())) for name, curve in curves.items()
+    }
     print("\nhit rate by cache size:", "  ".join(f"{k}" for k in sizes))
     for name, curve in curves.items():
         print(f"  {name:>7}:", " ".join(f"{value:.3f}" for value in curve.mean(1)))

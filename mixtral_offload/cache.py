@@ -90,7 +90,7 @@ class ExpertCache:
         self.layout, self.stats, self.lock = layout, CacheStats(), threading.RLock()
         self.journal: list[Use | Guess] | None = None  # a recorder's, who wants to know every use and guess
         self.n_staging = n_staging if store else 0
-        self._store, self._engine = store, engine
+        self.store, self.engine = store, engine
         n_slots = sum(n for n, _ in layers.values())
         residents = [(layer, expert) for layer, (_, resident) in layers.items() for expert in resident]
         self._rows = range(n_slots + self.n_staging)
@@ -181,9 +181,9 @@ class ExpertCache:
             if len(self._staged) + len(self._dropped) >= self.n_staging:
                 return
             row = self._free_row()
-            guess = Guess(key, row, Copy(self._store.pieces(key), self._slab[row], self._passes + distance))
+            guess = Guess(key, row, Copy(self.store.pieces(key), self._slab[row], self._passes + distance))
             self._staged[key] = guess  # remembered before it can write
-            self._engine.start(guess.copy)
+            self.engine.start(guess.copy)
             guess.copy.was_guess = True  # only now: one that never started must not be waited for
             self.stats.guesses += 1
 
@@ -193,14 +193,14 @@ class ExpertCache:
         if guess is not None and guess.copy.is_good:
             pool.loading[key] = guess.row, guess.copy
             del self._staged[key]
-            self._engine.promote(guess.copy)
+            self.engine.promote(guess.copy)
             return
         if guess is not None:
             self._drop_guess(key)
         row = self._free_row()
-        copy = Copy(self._store.pieces(key), self._slab[row])
+        copy = Copy(self.store.pieces(key), self._slab[row])
         pool.loading[key] = row, copy  # remembered before it can write
-        self._engine.start(copy)
+        self.engine.start(copy)
 
     def _land(self, pool: Pool, key: ExpertId | None) -> ExpertId:
         """Wait for an expert's copy (None: for the first asked for) and publish it."""
@@ -260,8 +260,8 @@ class ExpertCache:
         for guess in self._dropped:
             guess.copy.abandon()
         self.settle()
-        if self._engine is not None:
-            self._engine.close()
+        if self.engine is not None:
+            self.engine.close()
 
 
 def _allocate(n_rows: int, n_bytes: int, device: torch.device) -> torch.Tensor:

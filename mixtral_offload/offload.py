@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -133,6 +134,11 @@ class Offload:
     @property
     def layout(self) -> ExpertLayout:
         return self.checkpoint.layout
+
+    def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
+        """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
+        with self.cache.lock:
+            self.cache.prefetch(layer, experts, distance)
 
     def settings(self) -> dict:
         """What a trace keeps of how the model ran, in JSON's types."""
@@ -281,7 +287,8 @@ def _attach(model: PreTrainedModel) -> None:
     model.set_experts_implementation("offloaded")
     if offload.options.prefetch and offload.plan.home:
         gates = find_gates(model, offload.modules)
-        offload.prefetcher = Prefetcher(gates, offload.options.prefetch, offload.options.look_ahead)
+        options = offload.options
+        offload.prefetcher = Prefetcher(model, gates, offload.prefetch, options.prefetch, options.look_ahead)
 
 
 def offloaded_experts(
@@ -319,17 +326,12 @@ def _read_routing(offload: Offload, layer: int, top_k_index: Tensor):
     The guesses are computed before, and come to the host with the counts: it waits for the device once per layer.
     """
     counts = torch.bincount(top_k_index.reshape(-1), minlength=offload.checkpoint.n_experts)
-    layers, ranked = offload.prefetcher.rank(layer) if offload.prefetcher else ([], None)
+    layers, ranked = offload.prefetcher.rank_before(layer) if offload.prefetcher else ([], None)
     if not layers:
         return counts.tolist(), None
     numbers = torch.cat((counts, ranked.flatten())).tolist()  # the host waits here
     guesses = torch.tensor(numbers[len(counts) :]).view(len(layers), -1).tolist()
-
-    def prefetch() -> None:
-        for distance, (target, experts) in enumerate(zip(layers, guesses), 1):
-            offload.cache.prefetch(target, experts, distance)
-
-    return numbers[: len(counts)], prefetch
+    return numbers[: len(counts)], partial(offload.prefetcher.start, layers, guesses)
 
 
 ALL_EXPERTS_FUNCTIONS.register("offloaded", offloaded_experts)

@@ -68,7 +68,7 @@ def test_a_reader_that_goes_away_stops_the_answer(session):
 def test_an_error_leaves_the_conversation_as_it_was(session, monkeypatch):
     list(session.send("Hello!"))
     before = list(session.messages)
-    store, good = session.model.offload.cache._store, session.model.offload.cache._store.pieces
+    store, good = session.model.offload.cache.store, session.model.offload.cache.store.pieces
     store.pieces = lambda expert: (_ for _ in ()).throw(OSError("the disk is gone"))
     with pytest.raises(OSError, match="the disk is gone"):
         list(session.send("What is the capital of France?"))

@@ -35,10 +35,10 @@ def test_every_cache_size_and_home_gives_the_same_bits(offloaded, dtype):
 
 def test_the_slab_is_pinned_and_copies_use_a_stream(offloaded):
     model = offloaded(DEMO, device="cuda", cache_size=2, store="ram")
-    assert model.offload.cache._store._slab.is_pinned()
-    assert isinstance(model.offload.cache._engine, StreamEngine)
+    assert model.offload.cache.store._slab.is_pinned()
+    assert isinstance(model.offload.cache.engine, StreamEngine)
     model = offloaded(DEMO, device="cuda", cache_size=2, store="disk")
-    assert isinstance(model.offload.cache._engine, ThreadEngine)
+    assert isinstance(model.offload.cache.engine, ThreadEngine)
 
 
 def test_memory_that_cannot_be_pinned_is_used_with_one_warning(offloaded, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.errors import OptionError
 from mixtral_offload.offload import DEMO
-from mixtral_offload.prefetch import next_router
+from mixtral_offload.prefetch import Prefetcher, find_gates, next_router
 from mixtral_offload.recorder import record
 from mixtral_offload.transfer import DONE, Copy, ThreadEngine
 
@@ -65,19 +65,22 @@ def undisturbed(prompts):
     return answers(from_pretrained(cache_size=8), prompts)
 
 
+@pytest.mark.parametrize("moments", [("before",), ("after",), ("before", "after")])
 @pytest.mark.parametrize("predictor", [next_router, always_wrong, random, Stale()])
 @pytest.mark.parametrize(
     "options",
     [
-        {"cache_size": 2, "prefetch": 2},
         {"cache_size": 3, "prefetch": 3, "look_ahead": 3, "store": "disk"},
         {"cache_size": 2, "prefetch": 8, "look_ahead": 5, "link": "50MB"},
         {"cache_size": 2, "prefetch": 2, "shared_slots": True, "policy": "lrfu"},
     ],
 )
-def test_no_guess_changes_a_bit(offloaded, prompts, undisturbed, predictor, options):
+def test_no_guess_changes_a_bit(offloaded, prompts, undisturbed, predictor, options, moments):
     model = offloaded(**options)
-    model.offload.prefetcher.predictor = predictor
+    offload = model.offload
+    offload.prefetcher.close()
+    how = offload.options.prefetch, offload.options.look_ahead, predictor, moments
+    offload.prefetcher = Prefetcher(model, find_gates(model, offload.modules), offload.prefetch, *how)
     assert all(torch.equal(a, b) for a, b in zip(answers(model, prompts), undisturbed))
     assert model.offload.stats.guesses > 0
 
