@@ -20,6 +20,7 @@ setup(
         "safetensors>=0.5",
         "ipywidgets>=7.7",
         "matplotlib>=3.8",
+        "numpy>=1.26",
         "psutil>=5.9",
         "tqdm>=4.66",
     ],

@@ -16,7 +16,7 @@ import torch
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.offload import DEMO
 from mixtral_offload.prefetch import find_gates
-from mixtral_offload.simulate import hit_rate_curves
+from mixtral_offload.replay import hit_rate_curves
 from mixtral_offload.speculation import SOURCES, collect_states, first_layer_recall, measure_recall
 from mixtral_offload.trace import RoutingTrace
 

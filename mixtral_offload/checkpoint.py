@@ -22,6 +22,8 @@ from torch import Tensor
 from .errors import CheckpointError
 from .experts import ExpertLayout, Field
 
+#: the small model that ships with the package
+DEMO = Path(__file__).parent / "demo" / "4bit"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 N_READERS = 4

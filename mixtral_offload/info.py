@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import DEMO, Checkpoint, open_checkpoint
 from .errors import CapacityError
 from .hub import plan_download, resolve
-from .offload import DEMO, OffloadOptions, plan_for, trunk_bytes
+from .offload import OffloadOptions, plan_for, trunk_bytes
 from .plan import gb
 
 

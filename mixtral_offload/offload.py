@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .cache import CacheStats, ExpertCache
-from .checkpoint import Checkpoint, ExpertId, open_checkpoint
+from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, expert_forward
 from .hub import resolve
@@ -35,7 +35,6 @@ from .store import FileStore, RamStore
 from .transfer import make_engine
 from .trunk import load_trunk
 
-DEMO = Path(__file__).parent / "demo" / "4bit"
 MARGIN_BYTES = 600_000_000  # CUDA context, allocator rounding, activations
 
 

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from .simulate import cache_contents
+from .replay import cache_contents
 from .trace import MISS, PREFETCHED, RoutingTrace
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED = (

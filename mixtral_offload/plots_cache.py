@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .errors import OptionError
 from .plots import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
-from .simulate import BELADY, hit_rate_curves, reuse_distances
+from .replay import BELADY, hit_rate_curves, reuse_distances
 from .speculation import Recall
 from .trace import HIT, MISS, PREFETCHED, RoutingTrace
 

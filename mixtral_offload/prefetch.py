@@ -6,7 +6,7 @@ is a ranking of experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,34 @@ from .errors import OptionError
 
 #: when to guess, as `Prefetcher` takes it
 MOMENTS = ("after",)
-#: (hidden state before the experts `[T, H]`, router, norm before that router) -> logits `[T, experts]`
-Predictor = Callable[[Tensor, nn.Module, nn.Module], Tensor]
+#: (hidden state `[T, H]` of now, gates of the layers to guess for) -> logits `[gates, T, experts]`
+Predictor = Callable[[Tensor, Sequence["Gate"]], Tensor]
 
 
-def next_router(hidden: Tensor, router: nn.Module, norm: nn.Module) -> Tensor:
-    """What a later layer's router would say if its layer began here: its own norm, then its own weights."""
-    return nn.functional.linear(norm(hidden), router.weight)
+def next_router(hidden: Tensor, gates: Sequence[Gate]) -> Tensor:
+    """What the later layers' routers would say if their layers began here: their own norm, then their own weights."""
+    return torch.stack([nn.functional.linear(gate.norm(hidden), gate.router.weight) for gate in gates])
+
+
+class FoldedRouters:
+    """`next_router` for RMS norms in three operations, however many layers: each norm's weight is folded into its
+    router's, and what is left of the norm is the same for all."""
+
+    def __init__(self):
+        self._folded: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, hidden: Tensor, gates: Sequence[Gate]) -> Tensor:
+        key = tuple(gate.layer for gate in gates)
+        if key not in self._folded:
+            weights = [gate.router.weight.float() * gate.norm.weight.float() for gate in gates]
+            self._folded[key] = torch.cat(weights)  # [gates * experts, H]
+        x = nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=gates[0].norm.variance_epsilon)
+        return nn.functional.linear(x, self._folded[key]).unflatten(-1, (len(gates), -1)).transpose(0, 1)
+
+
+def default_predictor(gates: Sequence[Gate]) -> Predictor:
+    """Folded routers where every norm is an RMS norm."""
+    return FoldedRouters() if all(hasattr(gate.norm, "variance_epsilon") for gate in gates) else next_router
 
 
 @dataclass(frozen=True)
@@ -66,14 +87,10 @@ class Prefetcher:
 
     def __init__(
         self, model: nn.Module, gates: list[Gate], start: Callable[[int, list[int], int], None], n_experts: int, look_ahead: int = 1,
-        predictor: Predictor = next_router, moments: tuple[str, ...] = MOMENTS,
+        predictor: Predictor | None = None, moments: tuple[str, ...] = MOMENTS,
     ):  # fmt: skip
-        self.n_experts, self.look_ahead, self.predictor, self.moments = (
-            n_experts,
-            look_ahead,
-            predictor,
-            moments,
-        )
+        self.n_experts, self.look_ahead, self.moments = n_experts, look_ahead, moments
+        self.predictor = predictor or default_predictor(gates)
         self._start, self._gates = start, gates
         self._number = {gate.layer: number for number, gate in enumerate(gates)}
         self._hidden: Tensor | None = None
@@ -99,11 +116,13 @@ class Prefetcher:
         With several tokens at hand, an expert's likelihood is its share of all tokens' routing.
         """
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        targets, ranked = self._gates[number + 1 : number + 1 + self.look_ahead], []
-        for gate in targets:
-            share = self.predictor(hidden, gate.router, gate.norm).float().softmax(-1).sum(0)
-            ranked.append(share.topk(min(self.n_experts, share.numel())).indices)
-        return [gate.layer for gate in targets], torch.stack(ranked) if ranked else None
+        targets = self._gates[number + 1 : number + 1 + self.look_ahead]
+        if not targets:
+            return [], None
+        logits = self.predictor(hidden, targets)
+        likely = logits[:, 0] if len(hidden) == 1 else logits.float().softmax(-1).sum(1)  # [targets, experts]
+        ranked = likely.topk(min(self.n_experts, likely.shape[-1])).indices
+        return [gate.layer for gate in targets], ranked
 
     def rank_before(self, layer: int) -> tuple[list[int], Tensor | None]:
         """The guesses to make before this layer's experts run (see `_rank`); none if that is not a moment for them."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .checkpoint import read_config
+from .checkpoint import DEMO, read_config
 from .errors import DownloadError
 from .hub import resolve
 
@@ -25,9 +25,9 @@ INSTRUCT_TEMPLATE = (
 
 
 def load_tokenizer(
-    path_or_repo_id: str | Path, tokenizer: str | Path | None = None, *, hub: dict | None = None
+    path_or_repo_id: str | Path | None = None, tokenizer: str | Path | None = None, *, hub: dict | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in the checkpoint, or the one named `tokenizer` (folder or hub repository).
+    """The tokenizer in the checkpoint (None: the shipped model's), or the one named `tokenizer` (folder or hub repository).
 
     Where a Mixtral-8x7B checkpoint has none, Mixtral's own is fetched. Raises DownloadError if none can be had.
     """
@@ -35,7 +35,7 @@ def load_tokenizer(
         return _with_template(
             AutoTokenizer.from_pretrained(resolve(tokenizer, **(hub or {})), local_files_only=True)
         )
-    folder = resolve(path_or_repo_id, **(hub or {}))
+    folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
     if any((folder / name).is_file() for name in FILES):
         return _with_template(AutoTokenizer.from_pretrained(folder, local_files_only=True))
     config = read_config(folder)

@@ -1,6 +1,6 @@
 """What a run really routed: which experts every token used, what the cache held, what was copied and waited for.
 
-Knows arrays and their file. Knows nothing of models or caches; `recorder.py` fills it, `simulate.py` replays it,
+Knows arrays and their file. Knows nothing of models or caches; `recorder.py` fills it, `replay.py` replays it,
 `plots.py` draws it.
 """
 

@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+from transformers import MixtralForCausalLM
+
 from mixtral_offload.offload import DEMO
 from mixtral_offload.tokenizer import load_tokenizer
-from training.evaluate import evaluate, read
+from training.evaluate import evaluate, expert_use, read
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,3 +30,12 @@ def test_any_text_encodes_and_decodes_exactly():
 def test_it_fits_the_repository():
     files = [path for path in DEMO.parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 24_000_000
+
+
+def test_its_experts_specialise_by_domain():
+    """Beyond layer 0, which sees one token's surroundings at most, the domain says which experts are used."""
+    found = expert_use(
+        MixtralForCausalLM.from_pretrained(DEMO.parent / "fp16"), load_tokenizer(DEMO), per_domain=15
+    )
+    assert min(found["mutual_information"][1:]) > 0.2
+    assert min(min(shares) for shares in found["overall"]) > 0.04  # and none is idle
