@@ -31,7 +31,8 @@ def build(folder: str, store: str, cache_size: int) -> dict:
     """In a process of its own: build the model; the peak is over what the imports alone had taken."""
     import psutil
 
-    from mixtral_offload.offload import OffloadOptions, from_pretrained
+    from mixtral_offload.offload import from_pretrained
+    from mixtral_offload.options import OffloadOptions
 
     from_pretrained(FIXTURE, device="cpu")  # pays for imports and first-use allocations
     # clear_refs sets the high-water mark back to what is resident now

@@ -35,7 +35,8 @@ class CacheStats:
     """Counters since the last `reset`. One use is one expert needed by one pass through one layer.
 
     misses: uses that found their expert in no slot; prefetched: those of them whose copy a guess had started.
-    bytes_moved: of all copies; wasted_bytes: of guesses that were not used. wait_s: the model stood still.
+    bytes_moved: of all copies; wasted_bytes: of guesses that were not used. wait_s: the host stood still for copies (on
+    CUDA with pinned memory it does not: there the device waits).
     """
 
     hits: int = 0

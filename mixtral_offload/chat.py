@@ -58,15 +58,15 @@ class ChatSession:
         self.temperature, self.top_p = temperature, top_p
         self.messages: list[dict[str, str]] = []
         self.last, self.total = TurnStats(), TurnStats()
-        self._stop = threading.Event()
+        self._stop, self._generating = threading.Event(), threading.Lock()
         self._past, self._past_ids = None, []
         if seed is not None:
             torch.manual_seed(seed)
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model can look back on."""
-        return self.model.config.max_position_embeddings
+        """Tokens that the model can look back on, and that its plan has left room for."""
+        return min(self.model.config.max_position_embeddings, self.model.offload.options.context_length)
 
     def stop(self) -> None:
         """End the answer under way after its current token. Safe from any thread."""
@@ -85,23 +85,21 @@ class ChatSession:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(messages)
-        self._stop.clear()
+        self._stop = stop = threading.Event()  # one for each answer: an old one stays stopped
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         result: dict = {}
-        worker = threading.Thread(
-            target=self._generate, args=(ids, streamer, result), name="generate", daemon=True
-        )
+        worker = threading.Thread(target=self._generate, args=(ids, streamer, result, stop), name="generate")
         begin = time.perf_counter()
-        worker.start()
         pieces, first = [], None
         try:
+            worker.start()
             for piece in streamer:
                 first = first or time.perf_counter()
                 pieces.append(piece)
                 yield piece
         finally:
-            self._stop.set()  # also when the reader went away: leave no generation running
-            worker.join()
+            stop.set()  # also when the reader went away: leave no generation running
+            _join(worker)
             if "ids" in result:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
                 self._count(result, len(ids), begin, first or time.perf_counter())
@@ -120,8 +118,15 @@ class ChatSession:
             )  # fmt: skip
         return ids
 
-    def _generate(self, ids: list[int], streamer, result: dict) -> None:
+    def _generate(self, ids: list[int], streamer, result: dict, stop: threading.Event) -> None:
         """On the worker thread, so that Ctrl-C never lands inside the model."""
+        with self._generating:
+            self._generate_alone(ids, streamer, result, stop)
+
+    def _generate_alone(self, ids: list[int], streamer, result: dict, stop: threading.Event) -> None:
+        def stopped(ids, scores, **kwargs) -> torch.Tensor:
+            return torch.full((ids.shape[0],), stop.is_set(), device=ids.device)
+
         stats = self.model.offload.stats
         before = stats.hits, stats.misses, stats.bytes_moved
         try:
@@ -129,14 +134,14 @@ class ChatSession:
             inputs = torch.tensor([ids], device=self.model.device)
             output = self.model.generate(
                 inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, streamer=streamer,
-                generation_config=self._config(len(ids)), stopping_criteria=StoppingCriteriaList([self._stopped]),
+                generation_config=self._config(len(ids)), stopping_criteria=StoppingCriteriaList([stopped]),
             )  # fmt: skip
             result["ids"] = output[0].tolist()
             self._past, self._past_ids = past, result["ids"][: past.get_seq_length()]
         except BaseException as error:
             result["error"] = error
             self._past, self._past_ids = None, []
-            streamer.end()
+            streamer.text_queue.put(streamer.stop_signal)  # not `end`, which decodes first and may fail again
         after = stats.hits, stats.misses, stats.bytes_moved
         result["used"] = [a - b for a, b in zip(after, before)]
 
@@ -168,11 +173,20 @@ class ChatSession:
         )
         return GenerationConfig(max_new_tokens=room, eos_token_id=eos, pad_token_id=pad, **sampling)
 
-    def _stopped(self, ids, scores, **kwargs) -> torch.Tensor:
-        return torch.full((ids.shape[0],), self._stop.is_set(), device=ids.device)
-
     def _count(self, result: dict, n_prompt: int, begin: float, first: float) -> None:
         end = time.perf_counter()
         n_tokens = len(result["ids"]) - n_prompt
         self.last = TurnStats(n_prompt, n_tokens, first - begin, end - first, *result["used"])
         self.total = self.total + self.last
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for its end, whatever interrupts: whoever left it running would exit while it is inside the model."""
+    interrupt = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -1,21 +1,20 @@
 """`from_pretrained`: an ordinary transformers model whose experts are offloaded.
 
 Knows transformers: its model classes, its module names, and its experts interface, through which the function
-`offloaded_experts` is called in place of the model's own experts. Nothing else in the package knows them.
+`offloaded_experts` is called in place of the model's own experts.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,91 +26,14 @@ from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, expert_forward
 from .hub import resolve
-from .plan import Plan, Sizes, make_plan, parse_size
-from .policy import POLICIES, make_policy
-from .prefetch import Prefetcher, find_gates
+from .options import OffloadOptions, plan_for
+from .plan import Plan
+from .policy import POLICIES
+from .prefetch import Gate, Prefetcher, find_gates
 from .recorder import Recorder
 from .store import FileStore, RamStore
 from .transfer import make_engine
 from .trunk import load_trunk
-
-MARGIN_BYTES = 600_000_000  # CUDA context, allocator rounding, activations
-
-
-@dataclass(frozen=True)
-class OffloadOptions:
-    """How to offload.
-
-    device: "cpu", "cuda", "cuda:1" ...; default: cuda where there is one. dtype: of activations and of the trunk;
-    default: float16 on CUDA, float32 on the CPU. cache_size: experts per layer on the device, or "auto" for all that
-    fit; default: what the checkpoint asks for, or "auto". store: home of the other experts, "ram", "disk" or "auto".
-    vram, ram: bytes (or text like "15GB") that may be used; default: what is free. context_length: tokens to leave
-    room for. link: slow copies down to so many bytes (or "12GB") per second, for experiments. prefetch: experts of
-    each coming layer to copy ahead, guessed from the hidden state of now; default: 2 where there is a link to hide (CUDA, or
-    `link`), else 0. look_ahead: how many layers ahead to guess. policy: which expert leaves, "lru", "lfu" or "lrfu".
-    shared_slots: one pool of slots for all layers instead of one for each.
-    """
-
-    device: str | torch.device | None = None
-    dtype: torch.dtype | str | None = None
-    cache_size: int | str | None = None
-    store: str = "auto"
-    vram: int | str | None = None
-    ram: int | str | None = None
-    context_length: int = 4096
-    link: float | str | None = None
-    prefetch: int | None = None
-    look_ahead: int = 1
-    policy: str = "lru"
-    shared_slots: bool = False
-    progress: bool = False
-
-    @classmethod
-    def parse(cls, options: dict) -> OffloadOptions:
-        """Refuses unknown names, with the nearest known one; fills in device and dtype."""
-        known = [option.name for option in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else None
-                raise OptionError("unknown option", found=name, expected=", ".join(known), hint=hint)
-        device = _device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = options.get("dtype") or (torch.float16 if device.type == "cuda" else torch.float32)
-        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise OptionError(
-                "unknown dtype", expected="float16, bfloat16 or float32", found=options["dtype"]
-            )
-        prefetch = options.get("prefetch")
-        if prefetch is None:
-            prefetch = 2 if device.type == "cuda" or options.get("link") is not None else 0
-        options = {**options, "device": device, "dtype": dtype, "prefetch": prefetch}
-        for name, least in (("prefetch", 0), ("look_ahead", 1)):
-            value = options.get(name, least)
-            if not isinstance(value, int) or value < least:
-                raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=value)
-        make_policy(options.get("policy", cls.policy))
-        return cls(**options)
-
-    @property
-    def n_staging(self) -> int:
-        """Rows for guesses: one more than can be useful at a time, for one whose copy is still being stopped."""
-        return self.prefetch * self.look_ahead + 1 if self.prefetch else 0
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError
-    except RuntimeError:
-        raise OptionError("unknown device", expected="cpu, cuda, cuda:1, ...", found=name) from None
-    if device.type == "cpu":
-        return device
-    if (device.index or 0) >= torch.cuda.device_count():
-        found = f"{torch.cuda.device_count()} CUDA devices"
-        raise OptionError("no such device", expected=name, found=found, hint='use device="cpu"')
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 @dataclass
@@ -162,49 +84,18 @@ def from_pretrained(
     options = OffloadOptions.parse(options)
     folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
     checkpoint = open_checkpoint(folder)
-    plan = plan_for(checkpoint, options)
     model = _skeleton(checkpoint, options)
+    modules = _layers(model, checkpoint)
+    gates, options = _gates(model, modules, options)
+    plan = plan_for(checkpoint, options)
     load_trunk(model, checkpoint, options.device, options.dtype)
-    model.offload = Offload(
-        checkpoint, options, plan, _build_cache(checkpoint, plan, options), _layers(model)
-    )
-    _attach(model)
+    with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
+        cache = _build_cache(checkpoint, plan, options)
+    model.offload = Offload(checkpoint, options, plan, cache, modules)
+    _attach(model, gates)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
-
-
-def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
-    """The plan for a checkpoint on this machine, as it is now."""
-    sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
-    recommended = (getattr(checkpoint.config, "offload", None) or {}).get("cache_size", "auto")
-    cache_size = recommended if options.cache_size is None else options.cache_size
-    why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
-    on_cpu = options.device.type == "cpu"
-    memory = psutil.virtual_memory()
-    ram = parse_size(options.ram) if options.ram is not None else int(0.9 * memory.available)
-    if options.vram is not None:
-        device = parse_size(options.vram)
-    else:
-        device = ram if on_cpu else torch.cuda.mem_get_info(options.device)[0]
-    device -= options.n_staging * sizes.expert_bytes
-    device -= trunk_bytes(checkpoint, options) + (0 if on_cpu else MARGIN_BYTES)
-    return make_plan(
-        sizes, max(device, 0), ram, cache_size=cache_size, store=options.store, shared_memory=on_cpu, why=why
-    )
-
-
-def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
-    """Device bytes beside the experts: trunk, KV cache for the context, scratch for one dequantized matrix."""
-    config, item = checkpoint.config, options.dtype.itemsize
-    trunk = sum(
-        tensor.n_elements * item if tensor.dtype.is_floating_point and ".meta." not in key else tensor.n_bytes
-        for key, tensor in checkpoint.trunk.items()
-    )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    context = min(options.context_length, config.max_position_embeddings)
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context * item
-    return trunk + kv + checkpoint.layout.scratch_bytes
 
 
 def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedModel:
@@ -212,10 +103,13 @@ def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedMode
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=options.dtype)
     for name, module in _experts_modules(model):
-        if module.has_bias or module.is_transposed or not module.has_gate or not module.is_concatenated:
+        plain = (
+            module.has_gate and module.is_concatenated and not module.has_bias and not module.is_transposed
+        )
+        if not plain or getattr(module, "has_post_expert_norm", False):
             raise CheckpointError(
                 f"experts of {checkpoint.config.model_type} are not supported yet", key=name,
-                expected="gated experts without bias, as in Mixtral, Qwen-MoE or OLMoE",
+                expected="gated experts without bias or norm, as in Mixtral, Qwen-MoE or OLMoE",
             )  # fmt: skip
         for parameter in list(module._parameters):
             module.register_parameter(parameter, None)
@@ -241,8 +135,7 @@ def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) ->
         store = RamStore(checkpoint, roaming, pin=device.type == "cuda", progress=bar.update)
     elif plan.home == "disk":
         store = FileStore(checkpoint, roaming)
-    link = None if options.link is None else float(parse_size(options.link))
-    engine = make_engine(device, store.pinned, layout.n_bytes, link) if store else None
+    engine = make_engine(device, store.pinned, layout.n_bytes, options.link) if store else None
     layers = {layer: (plan.slots[layer], plan.resident[layer]) for layer in checkpoint.layers}
     cache = ExpertCache(
         layout, layers, store, engine, device, policy=POLICIES[options.policy], shared=options.shared_slots,
@@ -266,27 +159,41 @@ def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.de
         yield expert
 
 
-def _layers(model: PreTrainedModel) -> dict[str, int]:
+def _layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, int]:
     """Name of each module of experts -> its layer."""
-    return {name: int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name, _ in _experts_modules(model)}
-
-
-def _attach(model: PreTrainedModel) -> None:
-    """Put `offloaded_experts` in place of the model's own experts."""
-    offload = model.offload
-    if tuple(offload.modules.values()) != offload.checkpoint.layers:
+    layers = {name: int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name, _ in _experts_modules(model)}
+    if tuple(layers.values()) != checkpoint.layers:
         raise CheckpointError(
-            "the checkpoint's expert layers are not the model's", path=offload.checkpoint.folder,
-            expected=f"layers {list(offload.modules.values())}", found=f"layers {list(offload.checkpoint.layers)}",
+            "the checkpoint's expert layers are not the model's", path=checkpoint.folder,
+            expected=f"layers {list(layers.values())}", found=f"layers {list(checkpoint.layers)}",
             hint="download the checkpoint's index and config again",
         )  # fmt: skip
+    return layers
+
+
+def _gates(
+    model: PreTrainedModel, modules: dict[str, int], options: OffloadOptions
+) -> tuple[list[Gate], OffloadOptions]:
+    """The gates to guess by, and the options with their number of guesses. A family that has none is refused only if
+    guesses were asked for."""
+    if options.prefetch == 0:
+        return [], options
+    try:
+        return find_gates(model, modules), options.with_prefetch()
+    except OptionError:
+        if options.prefetch:
+            raise
+        return [], options.with_prefetch(possible=False)
+
+
+def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
+    """Put `offloaded_experts` in place of the model's own experts, and the guesses under its layers."""
+    offload, options = model.offload, model.offload.options
     for name, layer in offload.modules.items():
         module = model.get_submodule(name)
         module.offload, module.layer = offload, layer
     model.set_experts_implementation("offloaded")
-    if offload.options.prefetch and offload.plan.home:
-        gates = find_gates(model, offload.modules)
-        options = offload.options
+    if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(model, gates, offload.prefetch, options.prefetch, options.look_ahead)
 
 

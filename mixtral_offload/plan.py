@@ -115,7 +115,7 @@ def make_plan(
         reason = f"all {sizes.total} experts fit on the device: none is ever copied"
         return _plan(sizes, sizes.total, {}, None, [reason])
     wanted = sizes.n_experts if cache_size == "auto" else cache_size
-    chosen = f"cache of up to {largest} of {sizes.n_experts} experts per layer: all that {gb(device_bytes)} of device memory holds"
+    chosen = f"cache of {room} experts over {len(sizes.layers)} layers: all that {gb(device_bytes)} of device memory holds"
     reasons = [
         chosen
         if cache_size == "auto"

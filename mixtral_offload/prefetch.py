@@ -6,6 +6,7 @@ is a ranking of experts.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,12 +49,13 @@ def default_predictor(gates: Sequence[Gate]) -> Predictor:
 
 @dataclass(frozen=True)
 class Gate:
-    """One layer's way from the residual stream to its experts; `block` is the whole decoder layer."""
+    """One layer's way from the residual stream to its experts; `block` is the decoder layer (held weakly: it holds
+    the experts, which hold the cache)."""
 
     layer: int
     norm: nn.Module
     router: nn.Module
-    block: nn.Module
+    block: weakref.ref[nn.Module]
 
 
 def find_gates(model: nn.Module, experts: dict[str, int]) -> list[Gate]:
@@ -72,7 +74,7 @@ def find_gates(model: nn.Module, experts: dict[str, int]) -> list[Gate]:
                 "speculative loading does not know this family's router", found=type(moe).__name__,
                 expected="a router `gate` and a norm `post_attention_layernorm`", hint="use prefetch=0",
             )  # fmt: skip
-        gates.append(Gate(layer, norm, router, block))
+        gates.append(Gate(layer, norm, router, weakref.ref(block)))
     return gates
 
 
@@ -91,26 +93,23 @@ class Prefetcher:
     ):  # fmt: skip
         self.n_experts, self.look_ahead, self.moments = n_experts, look_ahead, moments
         self.predictor = predictor or default_predictor(gates)
-        self._start, self._gates = start, gates
+        # weak, like the hooks' hold on this object: a dropped model frees its memory at once, without a collection
+        self._start, self._gates = weakref.WeakMethod(start), gates
         self._number = {gate.layer: number for number, gate in enumerate(gates)}
         self._hidden: Tensor | None = None
-        self._hooks = [gate.norm.register_forward_pre_hook(self._see) for gate in gates]
+        self._hooks = []
+        weak = weakref.proxy(self)
+        if "before" in moments:
+            self._hooks += [gate.norm.register_forward_pre_hook(_keep_hidden(weak)) for gate in gates]
         if "after" in moments:
-            self._hooks.append(model.get_input_embeddings().register_forward_hook(self._after(-1)))
-            self._hooks += [gate.block.register_forward_hook(self._after(n)) for n, gate in enumerate(gates)]
-
-    def _see(self, norm: nn.Module, arguments: tuple) -> None:
-        self._hidden = arguments[0]
-
-    def _after(self, number: int):
-        def hook(module: nn.Module, inputs: tuple, output) -> None:
-            targets, ranked = self._rank(number, output[0] if isinstance(output, tuple) else output)
-            self.start(targets, ranked.tolist() if targets else [])
-
-        return hook
+            embeddings = model.get_input_embeddings()
+            self._hooks.append(embeddings.register_forward_hook(_guess_after(weak, -1)))
+            self._hooks += [
+                gate.block().register_forward_hook(_guess_after(weak, n)) for n, gate in enumerate(gates)
+            ]
 
     @torch.no_grad()
-    def _rank(self, number: int, hidden: Tensor) -> tuple[list[int], Tensor | None]:
+    def rank(self, number: int, hidden: Tensor) -> tuple[list[int], Tensor | None]:
         """Layers, and for each the numbers of its likeliest experts `[layers, n_experts]`, the likeliest first.
 
         With several tokens at hand, an expert's likelihood is its share of all tokens' routing.
@@ -125,16 +124,32 @@ class Prefetcher:
         return [gate.layer for gate in targets], ranked
 
     def rank_before(self, layer: int) -> tuple[list[int], Tensor | None]:
-        """The guesses to make before this layer's experts run (see `_rank`); none if that is not a moment for them."""
+        """The guesses to make before this layer's experts run (see `rank`); none if that is not a moment for them."""
         if "before" not in self.moments:
             return [], None
-        return self._rank(self._number[layer], self._hidden)
+        hidden, self._hidden = self._hidden, None
+        return self.rank(self._number[layer], hidden)
 
     def start(self, layers: list[int], ranked: list[list[int]]) -> None:
         """Start the copies of guesses, the nearest layer's first."""
         for distance, (layer, experts) in enumerate(zip(layers, ranked), 1):
-            self._start(layer, experts, distance)
+            self._start()(layer, experts, distance)
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+def _keep_hidden(prefetcher: Prefetcher):
+    def hook(norm: nn.Module, arguments: tuple) -> None:
+        prefetcher._hidden = arguments[0]
+
+    return hook
+
+
+def _guess_after(prefetcher: Prefetcher, number: int):
+    def hook(module: nn.Module, inputs: tuple, output) -> None:
+        layers, ranked = prefetcher.rank(number, output[0] if isinstance(output, tuple) else output)
+        prefetcher.start(layers, ranked.tolist() if layers else [])
+
+    return hook

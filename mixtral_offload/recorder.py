@@ -51,13 +51,14 @@ class Recorder:
     def finish(self, tokenizer=None) -> RoutingTrace:
         """The trace of the passes that ran to their end."""
         number = {layer: i for i, layer in enumerate(self._offload.checkpoint.layers)}
-        whole = sum(part[1] == self._offload.checkpoint.layers[-1] for part in self._parts)
-        parts = [part for part in self._parts if part[0] < whole]
-        ids = [ids.reshape(-1).cpu().numpy() for ids in self._ids[:whole]]
-        sizes = [len(part) for part in ids]
+        last = self._offload.checkpoint.layers[-1]
+        passes = {old: new for new, old in enumerate(part[0] for part in self._parts if part[1] == last)}
+        ids = [self._ids[old].reshape(-1).cpu().numpy() for old in passes]
         tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         n_layers, top_k = len(number), self._offload.checkpoint.top_k
-        by_layer = [[part for part in parts if part[1] == layer] for layer in number]
+        by_layer = [
+            [part for part in self._parts if part[1] == layer and part[0] in passes] for layer in number
+        ]
         experts = [
             np.concatenate([p[2].cpu().numpy() for p in of] or [np.zeros((0, top_k))]) for of in by_layer
         ]
@@ -65,45 +66,36 @@ class Recorder:
             np.concatenate([p[3].float().cpu().numpy() for p in of] or [np.zeros((0, top_k))])
             for of in by_layer
         ]
-        spans = np.array([[(p[4], p[5]) for p in of] for of in by_layer]).reshape(n_layers, whole, 2)
+        spans = np.array([[(p[4], p[5]) for p in of] for of in by_layer]).reshape(n_layers, len(passes), 2)
         pieces = [tokenizer.decode([token]) for token in tokens.tolist()] if tokenizer else []
         return RoutingTrace(
-            tokens=tokens.astype(np.int64), passes=np.repeat(np.arange(whole), sizes).astype(np.int32),
+            tokens=tokens.astype(np.int64), passes=np.repeat(np.arange(len(ids)), [len(of) for of in ids]).astype(np.int32),
             experts=np.stack(experts, 1).astype(np.int16), weights=np.stack(weights, 1).astype(np.float32),
-            **self._journal_arrays(parts, number), spans=spans.transpose(1, 0, 2) - self._began_s,
+            **self._journal_arrays(passes, number), spans=spans.transpose(1, 0, 2) - self._began_s,
             settings=self._offload.settings(), counters=asdict(self._offload.stats), pieces=pieces,
         )  # fmt: skip
 
-    def _journal_arrays(self, parts, number: dict[int, int]) -> dict[str, np.ndarray]:
-        """The columns use_* and wrong_* of the trace."""
+    def _journal_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
+        """The columns use_* and wrong_* of the trace. passes: those to keep -> their number in the trace."""
         used, wrong, start = [], [], 0
-        for part in parts:
-            for entry in self._journal[start : part[6]]:
+        for part in self._parts:
+            entries, start = self._journal[start : part[6]], part[6]
+            for entry in entries if part[0] in passes else ():
                 copy = entry.copy
                 times = (np.nan, np.nan) if copy is None or not copy.began_s else (copy.began_s, copy.ended_s)
-                moved = copy.moved_bytes if copy else 0
+                row = passes[part[0]], copy.moved_bytes if copy else 0, *times
                 if isinstance(entry, Use):
                     used.append(
-                        (
-                            part[0],
-                            number[entry.layer],
-                            entry.expert,
-                            entry.outcome,
-                            entry.wait_s,
-                            entry.at_s,
-                            moved,
-                            *times,
-                        )
+                        (number[entry.layer], entry.expert, entry.outcome, entry.wait_s, entry.at_s, *row)
                     )
                 else:
-                    wrong.append((part[0], number[entry.key[0]], entry.key[1], moved, *times))
-            start = part[6]
+                    wrong.append((number[entry.key[0]], entry.key[1], *row))
         return _columns("use", used, self._began_s) | _columns("wrong", wrong, self._began_s)
 
 
 def _columns(kind: str, rows: list[tuple], began_s: float) -> dict[str, np.ndarray]:
-    names = ["pass", "layer", "expert", "outcome", "wait_s", "at_s", "bytes"]
-    names = names if kind == "use" else ["pass", "layer", "expert", "bytes"]
+    names = ["layer", "expert", "outcome", "wait_s", "at_s", "pass", "bytes"]
+    names = names if kind == "use" else ["layer", "expert", "pass", "bytes"]
     types = {"pass": np.int32, "layer": np.int32, "expert": np.int32, "outcome": np.uint8, "bytes": np.int64}
     columns = list(zip(*rows)) if rows else [()] * (len(names) + 2)
     found = {

@@ -68,7 +68,8 @@ def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[
     yield "reuse", *plots_cache.plot_reuse(trace)
     if trace.settings["prefetch"]:
         yield "speculation", *plots_cache.plot_speculation(trace)
-    yield "timeline", *plots_cache.plot_timeline(trace)
+    if trace.n_passes > 1:
+        yield "timeline", *plots_cache.plot_timeline(trace)
     gates = find_gates(model, model.offload.modules)
     recall = measure_recall(gates, collect_states(model, gates, texts))
     yield "recall", *plots_cache.plot_recall(recall)

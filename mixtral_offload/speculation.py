@@ -71,12 +71,10 @@ def _watching(model, gates: Sequence[Gate], seen: dict[str, list]):
 
     hooks = [model.get_input_embeddings().register_forward_hook(keep("embedded", 0, lambda i, o: o))]
     for number, gate in enumerate(gates):
-        block = gate.norm
-        hooks.append(block.register_forward_pre_hook(keep("before", number, lambda i, o: i[0])))
-        hooks.append(block.register_forward_hook(keep("normed", number, lambda i, o: o)))
+        hooks.append(gate.norm.register_forward_pre_hook(keep("before", number, lambda i, o: i[0])))
+        hooks.append(gate.norm.register_forward_hook(keep("normed", number, lambda i, o: o)))
         hooks.append(gate.router.register_forward_hook(keep("chosen", number, lambda i, o: o[2])))
-        layer = model.model.layers[gate.layer]
-        hooks.append(layer.register_forward_hook(keep("after", number, lambda i, o: first(o))))
+        hooks.append(gate.block().register_forward_hook(keep("after", number, lambda i, o: first(o))))
     try:
         yield
     finally:

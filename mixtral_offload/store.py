@@ -19,7 +19,7 @@ Pieces = list[tuple[int, Tensor]]  # (byte offset within the expert's buffer, ui
 
 
 class RamStore:
-    """Experts in one slab of host memory (uint8 [n, layout.n_bytes]), pinned where a CUDA device will read it.
+    """Experts in one slab of host memory (uint8 [n, layout.n_bytes]), pinned where the current CUDA device will read it.
 
     One slab, registered with CUDA once: PyTorch's own pinned allocator rounds each block up to a power of two.
     """
@@ -32,6 +32,7 @@ class RamStore:
         self._row = {expert: row for row, expert in enumerate(experts)}
         self._slab = torch.empty(len(self._row), checkpoint.layout.n_bytes, dtype=torch.uint8)
         self.pinned = pin and len(self._row) > 0 and _pin(self._slab)
+        self._device = torch.cuda.current_device() if self.pinned else None
         for _ in checkpoint.read_experts(zip(self._row, self._slab)):
             progress(checkpoint.layout.n_bytes)
 
@@ -45,7 +46,7 @@ class RamStore:
         """Unpin; the store must not be used afterwards. Also done when the store is dropped."""
         if self.pinned:
             self.pinned = False
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
 
     def __del__(self):

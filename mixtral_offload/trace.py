@@ -32,6 +32,7 @@ class RoutingTrace:
     begin and end of the copy, nan if none.
     wrong_*: one entry per guess that was not used: wrong_pass, wrong_layer, wrong_expert, wrong_bytes, wrong_copy_s.
     spans: float64 [P, L, 2], begin and end of the experts' part of each layer.
+    Times are the host's: on CUDA with pinned memory, copies end when they are asked for, and nothing is waited for.
     settings: of the run (model, slots by layer, residents, policy, prefetch ...); counters: its CacheStats.
     pieces: the tokens as text.
     """

@@ -2,8 +2,8 @@
 
 Knows byte buffers, CUDA streams and one worker thread. Knows nothing of experts' meaning or of who asked.
 
-Copies travel in chunks. An urgent copy (an expert that is needed now) goes before one that is not (a guess), which it
-waits for by one chunk at most. A copy is registered by its owner before it is started, so that an interrupt at any
+Guesses travel in chunks, and so does everything on the worker thread: a copy that is needed now waits for one chunk of a
+guess at most. A copy is registered by its owner before it is started, so that an interrupt at any
 moment leaves either a copy that never ran or one that can be waited for, never one that writes into a slot nobody
 remembers.
 """
@@ -129,19 +129,21 @@ class _Waiting:
         self._ended = False
 
     def put(self, copy: Copy) -> None:
+        """Raises RuntimeError after `end`: nobody would ever carry it out."""
+        if self._ended:
+            raise RuntimeError("the copy engine has been closed")
         copy.asked_s = time.perf_counter()
         self._coming.put(copy)
 
     def end(self) -> None:
+        self._ended = True
         self._coming.put(None)
 
     def pick(self) -> Copy | None:
         """The worker's: the copy to go on with; blocks while there is none; None at the end."""
         while not self._coming.empty() or not (self._copies or self._ended):
             copy = self._coming.get()
-            if copy is None:
-                self._ended = True
-            else:
+            if copy is not None:
                 self._copies.append(copy)
         if self._ended:
             for copy in self._copies:

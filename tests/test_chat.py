@@ -1,5 +1,7 @@
 """Conversations on the shipped model."""
 
+import threading
+
 import pytest
 import torch
 
@@ -104,3 +106,52 @@ def test_counts(session):
     assert stats.bytes_moved == stats.misses * session.model.offload.layout.n_bytes
     list(session.send("What is 2 + 3?"))
     assert session.total.n_tokens == stats.n_tokens + session.last.n_tokens
+
+
+def test_interrupts_while_an_answer_is_being_stopped_do_not_leave_it_running(session, monkeypatch):
+    """A second Ctrl-C once ended the process while the first one was waiting for the model."""
+    answer = session.send("Tell me a story about a fox.")
+    next(answer)
+    join, interrupts = threading.Thread.join, iter([True, True, False])
+
+    def interrupted(thread, *arguments):
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        return join(thread, *arguments)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+    monkeypatch.undo()
+    assert "4" in "".join(session.send("What is 2 + 2?"))
+
+
+def test_an_interrupt_before_the_first_piece_leaves_nothing_running(session, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(session.send("Tell me a story about a fox."))
+    monkeypatch.undo()
+    assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+    assert "4" in "".join(session.send("What is 2 + 2?"))
+
+
+def test_a_tokenizer_that_fails_does_not_leave_the_reader_waiting(session, monkeypatch):
+    monkeypatch.setattr(
+        session.tokenizer, "decode", lambda *a, **k: (_ for _ in ()).throw(ValueError("no such token"))
+    )
+    with pytest.raises(ValueError, match="no such token"):
+        list(session.send("Hello!"))
+
+
+def test_a_chat_goes_no_further_than_the_memory_that_was_planned(offloaded):
+    session = ChatSession(offloaded(cache_size=2, context_length=64), load_tokenizer(DEMO))
+    assert session.context_length == 64
+    with pytest.raises(OptionError, match="less than 64 tokens"):
+        list(session.send("hello " * 100))

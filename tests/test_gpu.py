@@ -62,7 +62,9 @@ def test_published_format_in_fp32(offloaded, published, expected):
 def test_no_expert_is_read_before_it_has_arrived_in_1000_steps(kind):
     """Copies that are late: the copy stream sleeps before each, the reader must wait on the device."""
     device = torch.device("cuda")
-    engine = StreamEngine(device) if kind == "stream" else ThreadEngine(device, LAYOUT.n_bytes)
+    engine = (
+        StreamEngine(device, LAYOUT.n_bytes) if kind == "stream" else ThreadEngine(device, LAYOUT.n_bytes)
+    )
     start = engine.start
 
     def late(copy):

@@ -161,11 +161,19 @@ def test_no_expert_parameters_exist_outside_the_cache(offloaded):
     } == {name for name, _ in model.named_parameters()}
 
 
-def test_a_dropped_model_gives_its_memory_back():
+@pytest.mark.parametrize("prefetch", [0, 2])
+@torch.no_grad()
+def test_a_dropped_model_gives_its_memory_back_at_once(prompts, prefetch):
+    """Without a garbage collection: the next model may need the memory."""
     from mixtral_offload import from_pretrained
 
-    model = from_pretrained(DEMO, device="cpu", cache_size=2)
-    cache = weakref.ref(model.offload.cache)
-    del model
+    model = from_pretrained(DEMO, device="cpu", cache_size=2, prefetch=prefetch)
+    model(**prompts[0])
+    cache, store = weakref.ref(model.offload.cache), weakref.ref(model.offload.cache.store)
     gc.collect()
-    assert cache() is None
+    gc.disable()
+    try:
+        del model
+        assert cache() is None and store() is None
+    finally:
+        gc.enable()

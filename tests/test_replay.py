@@ -145,3 +145,19 @@ def test_the_trace_is_what_the_model_routed(trace, tokenizer):
         routed = torch.stack(chosen, 1).sort(-1).values.numpy()
         assert (routed == np.sort(trace.experts[start:end], -1)).mean() > 0.99  # ties of rounding aside
         start = end
+
+
+def test_a_pass_that_was_interrupted_is_left_out(tokenizer):
+    model = from_pretrained(cache_size=2, prefetch=2)
+    ids = torch.tensor([tokenizer("Hello there")["input_ids"]])
+    gate = model.model.layers[3].mlp.gate
+    with record(model, tokenizer) as recording:
+        model(ids)
+        hook = gate.register_forward_hook(lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+        hook.remove()
+        model(ids[:, :2])
+    trace = recording.trace
+    assert trace.n_passes == 2 and trace.n_tokens == ids.shape[1] + 2
+    assert set(trace.use_pass.tolist()) == {0, 1} and trace.outcomes().shape == (trace.n_tokens, 6, 2)

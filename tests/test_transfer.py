@@ -96,3 +96,10 @@ def test_dropping_the_engine_ends_its_thread():
     del engine
     gc.collect()
     assert not thread.is_alive()
+
+
+def test_a_closed_engine_refuses_instead_of_letting_the_asker_wait():
+    engine = ThreadEngine(CPU, 10)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.start(copy_of(10))

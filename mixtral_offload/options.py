@@ -1,0 +1,161 @@
+"""What the user asks for, and the plan that follows from it on this machine.
+
+Knows the options' meaning, free memory and a checkpoint's sizes. Knows nothing of models or caches.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+from dataclasses import dataclass, fields, replace
+
+import psutil
+import torch
+
+from .checkpoint import Checkpoint
+from .errors import OptionError
+from .plan import Plan, Sizes, make_plan, parse_size
+from .policy import make_policy
+
+MARGIN_BYTES = 600_000_000  # CUDA context and allocator rounding
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class OffloadOptions:
+    """How to offload.
+
+    device: "cpu", "cuda", "cuda:1" ...; default: cuda where there is one. dtype: of activations and of the trunk;
+    default: float16 on CUDA, float32 on the CPU. cache_size: experts per layer on the device, or "auto" for all that
+    fit; default: what the checkpoint asks for, or "auto". store: home of the other experts, "ram", "disk" or "auto".
+    vram, ram: bytes (or text like "15GB") that may be used; default: what is free. On the CPU both are one memory, and
+    the smaller of those given counts. context_length: tokens to leave room for; a chat goes no further. link: slow
+    copies down to so many bytes (or "12GB") per second, for experiments. prefetch: experts of each coming layer to
+    copy ahead, guessed from the hidden state of now; default: 2 where there is a link to hide (CUDA, or `link`), else
+    0. look_ahead: how many layers ahead to guess. policy: which expert leaves, "lru", "lfu" or "lrfu". shared_slots:
+    one pool of slots for all layers instead of one for each.
+    """
+
+    device: str | torch.device | None = None
+    dtype: torch.dtype | str | None = None
+    cache_size: int | str | None = None
+    store: str = "auto"
+    vram: int | str | None = None
+    ram: int | str | None = None
+    context_length: int = 4096
+    link: float | str | None = None
+    prefetch: int | None = None
+    look_ahead: int = 1
+    policy: str = "lru"
+    shared_slots: bool = False
+    progress: bool = False
+
+    @classmethod
+    def parse(cls, options: dict) -> OffloadOptions:
+        """Refuses unknown names, with the nearest known one, and impossible values; fills in device and dtype, and
+        turns sizes into bytes. `prefetch` stays None where nothing was asked for: see `with_prefetch`."""
+        known = [option.name for option in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else None
+                raise OptionError("unknown option", found=name, expected=", ".join(known), hint=hint)
+        device = _device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = options.get("dtype") or (torch.float16 if device.type == "cuda" else torch.float32)
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype not in DTYPES:
+            raise OptionError(
+                "unknown dtype", expected="float16, bfloat16 or float32", found=options["dtype"]
+            )
+        parsed = cls(**{**options, "device": device, "dtype": dtype})
+        for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1)):
+            value = getattr(parsed, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=value)
+        make_policy(parsed.policy)
+        return replace(
+            parsed, **{name: _size(name, getattr(parsed, name)) for name in ("vram", "ram", "link")}
+        )
+
+    def with_prefetch(self, possible: bool = True) -> OffloadOptions:
+        """With the default number of guesses where none was asked for; none where the model has no way to guess."""
+        if self.prefetch is not None:
+            return self
+        worth = possible and (self.device.type == "cuda" or self.link is not None)
+        return replace(self, prefetch=2 if worth else 0)
+
+    @property
+    def n_staging(self) -> int:
+        """Rows for guesses: one more than can be useful at a time, for one whose copy is still being stopped."""
+        return self.prefetch * self.look_ahead + 1 if self.prefetch else 0
+
+
+def _size(name: str, value) -> int | None:
+    """In bytes; None if nothing was asked for."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or parse_size(value) <= 0:
+        raise OptionError(f"impossible {name}", expected="more than 0, as bytes or like 12GB", found=value)
+    return parse_size(value)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+    except RuntimeError:
+        raise OptionError("unknown device", expected="cpu, cuda, cuda:1, ...", found=name) from None
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices"
+        raise OptionError("no such device", expected=name, found=found, hint='use device="cpu"')
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
+    """The plan for a checkpoint on this machine, as it is now."""
+    options = options.with_prefetch()
+    sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
+    recommended = (getattr(checkpoint.config, "offload", None) or {}).get("cache_size", "auto")
+    cache_size = recommended if options.cache_size is None else options.cache_size
+    why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
+    on_cpu = options.device.type == "cpu"
+    device, ram = _budgets(options)
+    device -= trunk_bytes(checkpoint, options) + (0 if on_cpu else MARGIN_BYTES)
+    rest = {"cache_size": cache_size, "store": options.store, "shared_memory": on_cpu, "why": why}
+    plan = make_plan(sizes, max(device, 0), ram, **rest)
+    if plan.home is None or not options.n_staging:
+        return plan
+    return make_plan(sizes, max(device - options.n_staging * sizes.expert_bytes, 0), ram, **rest)
+
+
+def _budgets(options: OffloadOptions) -> tuple[int, int]:
+    """Bytes that may be used on the device and in RAM; on the CPU, they are the same."""
+    free = int(0.9 * psutil.virtual_memory().available)
+    if options.device.type == "cpu":
+        asked = [size for size in (options.vram, options.ram) if size is not None]
+        budget = min(asked, default=free)
+        return budget, budget
+    gc.collect()  # a model that was just dropped may still hold memory
+    with torch.cuda.device(options.device):
+        torch.cuda.empty_cache()
+    device = torch.cuda.mem_get_info(options.device)[0] if options.vram is None else options.vram
+    return device, free if options.ram is None else options.ram
+
+
+def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
+    """Device bytes beside the experts: the trunk, and for the context the KV cache, the activations of one layer's
+    experts, and the scratch for one dequantized matrix."""
+    config, item = checkpoint.config, options.dtype.itemsize
+    trunk = sum(
+        tensor.n_elements * item if tensor.dtype.is_floating_point and ".meta." not in key else tensor.n_bytes
+        for key, tensor in checkpoint.trunk.items()
+    )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    context = min(options.context_length, config.max_position_embeddings)
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context * item
+    intermediate, hidden = checkpoint.layout.shapes["gate"]
+    activations = context * item * (4 * checkpoint.top_k * hidden + 3 * intermediate)
+    return trunk + kv + activations + checkpoint.layout.scratch_bytes(item)
