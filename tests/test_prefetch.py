@@ -51,11 +51,11 @@ def prompts():
 
 @torch.inference_mode()
 def answers(model, prompts):
-    """Logits of each prompt and 24 greedy tokens with their scores."""
+    """Logits of each prompt and 16 greedy tokens with their scores."""
     found = []
     for prompt in prompts:
         out = model.generate(
-            **prompt, max_new_tokens=24, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **prompt, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
         found += [model(**prompt).logits, out.sequences, torch.stack(out.logits)]
     return found
