@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import psutil
@@ -26,8 +27,8 @@ class OffloadOptions:
     """How to offload.
 
     device: "cpu", "cuda", "cuda:1" ...; default: cuda where there is one. dtype: of activations and of the trunk;
-    default: float16 on CUDA, float32 on the CPU. cache_size: experts per layer on the device, or "auto" for all that
-    fit; default: what the checkpoint asks for, or "auto". store: home of the other experts, "ram", "disk" or "auto".
+    default: float16 on CUDA, float32 on the CPU. cache_size: experts per layer on the device (one number, or one for each layer),
+    or "auto" for all that fit; default: what the checkpoint asks for, or "auto". store: home of the other experts, "ram", "disk" or "auto".
     vram, ram: bytes (or text like "15GB") that may be used; default: what is free. On the CPU both are one memory, and
     the smaller of those given counts. context_length: tokens to leave room for; a chat goes no further. link: slow
     copies down to so many bytes (or "12GB") per second, for experiments. prefetch: experts of each coming layer to
@@ -38,7 +39,7 @@ class OffloadOptions:
 
     device: str | torch.device | None = None
     dtype: torch.dtype | str | None = None
-    cache_size: int | str | None = None
+    cache_size: int | str | Sequence[int] | None = None
     store: str = "auto"
     vram: int | str | None = None
     ram: int | str | None = None

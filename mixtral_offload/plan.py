@@ -99,56 +99,88 @@ class Plan:
 
 
 def make_plan(
-    sizes: Sizes, device_bytes: int, ram_bytes: int, *, cache_size: int | str = "auto", store: str = "auto",
+    sizes: Sizes, device_bytes: int, ram_bytes: int, *, cache_size: int | str | Sequence[int] = "auto", store: str = "auto",
     shared_memory: bool = False, why: str = "as asked",
 ) -> Plan:  # fmt: skip
     """The plan that keeps most experts on the device.
 
-    device_bytes, ram_bytes: free for experts. cache_size: experts of a layer on the device, or "auto" for as many as
-    fit. store: home of roaming experts, "ram", "disk" or "auto". shared_memory: the device is the CPU, and the two
-    budgets are one. why: the reason for a given cache_size. Raises CapacityError (naming the largest cache that fits) or OptionError.
+    device_bytes, ram_bytes: free for experts. cache_size: experts of a layer on the device, one number for all layers
+    or one for each, or "auto" for as many as fit. store: home of roaming experts, "ram", "disk" or "auto".
+    shared_memory: the device is the CPU, and the two budgets are one. why: the reason for a given cache_size. Raises
+    CapacityError (naming the largest cache that fits) or OptionError.
     """
     room = min(device_bytes // sizes.expert_bytes, sizes.total)
-    largest = room // len(sizes.layers)
-    _check(sizes, cache_size, store, largest, device_bytes)
+    if isinstance(cache_size, Sequence) and not isinstance(cache_size, str):
+        return _plan_by_layer(sizes, device_bytes, ram_bytes, list(cache_size), store, shared_memory)
+    _check(sizes, cache_size, store, room // len(sizes.layers), device_bytes)
     if cache_size == sizes.n_experts or (cache_size == "auto" and room == sizes.total):
         reason = f"all {sizes.total} experts fit on the device: none is ever copied"
         return _plan(sizes, sizes.total, {}, None, [reason])
     wanted = sizes.n_experts if cache_size == "auto" else cache_size
-    chosen = f"cache of {room} experts over {len(sizes.layers)} layers: all that {gb(device_bytes)} of device memory holds"
-    reasons = [
-        chosen
-        if cache_size == "auto"
-        else f"cache of {cache_size} of {sizes.n_experts} experts per layer: {why}"
-    ]
+    reason = f"cache of {wanted} of {sizes.n_experts} experts per layer: {why}"
+    if cache_size == "auto":
+        reason = f"cache of {room} experts over {len(sizes.layers)} layers: all that {gb(device_bytes)} of device memory holds"
     if store == "disk":
-        return _plan(sizes, 0, _slots(sizes, 0, room, wanted), "disk", [*reasons, "home on disk: as asked"])
+        return _plan(sizes, 0, _slots(sizes, 0, room, wanted), "disk", [reason, "home on disk: as asked"])
+    must_stay = 0
     if shared_memory:
-        on_device = _n_on_device(sizes, room, wanted) * sizes.expert_bytes
-        ram_bytes, must_stay = device_bytes - on_device, 0
+        ram_bytes = device_bytes - sum(_slots(sizes, 0, room, wanted).values()) * sizes.expert_bytes
     else:
         must_stay = max(0, sizes.total - ram_bytes // sizes.expert_bytes)
     fits = must_stay > 0 or sizes.total * sizes.expert_bytes <= ram_bytes
     slots = _slots(sizes, must_stay, room, wanted) if fits else None
     if slots is not None:
-        if must_stay:
-            reasons.append(
-                f"{must_stay} experts are resident: {gb(ram_bytes)} of RAM holds {sizes.total - must_stay} of {sizes.total}"
-            )
-        if must_stay == sizes.total:
-            return _plan(sizes, must_stay, {}, None, reasons)
-        reasons.append(
-            f"home in RAM: {gb((sizes.total - must_stay) * sizes.expert_bytes)} of {gb(ram_bytes)} free"
-        )
-        return _plan(sizes, must_stay, slots, "ram", reasons)
+        return _in_ram(sizes, must_stay, slots, ram_bytes, [reason])
+    return _on_disk(
+        sizes, _slots(sizes, 0, room, wanted), device_bytes, ram_bytes, store, shared_memory, [reason]
+    )
+
+
+def _in_ram(sizes: Sizes, must_stay: int, slots: dict[int, int], ram_bytes: int, reasons: list[str]) -> Plan:
+    roaming = sizes.total - must_stay
+    if must_stay:
+        held = f"{gb(ram_bytes)} of RAM holds {roaming} of {sizes.total}"
+        reasons = [*reasons, f"{must_stay} experts are resident: {held}"]
+    if not roaming:
+        return _plan(sizes, must_stay, {}, None, reasons)
+    home = f"home in RAM: {gb(roaming * sizes.expert_bytes)} of {gb(ram_bytes)} free"
+    return _plan(sizes, must_stay, slots, "ram", [*reasons, home])
+
+
+def _on_disk(sizes, slots, device_bytes, ram_bytes, store, shared_memory, reasons) -> Plan:
+    """Where RAM is too small; raises CapacityError if RAM was asked for."""
     if store == "ram":
         raise CapacityError(
             "RAM cannot hold the experts that do not fit on the device", expected=gb(sizes.total * sizes.expert_bytes),
             found=f"{gb(ram_bytes)} of RAM beside {gb(device_bytes)} on the device", hint='use store="disk" or store="auto"',
         )  # fmt: skip
     beside = "beside the cache" if shared_memory else "that do not fit on the device"
-    reasons.append(f"home on disk: {gb(ram_bytes)} of RAM cannot hold the experts {beside}")
-    return _plan(sizes, 0, _slots(sizes, 0, room, wanted), "disk", reasons)
+    reason = f"home on disk: {gb(ram_bytes)} of RAM cannot hold the experts {beside}"
+    return _plan(sizes, 0, slots, "disk", [*reasons, reason])
+
+
+def _plan_by_layer(sizes: Sizes, device_bytes, ram_bytes, wanted: list[int], store, shared_memory) -> Plan:
+    """One cache size for each layer, as a trace may say is best (`replay.best_allocation`)."""
+    if len(wanted) != len(sizes.layers) or not all(type(n) is int for n in wanted):
+        raise OptionError(
+            "unknown cache_size", expected=f"{len(sizes.layers)} numbers, one for each layer", found=wanted
+        )
+    for n in wanted:
+        _check(sizes, n, store, sizes.n_experts, device_bytes)
+    used = sum(wanted) * sizes.expert_bytes
+    if used > device_bytes:
+        raise CapacityError(
+            "the device has too little memory for this cache", found=f"{gb(device_bytes)} free for experts",
+            expected=gb(used), hint=f"{device_bytes // sizes.expert_bytes} experts fit in all",
+        )  # fmt: skip
+    ram_bytes = device_bytes - used if shared_memory else ram_bytes
+    reasons = [f"cache of {sum(wanted)} experts, by layer {wanted}: as asked"]
+    slots = dict(zip(sizes.layers, wanted))
+    if store == "disk":
+        return _plan(sizes, 0, slots, "disk", [*reasons, "home on disk: as asked"])
+    if sizes.total * sizes.expert_bytes <= ram_bytes:
+        return _in_ram(sizes, 0, slots, ram_bytes, reasons)
+    return _on_disk(sizes, slots, device_bytes, ram_bytes, store, shared_memory, reasons)
 
 
 def _check(sizes: Sizes, cache_size, store: str, largest: int, device_bytes: int) -> None:
@@ -200,10 +232,6 @@ def _slots(sizes: Sizes, n_resident: int, room: int, wanted: int) -> dict[int, i
             slots[layer] += 1
             left -= 1
     return slots
-
-
-def _n_on_device(sizes: Sizes, room: int, wanted: int) -> int:
-    return sum(_slots(sizes, 0, room, wanted).values())
 
 
 def _plan(sizes: Sizes, n_resident: int, slots: dict[int, int], home: str | None, reasons: list[str]) -> Plan:

@@ -94,3 +94,16 @@ def test_sizes():
     for wrong in ("fifteen", "15 parsec", "1.2.3GB"):
         with pytest.raises(OptionError, match="cannot read a size"):
             parse_size(wrong)
+
+
+def test_a_cache_size_for_each_layer():
+    sizes = Sizes(range(4), 8, 2, EXPERT)
+    plan = make_plan(sizes, 20 * EXPERT, 40 * EXPERT, cache_size=[2, 3, 8, 4])
+    assert plan.home == "ram" and list(plan.slots.values()) == [2, 3, 8, 4]
+    assert make_plan(sizes, 20 * EXPERT, 20 * EXPERT, cache_size=[2, 3, 8, 4]).home == "disk"
+    with pytest.raises(CapacityError, match="16 experts fit in all"):
+        make_plan(sizes, 16 * EXPERT, 40 * EXPERT, cache_size=[2, 3, 8, 4])
+    with pytest.raises(CapacityError, match="impossible cache_size"):
+        make_plan(sizes, 20 * EXPERT, 40 * EXPERT, cache_size=[2, 3, 1, 4])
+    with pytest.raises(OptionError, match="4 numbers"):
+        make_plan(sizes, 20 * EXPERT, 40 * EXPERT, cache_size=[2, 3])

@@ -54,6 +54,7 @@ def which_hit(trace, hit):
         {"cache_size": 5, "policy": "lfu"},
         {"cache_size": 3, "policy": "lrfu", "shared_slots": True},
         {"cache_size": 2, "shared_slots": True, "store": "disk"},
+        {"cache_size": [2, 3, 4, 2, 5, 8]},
         {"cache_size": 4, "prefetch": 2, "look_ahead": 2},
     ],
 )
