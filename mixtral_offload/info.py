@@ -10,7 +10,7 @@ from pathlib import Path
 from .checkpoint import DEMO, Checkpoint, open_checkpoint
 from .errors import CapacityError
 from .hub import plan_download, resolve
-from .offload import OffloadOptions, plan_for, trunk_bytes
+from .options import OffloadOptions, plan_for, trunk_bytes
 from .plan import gb
 
 
