@@ -1,10 +1,11 @@
 """The paper's Table 2 on the shipped model: what the LRU cache and speculative loading are each worth.
 
-    python benchmarks/ablation.py [--cache-size 4] [--tokens 48] [--repeats 3] [--ratio 5.5]
+    python benchmarks/ablation.py [--cache-sizes 2 4] [--tokens 48] [--repeats 5] [--ratio 5.5]
 
 The link is slowed until the copy of one expert takes `ratio` times one layer's compute, measured in the same run
 (2312.17238 on a T4: 66.4 MB at 12 GB/s is 5.5 ms, against about 1 ms). One model, one store and one link serve all
-variants, which take turns. Prints a table and writes benchmarks/results/ablation.json.
+variants, which take turns. On the CPU one core computes and the other carries the link. Only decoding is timed. Prints
+tables and writes benchmarks/results/ablation.json.
 """
 
 import argparse
@@ -52,7 +53,7 @@ class Naive(Forgetful):
             yield expert, everything[expert]
 
 
-def variants(model, arguments) -> dict[str, ExpertCache]:
+def variants(model, cache_size: int, arguments) -> dict[str, ExpertCache]:
     """name -> cache, all over the same store and the same engine."""
     offload = model.offload
     base = offload.cache
@@ -64,8 +65,8 @@ def variants(model, arguments) -> dict[str, ExpertCache]:
 
     n_staging = arguments.prefetch * arguments.look_ahead + 1
     return {
-        "full": cache(ExpertCache, arguments.cache_size, n_staging),
-        "without prefetch": cache(ExpertCache, arguments.cache_size),
+        "full": cache(ExpertCache, cache_size, n_staging),
+        "without prefetch": cache(ExpertCache, cache_size),
         "without cache and prefetch": cache(Forgetful, top_k),
         "naive": cache(Naive, n_experts),
     }
@@ -115,92 +116,85 @@ def switched(model, cache: ExpertCache, speculation):
         offload.prefetcher = None
 
 
-def measure(model, resident, prompts, arguments) -> tuple[dict, dict]:
+def measure(model, resident, prompts, cache_size: int, arguments) -> dict:
     """Seconds per token of each variant and repeat, and its counters; every answer is compared with the resident model's."""
     expected = generate(resident, prompts, arguments.tokens)[1]
     seconds, counters = {"everything resident": []}, {}
-    chosen = variants(model, arguments)
+    chosen = variants(model, cache_size, arguments)
     for _ in range(arguments.repeats):
         seconds["everything resident"].append(generate(resident, prompts, arguments.tokens)[0])
         for name, cache in chosen.items():
             n_tokens = arguments.naive_tokens if name == "naive" else arguments.tokens
             with switched(model, cache, arguments if cache.n_staging else None):
                 taken, out = generate(model, prompts, n_tokens)
-            assert all(torch.equal(a, b[:, : a.shape[1]]) for a, b in zip(out, expected)), (
-                f"{name} changed an answer"
-            )
+            same = all(torch.equal(a, b[:, : a.shape[1]]) for a, b in zip(out, expected))
+            assert same, f"{name} changed an answer"
             seconds.setdefault(name, []).append(taken)
             counters[name] = vars(cache.stats) | {"hit_rate": cache.stats.hit_rate}
-    return seconds, counters
+    speed = {name: 1 / statistics.median(taken) for name, taken in seconds.items()}
+    return {"tokens_per_s": speed, "seconds_per_token": seconds, "counters": counters}
 
 
-def main():
+def table(result: dict) -> str:
+    speed, counters = result["tokens_per_s"], result["counters"]
+    lines = [f"{'':28}tokens/s  over naive  paper's T4, over naive  hits  MB moved (wasted)"]
+    for name, value in speed.items():
+        paper = f"{PAPER[name] / PAPER['naive']:.2f}" if name in PAPER else ""
+        row, rest = counters.get(name), ""
+        if row:
+            rest = f"{row['hit_rate']:5.2f} {row['bytes_moved'] / 1e6:8.0f} ({row['wasted_bytes'] / 1e6:.0f})"
+        lines.append(f"{name:28}{value:8.2f}  {value / speed['naive']:10.2f}  {paper:>22}  {rest}")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cache-size", type=int, default=4)
+    parser.add_argument("--cache-sizes", type=int, nargs="+", default=(2, 4))
     parser.add_argument("--prefetch", type=int, default=2)
     parser.add_argument("--look-ahead", type=int, default=1)
     parser.add_argument(
         "--moments", nargs="+", default=MOMENTS, choices=("before", "after"), help="when to guess"
     )
     parser.add_argument("--tokens", type=int, default=48, help="generated for each of four prompts")
-    parser.add_argument(
-        "--naive-tokens",
-        type=int,
-        default=8,
-        help="the same for the slowest variant, whose tokens cost all the same",
-    )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--naive-tokens", type=int, default=8, help="the same for the slowest variant")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ratio", type=float, default=5.5, help="one expert's copy over one layer's compute")
     parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse()
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
     tokenizer = load_tokenizer(arguments.model)
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
     prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(arguments.device)
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], **options).to(arguments.device)
         for text in PROMPTS
     ]
-    resident = from_pretrained(arguments.model, device=arguments.device, cache_size="auto", store="ram")
-    model = from_pretrained(
-        arguments.model, device=arguments.device, cache_size=arguments.cache_size, store="ram", prefetch=0
-    )
+    place = {"device": arguments.device, "store": "ram"}
+    resident = from_pretrained(arguments.model, cache_size="auto", **place)
+    model = from_pretrained(arguments.model, cache_size=2, prefetch=0, **place)
     generate(resident, prompts, 8)  # warm up
-    n_tokens = len(prompts) * arguments.tokens
-    n_layers = len(model.offload.checkpoint.layers)
-    layer_s = (
-        statistics.median(generate(resident, prompts, arguments.tokens)[0] for _ in range(3))
-        / n_tokens
-        / n_layers
-    )
+    layers = model.offload.checkpoint.layers
+    token_s = statistics.median(generate(resident, prompts, arguments.tokens)[0] for _ in range(3))
+    copy_s = arguments.ratio * token_s / len(layers)
     n_bytes = model.offload.layout.n_bytes
-    link = n_bytes / (arguments.ratio * layer_s)
-    model.offload.cache.engine = make_engine(model.offload.options.device, False, n_bytes, link)
-    seconds, counters = measure(model, resident, prompts, arguments)
-    speed = {name: 1 / statistics.median(taken) for name, taken in seconds.items()}
+    model.offload.cache.engine = make_engine(model.offload.options.device, False, n_bytes, n_bytes / copy_s)
     print(
-        f"one layer's compute {1e3 * layer_s:.2f} ms, one expert's copy {arguments.ratio * 1e3 * layer_s:.2f} ms ({link / 1e6:.1f} MB/s)"
+        f"one layer's compute {1e3 * token_s / len(layers):.2f} ms, one expert's copy {1e3 * copy_s:.2f} ms"
     )
-    print(
-        f"cache of {arguments.cache_size}, {arguments.prefetch} guesses, {arguments.look_ahead} layer(s) ahead\n"
-    )
-    print(f"{'':28}tokens/s  over naive  paper's T4, over naive  hits  waited  MB moved (wasted)")
-    for name, value in speed.items():
-        paper = f"{PAPER[name] / PAPER['naive']:.2f}" if name in PAPER else ""
-        row = counters.get(name)
-        rest = (
-            f"{row['hit_rate']:5.2f} {row['wait_s']:6.1f} s {row['bytes_moved'] / 1e6:7.0f} ({row['wasted_bytes'] / 1e6:.0f})"
-            if row
-            else ""
-        )
-        print(f"{name:28}{value:8.2f}  {value / speed['naive']:10.2f}  {paper:>22}  {rest}")
-    result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}", "layer_s": layer_s,
-              "copy_s": arguments.ratio * layer_s, "settings": {k: str(v) for k, v in vars(arguments).items() if k != "out"},
-              "tokens_per_s": speed, "seconds": seconds, "counters": counters}  # fmt: skip
+    runs = {}
+    for size in arguments.cache_sizes:
+        runs[size] = measure(model, resident, prompts, size, arguments)
+        ahead = f"{arguments.prefetch} guesses, {arguments.look_ahead} layer(s) ahead"
+        print(f"\ncache of {size}, {ahead}\n{table(runs[size])}", flush=True)
+    result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
+              "layer_s": token_s / len(layers), "copy_s": copy_s, "runs": runs,
+              "settings": {k: str(v) for k, v in vars(arguments).items() if k != "out"}}  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

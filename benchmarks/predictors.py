@@ -24,6 +24,33 @@ HERE = Path(__file__).parent
 TEXTS = HERE.parent / "training" / "heldout_text.jsonl"
 
 
+def recalls(gates, states) -> dict:
+    """Recall of two guesses by source and look-ahead; printed too, with that of three."""
+    found = {}
+    for source in SOURCES:
+        recall = measure_recall(gates, states, (1, 2, 3, 10), source)
+        average = recall.average()
+        found[source] = dict(zip(map(str, recall.look_aheads), average[:, 2].tolist()))
+        found[source]["by_layer"] = np.nan_to_num(recall.recall[0, :, 2], nan=-1).tolist()
+        shown = "  ".join(
+            f"{ahead} ahead {row[2]:.3f} ({row[3]:.3f})" for ahead, row in zip(recall.look_aheads, average)
+        )
+        print(f"{source:>8}: {shown}")
+    return found
+
+
+def hit_rates(states, n_experts: int) -> dict:
+    """Of each policy and cache size, averaged over layers; printed too."""
+    experts = torch.stack(states.chosen, 1).cpu().numpy()
+    trace = RoutingTrace.from_routing(experts, np.ones(experts.shape), n_experts)
+    curves = {name: curve.mean(1) for name, curve in hit_rate_curves(trace).items()}
+    sizes = range(trace.top_k, n_experts + 1)
+    print("\nhit rate by cache size:", "  ".join(f"{k}" for k in sizes))
+    for name, curve in (*curves.items(), ("chance", np.array(sizes) / n_experts)):
+        print(f"  {name:>7}:", " ".join(f"{value:.3f}" for value in curve))
+    return {name: dict(zip(map(str, sizes), curve.tolist())) for name, curve in curves.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEMO)
@@ -38,41 +65,17 @@ def main():
     ]
     gates = find_gates(model, model.offload.modules)
     states = collect_states(model, gates, texts)
-    n_experts, top_k = model.offload.checkpoint.n_experts, model.offload.checkpoint.top_k
-    found = {
-        "tokens": len(states.first),
-        "texts": len(texts),
-        "chance_of_two": 2 / n_experts,
-        "recall_of_two": {},
-        "layer_0": {},
-    }
+    n_experts = model.offload.checkpoint.n_experts
+    chance = 2 / n_experts
     print(
-        f"{len(states.first)} tokens. Recall of the two likeliest (chance {2 / n_experts:.2f}); in brackets of three\n"
+        f"{len(states.first)} tokens. Recall of the two likeliest (chance {chance:.2f}); in brackets of three\n"
     )
-    for source in SOURCES:
-        recall = measure_recall(gates, states, (1, 2, 3, 10), source)
-        average = recall.average()
-        found["recall_of_two"][source] = dict(zip(map(str, recall.look_aheads), average[:, 2].tolist()))
-        found["recall_of_two"][source]["by_layer"] = np.nan_to_num(recall.recall[0, :, 2], nan=-1).tolist()
-        shown = "  ".join(
-            f"{ahead} ahead {row[2]:.3f} ({row[3]:.3f})" for ahead, row in zip(recall.look_aheads, average)
-        )
-        print(f"{source:>8}: {shown}")
+    found = {"tokens": len(states.first), "texts": len(texts), "chance_of_two": chance}
+    found["recall_of_two"] = recalls(gates, states)
     print("\nlayer 0:")
-    for name, curve in first_layer_recall(gates, states).items():
-        found["layer_0"][name] = curve[2]
-        print(f"  {name}: {curve[2]:.3f} ({curve[3]:.3f})")
-    experts = torch.stack(states.chosen, 1).cpu().numpy()
-    trace = RoutingTrace.from_routing(experts, np.full(experts.shape, 1 / top_k), n_experts)
-    curves = hit_rate_curves(trace)
-    sizes = range(top_k, n_experts + 1)
-    found["hit_rate"] = {
-        name: dict(zip(map(str, sizes), curve.mean(1).tolist())) for name, curve in curves.items()
-    }
-    print("\nhit rate by cache size:", "  ".join(f"{k}" for k in sizes))
-    for name, curve in curves.items():
-        print(f"  {name:>7}:", " ".join(f"{value:.3f}" for value in curve.mean(1)))
-    print("   chance:", " ".join(f"{k / n_experts:.3f}" for k in sizes))
+    found["layer_0"] = {name: curve[2] for name, curve in first_layer_recall(gates, states).items()}
+    print("\n".join(f"  {name}: {recall:.3f}" for name, recall in found["layer_0"].items()))
+    found["hit_rate"] = hit_rates(states, n_experts)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

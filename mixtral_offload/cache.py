@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 
 from .checkpoint import ExpertId
+from .copies import CREATED, Copy
 from .errors import CapacityError
 from .experts import ExpertLayout
 from .policy import LOAD, LRU, Policy, Pool, serve
 from .quantization import Fields
 from .store import Store
 from .trace import HIT, MISS, PREFETCHED
-from .transfer import CREATED, Copy
 
 Views = dict[str, Fields]
 
@@ -148,6 +148,8 @@ class ExpertCache:
         pool = self._pools[layer]
         self._drop_interrupted(pool)
         self._passes += 1
+        for key in [key for key in self._staged if key[0] == layer and key[1] not in experts]:
+            self._drop_guess(key)  # at once: its row and the link are for the next guesses
         for action, key, hit in serve(pool, [(layer, expert) for expert in experts]):
             if action is LOAD:
                 self._load(pool, key)
@@ -161,8 +163,6 @@ class ExpertCache:
                 key = self._land(pool, key)
             row = self._resident.get(key)
             yield key[1], self._views[pool.held[key] if row is None else row]
-        for key in [key for key in self._staged if key[0] == layer]:
-            self._drop_guess(key)  # not needed after all
 
     def prefetch(self, layer: int, experts: Sequence[int], distance: int = 1) -> None:
         """Start copies of the experts that `layer`, `distance` layers from now, will probably need, likeliest first.
@@ -242,7 +242,7 @@ class ExpertCache:
 
     def _drop_guess(self, key: ExpertId) -> None:
         guess = self._staged[key]
-        guess.copy.cancel()
+        self.engine.cancel(guess.copy)
         self._dropped.append(guess)  # before it is forgotten: its row is free only when nothing writes it
         del self._staged[key]
         if self.journal is not None:

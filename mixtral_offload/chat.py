@@ -42,6 +42,18 @@ class TurnStats:
         return f"{self.n_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, {hit_rate}, {self.bytes_moved / 1e6:.1f} MB moved"
 
 
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
+    """Raises OptionError for what cannot be sampled with."""
+    for name, value, good, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0, 1 at most"),
+        ("seed", seed, seed is None or -(2**63) <= seed < 2**64, "a whole number of 64 bits"),
+    ):
+        if not good:
+            raise OptionError(f"impossible {name}", expected=expected, found=value)
+
+
 class ChatSession:
     """Keeps a conversation; each answer is streamed.
 
@@ -53,6 +65,7 @@ class ChatSession:
         self, model, tokenizer, *, system_prompt: str | None = None, max_new_tokens: int = 512,
         temperature: float = 0.0, top_p: float = 0.95, seed: int | None = None,
     ):  # fmt: skip
+        check_sampling(max_new_tokens, temperature, top_p, seed)
         self.model, self.tokenizer = model, tokenizer
         self.system_prompt, self.max_new_tokens = system_prompt, max_new_tokens
         self.temperature, self.top_p = temperature, top_p
@@ -83,6 +96,9 @@ class ChatSession:
         If generating fails, the conversation is as before and the error is raised here. Raises OptionError when the
         conversation has outgrown the model's context.
         """
+        text = text.encode("utf-8", "surrogatepass").decode(
+            "utf-8", "replace"
+        )  # a shell may hand over broken bytes
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(messages)
         self._stop = stop = threading.Event()  # one for each answer: an old one stays stopped

@@ -1,6 +1,6 @@
 """Find, validate and read checkpoints on disk. All format mess lives here and nowhere else.
 
-Knows safetensors files, index files and key names. Knows nothing of devices, caches or how an expert is run.
+Knows configurations, index files and key names. Knows nothing of devices, caches or how an expert is run.
 
 Reads the published format (`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo`: one file per expert, keys inside
 without prefix), our own (the same with whole keys) and plain 16-bit transformers checkpoints of Mixtral-like families.
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .errors import CheckpointError
 from .experts import ExpertLayout, Field
+from .headers import StoredTensor, read_header, read_into
 
 #: the small model that ships with the package
 DEMO = Path(__file__).parent / "demo" / "4bit"
@@ -39,82 +39,7 @@ MATRIX_NAMES = {
     "w2": "down",
     "down_proj": "down",
 }
-DTYPES = {
-    "U8": torch.uint8, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "I8": torch.int8, "I16": torch.int16, "I64": torch.int64, "F64": torch.float64, "BOOL": torch.bool,
-}  # fmt: skip
-
 ExpertId = tuple[int, int]  # (layer, expert)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor's bytes lie: file, absolute byte offset, number of bytes."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    n_bytes: int
-
-    @property
-    def n_elements(self) -> int:
-        return self.n_bytes // self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        """The tensor, on the CPU, in memory of its own."""
-        data = torch.empty(self.n_bytes, dtype=torch.uint8)
-        with open(self.path, "rb") as file:
-            read_into(file, self, data)
-        return data.view(self.dtype).view(self.shape)
-
-
-def read_into(file, stored: StoredTensor, data: Tensor) -> None:
-    """Fill `data` (uint8, contiguous, CPU) with a stored tensor's bytes, without a copy in between."""
-    file.seek(stored.offset)
-    if stored.n_bytes and file.readinto(memoryview(data.numpy())) != stored.n_bytes:
-        raise CheckpointError(
-            "file ends too early", path=stored.path, expected=f"{stored.offset + stored.n_bytes} bytes or more",
-            hint="download or copy this file again",
-        )  # fmt: skip
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, by key; refuses a file that is missing, truncated or of another format."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            n_header = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(n_header)) if 0 < n_header <= size - 8 else None
-        assert isinstance(header, dict)
-    except FileNotFoundError:
-        raise CheckpointError(
-            "file is missing", path=path, hint="download the checkpoint again; finished files are kept"
-        ) from None
-    except (AssertionError, ValueError):
-        raise CheckpointError(
-            "not a whole safetensors file", path=path, found=f"{size} bytes without a readable header",
-            hint="delete this file and download it again",
-        ) from None  # fmt: skip
-    tensors = {}
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                "unknown dtype", path=path, key=key, expected=", ".join(DTYPES), found=entry["dtype"]
-            )
-        begin, end = entry["data_offsets"]
-        tensors[key] = StoredTensor(
-            path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + n_header + begin, end - begin
-        )
-    needed = max((tensor.offset + tensor.n_bytes for tensor in tensors.values()), default=0)
-    if size < needed:
-        raise CheckpointError(
-            "file is truncated", path=path, expected=f"{needed} bytes", found=f"{size} bytes",
-            hint="delete this file and download it again",
-        )  # fmt: skip
-    return tensors
 
 
 def first_attribute(config, *names: str) -> int | None:
@@ -150,6 +75,12 @@ class Checkpoint:
         return first_attribute(self.config, "num_experts_per_tok", "moe_topk", "top_k")
 
     @property
+    def recommended_cache_size(self) -> int | str:
+        """What the checkpoint's makers ask for in config.json, or "auto"."""
+        asked = getattr(self.config, "offload", None)
+        return asked.get("cache_size", "auto") if isinstance(asked, dict) else "auto"
+
+    @property
     def trunk_bytes(self) -> int:
         return sum(tensor.n_bytes for tensor in self.trunk.values())
 
@@ -183,7 +114,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     weight_map = _weight_map(folder)
     headers = {path: read_header(path) for path in sorted({folder / name for name in weight_map.values()})}
     experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]] = {}
-    trunk = {}
+    trunk: dict[str, StoredTensor] = {}
+    owners: dict[str, ExpertId] = {}
     for key, name in weight_map.items():
         header, match = headers[folder / name], EXPERT_KEY.match(key)
         if match is None:
@@ -191,11 +123,19 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 raise _absent(folder / name, key)
             trunk[key] = header[key]
             continue
-        short = f"{match['matrix']}.{match['field']}"
-        stored = header.get(key) or header.get(short)
-        if stored is None:
-            raise _absent(folder / name, f"{key} (or {short})")
         expert = int(match["layer"]), int(match["expert"])
+        stored = header.get(key)
+        if stored is None:  # the published format: keys without prefix, so each file is of one expert
+            short = f"{match['matrix']}.{match['field']}"
+            stored = header.get(short)
+            if stored is None:
+                raise _absent(folder / name, f"{key} (or {short})")
+            if owners.setdefault(name, expert) != expert:
+                raise CheckpointError(
+                    "the index gives one expert's file to another expert too", path=folder / name, key=key,
+                    expected=f"a file of expert {expert[1]} of layer {expert[0]}",
+                    found=f"the file of expert {owners[name][1]} of layer {owners[name][0]}", hint=f"download {INDEX} again",
+                )  # fmt: skip
         experts.setdefault(expert, {})[MATRIX_NAMES[match["matrix"]], match["field"]] = stored
     layout = _check_experts(folder, config, experts)
     return Checkpoint(folder, config, layout, experts, trunk, tuple(weight_map))
@@ -218,16 +158,22 @@ def read_config(folder: Path):
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # transformers raises many kinds on a damaged file
         raise CheckpointError(
-            "cannot read the configuration", path=folder / "config.json", found=error
-        ) from error
-    if not n_experts_of(config):
+            "cannot read the configuration", path=folder / "config.json", expected="a transformers configuration",
+            found=f"{type(error).__name__}: {error}", hint="download this file again",
+        ) from error  # fmt: skip
+    if n_experts_of(config):
+        return config
+    if n_experts_of(config.get_text_config()):
         raise CheckpointError(
-            f"{config.model_type} is a dense model: it has no experts to offload", path=folder / "config.json",
-            expected="num_local_experts, num_experts or n_routed_experts", hint="load it with transformers as it is",
+            f"{config.model_type} holds its language model inside another one: not supported yet",
+            path=folder / "config.json", found=f"experts in {config.get_text_config().model_type}",
         )  # fmt: skip
-    return config
+    raise CheckpointError(
+        f"{config.model_type} is a dense model: it has no experts to offload", path=folder / "config.json",
+        expected="num_local_experts, num_experts or n_routed_experts", hint="load it with transformers as it is",
+    )  # fmt: skip
 
 
 def n_experts_of(config) -> int | None:
@@ -252,10 +198,19 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return dict.fromkeys(read_header(folder / SINGLE), SINGLE)
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        outside = [name for name in weight_map.values() if Path(name).name != name]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            "cannot read the index", path=index, expected="JSON with weight_map", found=repr(error)
-        ) from error
+            "cannot read the index", path=index, expected="JSON with weight_map: key to file name", found=repr(error),
+            hint="download this file again",
+        ) from error  # fmt: skip
+    if outside:
+        raise CheckpointError(
+            "the index names a file outside the folder",
+            path=index,
+            expected="plain file names",
+            found=outside[0],
+        )
     missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if missing:
         raise CheckpointError(

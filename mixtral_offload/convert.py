@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,27 +43,41 @@ def convert_checkpoint(
     """Read the checkpoint `source`, write it to `target` with experts and attention quantized as asked.
 
     None keeps the bytes as they are stored. A quantized matrix is dequantized first, then quantized anew. config_extra is merged
-    into config.json. progress is called with 1 after each expert. The work is done in `target.partial`, renamed
-    at the end: an interruption leaves no half-made checkpoint. Raises CheckpointError if `target` exists.
+    into config.json. progress is called with 1 after each expert. The work is done in a new folder beside `target`,
+    renamed at the end: an interruption leaves no half-made checkpoint. Raises CheckpointError if `target` exists, cannot
+    be written, or if weights are not finite.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(source), Path(target).absolute()
     if target.exists():
         raise CheckpointError("target exists", path=target, hint="choose another folder or remove this one")
     checkpoint = open_checkpoint(source)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with _new_folder(target) as partial:
         weight_map = _write_weights(checkpoint, partial, experts, attention, torch.device(device), progress)
         total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         _copy_small_files(checkpoint.folder, partial, config_extra or {})
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return target
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to work in, renamed to `target` at the end, removed with all that is in it if that is not reached."""
+    partial = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
+        yield partial
+        partial.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp's is for its owner alone
+        partial.rename(target)
+        partial = None
+    except (OSError, SafetensorError) as error:
+        path, found = getattr(error, "filename", None) or target, getattr(error, "strerror", None) or error
+        hint = "choose another folder, or make room there"
+        raise CheckpointError("cannot write the checkpoint", path=path, found=found, hint=hint) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_weights(checkpoint: Checkpoint, folder, experts, attention, device, progress) -> dict[str, str]:
@@ -96,58 +113,57 @@ def _expert_tensors(checkpoint, expert, prefixes, quantization, device) -> dict[
         fields = {
             field: stored.read() for (m, field), stored in checkpoint.experts[expert].items() if m == matrix
         }
-        fields = _requantize(fields, shape, checkpoint.layout.quantization[matrix], quantization, device)
+        if quantization is not None and quantization != checkpoint.layout.quantization[matrix]:
+            weight = _plain(fields, shape, checkpoint.layout.quantization[matrix], device)
+            fields = _quantize(prefixes[matrix], weight, quantization)
         tensors |= {prefixes[matrix] + field: value for field, value in fields.items()}
     return tensors
 
 
-def _requantize(
-    fields, shape, stored: Quantization, wanted: Quantization | None, device
-) -> dict[str, Tensor]:
-    if wanted is None or wanted == stored:
-        return fields
-    weight = dequantize(
-        {name: value.to(device) for name, value in _shaped(fields, shape, stored).items()},
-        shape,
-        stored,
-        torch.float32,
+def _plain(fields, shape, stored: Quantization, device) -> Tensor:
+    """The matrix in fp32. Published tensors may differ in rank."""
+    shaped = {name: fields[name].view(dims) for name, (_, dims) in field_specs(shape, stored).items()}
+    return dequantize(
+        {name: value.to(device) for name, value in shaped.items()}, shape, stored, torch.float32
     )
-    return {name: value.cpu() for name, value in quantize(weight, wanted).items()}
 
 
-def _shaped(fields, shape, quantization) -> dict[str, Tensor]:
-    """Published tensors may differ in rank."""
-    return {name: fields[name].view(dims) for name, (_, dims) in field_specs(shape, quantization).items()}
+def _quantize(key: str, weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
+    fields = {name: value.cpu() for name, value in quantize(weight, quantization).items()}
+    for name, value in fields.items():
+        if not value.isfinite().all():
+            raise CheckpointError(
+                "a matrix cannot be quantized", key=key + name, expected="finite weights, within the range of fp16",
+                found=f"weights from {weight.min():g} to {weight.max():g}", hint="check the source, or keep these as stored",
+            )  # fmt: skip
+    return fields
 
 
 def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, device) -> dict[str, Tensor]:
-    """The trunk in fp16, attention matrices quantized where asked."""
-    tensors, packed = {}, {}
+    """The trunk as it is stored, attention matrices quantized where asked."""
+    tensors, modules = {}, {}
     for key, stored in checkpoint.trunk.items():
-        value = stored.read()
-        if split := split_quantized(key):
-            packed.setdefault(split[0], {})[split[1]] = value
-        elif attention is not None and key.endswith(ATTENTION):
-            packed[key.removesuffix(".weight")] = {"weight": value}
+        split = (key.removesuffix(".weight"), "weight") if key.endswith(ATTENTION) else split_quantized(key)
+        if attention is None or split is None:
+            tensors[key] = stored.read()
         else:
-            tensors[key] = value.half() if value.dtype.is_floating_point else value
-    for module, fields in packed.items():
-        tensors |= {
-            f"{module}.{name}": value
-            for name, value in _attention_fields(checkpoint, module, fields, attention, device).items()
-        }
+            modules.setdefault(split[0], {})[split[1]] = stored.read()
+    for module, fields in modules.items():
+        fields = _attention_fields(checkpoint.config, module, fields, attention, device)
+        tensors |= {f"{module}.{name}": value for name, value in fields.items()}
     return tensors
 
 
-def _attention_fields(checkpoint, module, fields, attention, device) -> dict[str, Tensor]:
-    if attention is None:
-        return fields
-    shape = (
-        tuple(fields["weight"].shape) if "weight" in fields else attention_shape(checkpoint.config, module)
+def _attention_fields(config, module: str, fields, wanted: Quantization, device) -> dict[str, Tensor]:
+    plain = fields.get("weight")
+    if plain is None:
+        shape = attention_shape(config, module)
+        stored = infer(shape, {name: (value.dtype, value.numel()) for name, value in fields.items()})
+    else:
+        shape, stored = tuple(plain.shape), Quantization(16)
+    return (
+        fields if stored == wanted else _quantize(f"{module}.", _plain(fields, shape, stored, device), wanted)
     )
-    fields = {name: value.half() if name == "weight" else value for name, value in fields.items()}
-    stored = infer(shape, {name: (value.dtype, value.numel()) for name, value in fields.items()})
-    return _requantize(fields, shape, stored, attention, device)
 
 
 def attention_shape(config, module: str) -> tuple[int, int]:

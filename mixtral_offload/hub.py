@@ -121,17 +121,22 @@ def download(
 
 def resolve(path_or_repo_id, **kwargs) -> Path:
     """A folder that exists is returned as it is; anything that is no path is a repository to download."""
+    return local_folder(path_or_repo_id) or download(path_or_repo_id, **kwargs)
+
+
+def local_folder(path_or_repo_id) -> Path | None:
+    """The folder of this name, or None for what can only be a repository. Raises CheckpointError for other paths."""
     text = os.fspath(path_or_repo_id)
     path = Path(os.path.expanduser(text))
     if text and path.is_dir():
         return path
     is_path = not isinstance(path_or_repo_id, str) or text.startswith((".", "~")) or path.is_absolute()
-    if is_path or (text and path.exists()) or text.count("/") > 1 or "\\" in text:
-        what, hint = f"{text} is not a folder", "check the spelling and the working directory"
-        expected = "a folder with a model's files, or a repository such as owner/name"
-        found = "a file" if path.exists() else "nothing there"
-        raise CheckpointError(what, path=path.absolute(), expected=expected, found=found, hint=hint)
-    return download(text, **kwargs)
+    if not (is_path or (text and path.exists()) or text.count("/") > 1 or "\\" in text):
+        return None
+    what, hint = f"{text} is not a folder", "check the spelling and the working directory"
+    expected = "a folder with a model's files, or a repository such as owner/name"
+    found = "a file" if path.exists() else "nothing there"
+    raise CheckpointError(what, path=path.absolute(), expected=expected, found=found, hint=hint)
 
 
 def _ask(repo_id, revision, endpoint, token, local_dir):

@@ -5,35 +5,32 @@ Knows how to ask the other modules; reads headers, never weights.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from .checkpoint import DEMO, Checkpoint, open_checkpoint
-from .errors import CapacityError
-from .hub import plan_download, resolve
+from .errors import CapacityError, DownloadError
+from .hub import local_folder, plan_download, resolve
 from .options import OffloadOptions, plan_for, trunk_bytes
 from .plan import gb
 
 
-def describe(arguments) -> str:
-    """The text of `mixtral-offload info` for parsed command-line options; downloads nothing."""
-    if arguments.model == "demo":
-        folder = DEMO
-    elif Path(arguments.model).expanduser().is_dir():
-        folder = Path(arguments.model).expanduser()
-    else:
-        plan = plan_download(arguments.model, revision=arguments.revision)
-        if plan.remaining_bytes:
+def describe(model: str, revision: str | None, options: dict) -> str:
+    """The text of `mixtral-offload info`; downloads nothing. options: as `from_pretrained` takes them."""
+    parsed = OffloadOptions.parse(options)
+    folder = DEMO if model == "demo" else local_folder(model)
+    if folder is None:
+        try:
+            plan = plan_download(model, revision=revision)
+        except DownloadError:
+            plan = None  # said by `resolve`, unless a complete copy is here
+        if plan and plan.remaining_bytes:
             return (
                 f"{plan.repo_id}: {len(plan.files)} files, {gb(plan.total_bytes)}; {gb(plan.remaining_bytes)} not here yet\n"
                 f"disk: {gb(plan.free_bytes)} free in {plan.folder}\n"
                 f"next step: mixtral-offload download {plan.repo_id}"
             )
-        folder = resolve(arguments.model, revision=arguments.revision)
+        folder = resolve(model, revision=revision)
     checkpoint = open_checkpoint(folder)
-    names = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length")
-    options = OffloadOptions.parse({name: v for name in names if (v := getattr(arguments, name)) is not None})
     return "\n".join(
-        [*_contents(checkpoint), "", *_needs(checkpoint, options), "", *_here(checkpoint, options)]
+        [*_contents(checkpoint), "", *_needs(checkpoint, parsed), "", *_here(checkpoint, parsed)]
     )
 
 

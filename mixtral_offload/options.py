@@ -61,7 +61,7 @@ class OffloadOptions:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else None
                 raise OptionError("unknown option", found=name, expected=", ".join(known), hint=hint)
-        device = _device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = parse_device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = options.get("dtype") or (torch.float16 if device.type == "cuda" else torch.float32)
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype not in DTYPES:
@@ -100,7 +100,8 @@ def _size(name: str, value) -> int | None:
     return parse_size(value)
 
 
-def _device(name: str | torch.device) -> torch.device:
+def parse_device(name: str | torch.device) -> torch.device:
+    """The device of this name, a CUDA one with its number; raises OptionError if it is unknown or not here."""
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -112,15 +113,14 @@ def _device(name: str | torch.device) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} CUDA devices"
         raise OptionError("no such device", expected=name, found=found, hint='use device="cpu"')
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return torch.device("cuda", torch.cuda.currentparse_device() if device.index is None else device.index)
 
 
 def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
     """The plan for a checkpoint on this machine, as it is now."""
     options = options.with_prefetch()
     sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
-    recommended = (getattr(checkpoint.config, "offload", None) or {}).get("cache_size", "auto")
-    cache_size = recommended if options.cache_size is None else options.cache_size
+    cache_size = checkpoint.recommended_cache_size if options.cache_size is None else options.cache_size
     why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
     on_cpu = options.device.type == "cpu"
     device, ram = _budgets(options)

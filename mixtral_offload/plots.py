@@ -61,48 +61,43 @@ def plot_activations(
     float32 [layers, E, tokens], 0 where not chosen.
     """
     tokens = np.arange(trace.n_tokens)[tokens]
-    layers = (
-        np.unique(np.linspace(0, trace.n_layers - 1, 4).round().astype(int))
-        if layers is None
-        else list(layers)
-    )
-    held = cache_contents(trace, **settings)[trace.passes[tokens]][:, layers].transpose(
-        1, 2, 0
-    )  # [layers, E, tokens]
-    shown = np.zeros(held.shape, np.float32)
-    for row, layer in enumerate(layers):
-        for column, token in enumerate(tokens):
-            shown[row, trace.experts[token, layer], column] = trace.weights[token, layer]
+    if layers is None:
+        layers = np.unique(np.linspace(0, trace.n_layers - 1, 4).round().astype(int))
+    layers = np.asarray(layers)
+    held = cache_contents(trace, **settings)[trace.passes[tokens]][:, layers].transpose(1, 2, 0)
+    shown = np.zeros(held.shape, np.float32)  # [layers, E, tokens]
+    chosen = trace.experts[tokens][:, layers].transpose(1, 2, 0)  # [layers, k, tokens]
+    np.put_along_axis(shown, chosen.astype(int), trace.weights[tokens][:, layers].transpose(1, 2, 0), axis=1)
     height = 0.8 + len(layers) * (0.4 + 0.16 * trace.n_experts)
-    figure = new_figure(
-        max(6, 0.21 * len(tokens) + 1.5), height, "Experts used by each token, and the cache it found"
-    )
-    for row, (layer, axes) in enumerate(
-        zip(layers, np.atleast_1d(figure.subplots(len(layers), 1, sharex=True)))
-    ):
+    width = max(6, 0.21 * len(tokens) + 1.5)
+    figure = new_figure(width, height, "Experts used by each token, and the cache it found")
+    panels = np.atleast_1d(figure.subplots(len(layers), 1, sharex=True))
+    for axes, layer, of_layer, weights in zip(panels, layers, held, shown):
         axes.imshow(
-            np.where(held[row], 0.22, 0.0), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="none"
+            np.where(of_layer, 0.22, 0.0), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="none"
         )
-        for expert, column in zip(*shown[row].nonzero()):
-            shade = 1 - shown[row, expert, column]
-            colour = (0.85 * shade, 0.3 + 0.55 * shade, 0.55 + 0.4 * shade)
-            axes.add_patch(
-                Rectangle(
-                    (column - 0.38, expert - 0.36),
-                    0.76,
-                    0.72,
-                    facecolor=colour,
-                    edgecolor=BLACK,
-                    linewidth=0.5,
-                )
-            )
+        _squares(axes, weights)
         axes.set_ylabel(f"layer {trace.settings['layers'][layer]}\nexpert")
         axes.set_yticks(range(trace.n_experts), range(trace.n_experts), fontsize=7)
-    _label_tokens(axes, trace, tokens)
-    handles = [Patch(facecolor=(0, 0.3, 0.55), edgecolor=BLACK, label="chosen, gate weight 1"),
-               Patch(facecolor=(0.425, 0.575, 0.75), edgecolor=BLACK, label="chosen, gate weight 0.5"), Patch(facecolor="0.82", label="in the cache")]  # fmt: skip
+    _label_tokens(panels[-1], trace, tokens)
+    handles = [
+        Patch(facecolor=_shade(weight), edgecolor=BLACK, label=f"chosen, gate weight {weight}")
+        for weight in (1, 0.5)
+    ]
+    handles.append(Patch(facecolor="0.82", label="in the cache"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
     return figure, shown
+
+
+def _shade(weight: float) -> tuple[float, float, float]:
+    return 0.85 * (1 - weight), 0.3 + 0.55 * (1 - weight), 0.55 + 0.4 * (1 - weight)
+
+
+def _squares(axes, weights: np.ndarray) -> None:
+    """A square for each gate weight that is not 0, of [E, tokens]."""
+    for expert, column in zip(*weights.nonzero()):
+        where, colour = (column - 0.38, expert - 0.36), _shade(weights[expert, column])
+        axes.add_patch(Rectangle(where, 0.76, 0.72, facecolor=colour, edgecolor=BLACK, linewidth=0.5))
 
 
 def cells(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .checkpoint import DEMO, read_config
-from .errors import DownloadError
+from .errors import CheckpointError, DownloadError
 from .hub import resolve
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -29,15 +29,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in the checkpoint (None: the shipped model's), or the one named `tokenizer` (folder or hub repository).
 
-    Where a Mixtral-8x7B checkpoint has none, Mixtral's own is fetched. Raises DownloadError if none can be had.
+    Where a Mixtral-8x7B checkpoint has none, Mixtral's own is fetched. hub applies to the checkpoint's own repository. Raises
+    DownloadError if none can be had, CheckpointError for one that cannot be read.
     """
     if tokenizer is not None:
-        return _with_template(
-            AutoTokenizer.from_pretrained(resolve(tokenizer, **(hub or {})), local_files_only=True)
-        )
+        return _read(resolve(tokenizer))
     folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
     if any((folder / name).is_file() for name in FILES):
-        return _with_template(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        return _read(folder)
     config = read_config(folder)
     candidates = MIXTRAL_8X7B if (config.model_type, config.vocab_size) == ("mixtral", 32000) else ()
     errors = []
@@ -53,6 +52,16 @@ def load_tokenizer(
         found="; ".join(errors) or "none of them",
         hint="name one: --tokenizer FOLDER_OR_REPO",
     )
+
+
+def _read(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return _with_template(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # transformers and tokenizers raise many kinds on damaged files
+        raise CheckpointError(
+            "cannot read the tokenizer", path=folder, expected=" or ".join(FILES),
+            found=f"{type(error).__name__}: {error}", hint="download it again, or name another: --tokenizer FOLDER_OR_REPO",
+        ) from error  # fmt: skip
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

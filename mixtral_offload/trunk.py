@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, StoredTensor
+from .checkpoint import Checkpoint
 from .errors import CheckpointError
+from .headers import StoredTensor
 from .quantization import QuantizedLinear, infer
 
 QUANTIZED = (".W_q", ".meta.")

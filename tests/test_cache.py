@@ -62,6 +62,9 @@ class UnorderedEngine:
     def promote(self, copy):
         copy.due = -1
 
+    def cancel(self, copy):
+        copy.cancel()
+
     def close(self):
         for thread in self.threads:
             thread.join()

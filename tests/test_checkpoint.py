@@ -1,15 +1,18 @@
 """Bad input: one clear error that names file, key, what was expected and found, and the next step; nothing half-made."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixtral_offload import convert_checkpoint, from_pretrained
-from mixtral_offload.checkpoint import INDEX, open_checkpoint, read_header
+from mixtral_offload.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.errors import CapacityError, CheckpointError, OffloadError, OptionError
+from mixtral_offload.headers import read_header
 from mixtral_offload.quantization import PAPER, Quantization
 
 EXPERT = "model-00002-of-00025.safetensors"  # layer 0, expert 1
@@ -167,6 +170,86 @@ def test_broken_config_and_index(folder):
     has(error_of(folder), "cannot read the configuration", "config.json")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[" * 100_000, '{"weight_map": {"a": "../b"}}',
+     '{"weight_map": {"a": "/etc/passwd"}}'],
+)  # fmt: skip
+def test_an_index_of_another_kind(folder, text):
+    (folder / INDEX).write_text(text)
+    has(error_of(folder), "index", INDEX, "expected:", "found:")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", "[" * 100_000, '{"model_type": "mixtral", "hidden_size": "wide"}', '{"model_type": 3}'],
+)
+def test_a_configuration_of_another_kind(folder, text):
+    (folder / "config.json").write_text(text)
+    has(error_of(folder), "cannot read the configuration", "config.json", "next step:")
+
+
+def test_a_recommendation_of_another_kind_is_none(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"offload": ["cache_size"]}))
+    assert open_checkpoint(folder).recommended_cache_size == "auto"
+
+
+def test_one_file_for_two_experts(folder):
+    """Files of the published format do not say whose they are."""
+
+    def twice(weights):
+        for key in [key for key in weights if ".0.block_sparse_moe.experts.2." in key]:
+            weights[key] = EXPERT
+
+    change_index(folder, twice)
+    has(error_of(folder), "to another expert too", EXPERT, "expert 2 of layer 0", "expert 1 of layer 0")
+
+
+def rewrite_header(path, edit):
+    """Change a safetensors file's header, and nothing of its data."""
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    header = edit(header) or header
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda h: h["w1.W_q"].update(data_offsets=h["w2.W_q"]["data_offsets"]),
+        lambda h: h["w1.W_q"].update(data_offsets=[-8, h["w1.W_q"]["data_offsets"][1]]),
+        lambda h: h["w1.W_q"].update(data_offsets=[0]),
+        lambda h: h["w1.W_q"].update(shape=[1, 2, 3]),
+        lambda h: h["w1.W_q"].pop("dtype"),
+        lambda h: h.update({"w1.W_q": 3}),
+        lambda h: [h],
+    ],
+    ids=["overlap", "negative", "half", "shape", "no dtype", "number", "list"],
+)
+def test_a_damaged_header(folder, edit):
+    rewrite_header(folder / EXPERT, edit)
+    has(error_of(folder), "not a whole safetensors file", EXPERT, "expected:", "found:", "next step: delete")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_must_not_be_read(folder):
+    (folder / EXPERT).chmod(0)
+    has(error_of(folder), "cannot read the file", EXPERT)
+
+
+def test_experts_inside_a_nested_model(folder):
+    text = json.loads((folder / "config.json").read_text())
+    nested = {
+        "model_type": "qwen3_vl_moe",
+        "text_config": {"model_type": "qwen3_vl_moe_text", "num_experts": 8},
+    }
+    (folder / "config.json").write_text(json.dumps(nested | {"torch_dtype": text.get("torch_dtype")}))
+    has(error_of(folder), "qwen3_vl_moe", "not supported yet")
+
+
 def test_dense_model(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 256}))
     has(error_of(folder), "llama is a dense model", "next step: load it with transformers")
@@ -205,9 +288,44 @@ def test_convert_leaves_nothing_half_made(folder, published, tmp_path):
     with pytest.raises(OptionError, match="does not divide"):
         convert_checkpoint(published, target, Quantization(4, 48))
     assert not target.exists() and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        convert_checkpoint(published, folder / "config.json" / "below")
+    mine = tmp_path / "target.partial"
+    mine.mkdir()
+    convert_checkpoint(published, tmp_path / "target")
+    assert mine.is_dir(), "somebody else's folder is left alone"
+    shutil.rmtree(target)
     target.mkdir()
     with pytest.raises(CheckpointError, match="target exists"):
         convert_checkpoint(published, target)
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    model.save_pretrained(tmp_path / "plain")
+    path = tmp_path / "plain" / "model.safetensors"
+    for key, bits in (
+        ("model.layers.0.block_sparse_moe.experts.1.w2.weight", {"experts": PAPER[8]}),
+        ("model.layers.0.self_attn.q_proj.weight", {"attention": PAPER[8]}),
+    ):
+        good = load_file(path)
+        for value in (torch.nan, torch.inf):
+            change(path, lambda tensors, key=key, value=value: tensors[key][0].fill_(value))
+            with pytest.raises(
+                CheckpointError, match="cannot be quantized.*\n.*" + key.removesuffix("weight")
+            ):
+                convert_checkpoint(tmp_path / "plain", tmp_path / "target", **bits)
+        save_file(good, path, metadata={"format": "pt"})
+
+
+def test_the_trunk_is_kept_as_stored(published, tmp_path):
+    rewritten = convert_checkpoint(published, tmp_path / "ours", PAPER[8])
+    before, after = open_checkpoint(published).trunk, open_checkpoint(rewritten).trunk
+    assert before.keys() == after.keys()
+    for key, stored in before.items():
+        assert stored.dtype == after[key].dtype and torch.equal(stored.read(), after[key].read()), key
 
 
 def test_headers_are_read_without_the_data(published):

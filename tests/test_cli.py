@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.cli import main
 
 COMMAND = [sys.executable, "-m", "mixtral_offload"]
@@ -99,6 +100,34 @@ def test_convert(capsys, published, tmp_path):
     assert "4-bit, group 64" in capsys.readouterr().out
 
 
+def test_text_that_is_no_text():
+    """Bytes that are not UTF-8 in, characters that the terminal lacks out, a reader that goes away."""
+    ascii = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for arguments, given in (([b"Say hello in Greek. \xff"], b""), (["-"], b"Say hello in Greek. \xff")):
+        done = subprocess.run(
+            [*COMMAND, "generate", *arguments], input=given, capture_output=True, env=ascii, timeout=120
+        )
+        assert done.returncode == 0 and done.stdout.isascii(), done.stderr
+    process = subprocess.Popen([*COMMAND, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == b""
+
+
+def test_a_chat_outlives_an_unexpected_error(capsys, monkeypatch):
+    class Chat:
+        total = "the end"
+
+        def send(self, text):
+            yield "so far"
+            raise ZeroDivisionError("by zero")
+
+    lines = iter(["hello", "again", "/exit"])
+    monkeypatch.setattr("mixtral_offload.cli.session", lambda arguments: Chat())
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat"]) == 0
+    assert capsys.readouterr().err.count("error: ZeroDivisionError: by zero") == 2
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -107,6 +136,15 @@ def test_convert(capsys, published, tmp_path):
         (["generate", "hi", "--cache-size", "9"], "impossible cache_size"),
         (["generate", "hi", "--vram", "much"], "cannot read a size"),
         (["info", "--device", "tpu"], "unknown device"),
+        (["info", "--model", "./nowhere"], "nowhere is not a folder"),
+        (["info", "--prefetch", "-1"], "impossible prefetch"),
+        (["generate", "hi", "--max-tokens", "0"], "impossible max_new_tokens"),
+        (["generate", "hi", "--top-p", "7"], "impossible top_p"),
+        (["generate", "hi", "--temperature", "-1"], "impossible temperature"),
+        (["generate", "hi", "--seed", str(2**70)], "impossible seed"),
+        (["generate", "hi", "--tokenizer", "/usr"], "cannot read the tokenizer"),
+        (["convert", "demo", "x", "--device", "banana"], "unknown device"),
+        (["convert", str(DEMO), "x", "--default-cache-size", "99"], "impossible default cache size"),
     ],
 )
 def test_errors_are_one_message(capsys, arguments, message):
@@ -117,8 +155,9 @@ def test_errors_are_one_message(capsys, arguments, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["chat", "--cache-sizes", "4"], ["generate"], ["fly"], ["generate", "hi", "--cache-size", "x"]],
-)
+    [["chat", "--cache-sizes", "4"], ["generate"], ["fly"], ["generate", "hi", "--cache-size", "x"],
+     ["generate", "hi", "--raw", "--system", "Be brief."], ["convert", str(DEMO), "x", "--group-size", "32"]],
+)  # fmt: skip
 def test_unknown_options_are_refused(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

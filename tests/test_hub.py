@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from mixtral_offload import from_pretrained, hub, hub_record
+from mixtral_offload.cli import main
 from mixtral_offload.errors import CheckpointError, DownloadError
 from mixtral_offload.plan import gb
 from tests.hub_server import HubServer
@@ -420,3 +421,22 @@ def test_a_model_by_its_name_on_the_hub(published, expected, place):
             model = from_pretrained(name, hub=options, device="cpu", cache_size=2)
             assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-4
             served.close()
+
+
+def test_info_and_download_from_the_command_line(published, capsys, monkeypatch):
+    """Before, after, and without the hub."""
+    with HubServer(published, REPO) as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
+        assert main(["info", "--model", REPO, "--device", "cpu"]) == 0
+        assert "not here yet" in capsys.readouterr().out and not served.gets
+        assert main(["download", REPO]) == 0
+        assert "27 files" in (text := capsys.readouterr().out) and "are free" in text and "complete: " in text
+        for command in (["info", "--model", REPO, "--device", "cpu"], ["download", REPO]):
+            assert main(command) == 0
+        assert "3 layers x 8 experts" in capsys.readouterr().out
+        served.close()
+        for command in (["info", "--model", REPO, "--device", "cpu"], ["download", REPO]):
+            assert main(command) == 0
+        assert "3 layers x 8 experts" in (text := capsys.readouterr().out) and "complete: " in text
+        assert main(["info", "--model", "some/other"]) == 1
+        assert "no connection" in capsys.readouterr().err

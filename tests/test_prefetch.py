@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
+from mixtral_offload.copies import ABANDONED, DONE, Copy
 from mixtral_offload.errors import OptionError
 from mixtral_offload.offload import DEMO
 from mixtral_offload.prefetch import FoldedRouters, Prefetcher, find_gates, next_router
 from mixtral_offload.recorder import record
-from mixtral_offload.transfer import DONE, Copy, ThreadEngine
+from mixtral_offload.transfer import ThreadEngine
 
 PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?", "How do I sort a list in Python?"]
 
@@ -99,29 +100,54 @@ def test_a_good_predictor_helps_and_a_bad_one_only_wastes(offloaded, prompts):
     assert rates[next_router][1:] == rates[always_wrong][1:]
 
 
+def copy_of(n_bytes, value, due):
+    source = torch.full((n_bytes,), value, dtype=torch.uint8)
+    return Copy([(0, source)], torch.zeros(n_bytes, dtype=torch.uint8), due)
+
+
 def test_a_needed_copy_waits_for_one_chunk_of_a_guess_at_most():
     """The guess goes on afterwards, from where it was."""
-    device, n_bytes = torch.device("cpu"), 16 * 4096
-    engine = ThreadEngine(device, n_bytes, link_bytes_per_s=n_bytes / 0.32)  # 20 ms a chunk
-
-    def copy(value, due):
-        return Copy(
-            [(0, torch.full((n_bytes,), value, dtype=torch.uint8))],
-            torch.zeros(n_bytes, dtype=torch.uint8),
-            due,
-        )
-
-    guess, needed = copy(1, 3), copy(2, -1)
+    n_bytes = 16 * 4096
+    engine = ThreadEngine(torch.device("cpu"), n_bytes, link_bytes_per_s=n_bytes / 0.64)  # 40 ms a chunk
+    guess, needed = copy_of(n_bytes, 1, 3), copy_of(n_bytes, 2, -1)
     engine.start(guess)
-    time.sleep(0.1)
-    before = guess.moved_bytes
-    assert 0 < before < n_bytes
+    time.sleep(0.1)  # two chunks and a half
     engine.start(needed)
     needed.wait()
-    assert guess.moved_bytes <= before + 2 * 4096  # the chunk under way, and one for the clock's sake
     assert (needed.slot == 2).all()
+    assert 3 * 4096 <= guess.moved_bytes <= 4 * 4096  # one more, and one for the clock's sake
     guess.wait()
     assert guess.state == DONE and (guess.slot == 1).all()
+    assert guess.ended_s - guess.asked_s >= 1.28  # both went over one link
+    engine.close()
+
+
+def test_a_needed_copy_overtakes_a_guess_at_full_speed():
+    n_bytes = 256 << 20  # 64 chunks
+    engine = ThreadEngine(torch.device("cpu"), n_bytes)
+    guess, needed = copy_of(n_bytes, 1, 3), copy_of(4096, 2, -1)
+    engine.start(guess)
+    while not guess.moved_bytes:
+        time.sleep(0)
+    engine.start(needed)
+    needed.wait()
+    assert guess.state != DONE and (needed.slot == 2).all()
+    guess.wait()
+    assert (guess.slot == 1).all()
+    engine.close()
+
+
+def test_a_cancelled_guess_leaves_the_link_at_once():
+    n_bytes = 16 * 4096
+    engine = ThreadEngine(torch.device("cpu"), n_bytes, link_bytes_per_s=n_bytes / 0.64)
+    wrong, right = copy_of(n_bytes, 1, 3), copy_of(n_bytes, 2, 4)
+    engine.start(wrong)
+    engine.start(right)
+    time.sleep(0.1)
+    engine.cancel(wrong)
+    right.wait()
+    assert wrong.is_over and wrong.state == ABANDONED and not wrong.slot.any()
+    assert right.began_s - wrong.asked_s < 0.4  # not the 0.64 s that the wrong one would have taken
     engine.close()
 
 

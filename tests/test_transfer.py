@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from mixtral_offload.transfer import ABANDONED, Copy, ThreadEngine
+from mixtral_offload.copies import ABANDONED, Copy
+from mixtral_offload.transfer import ThreadEngine
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,104 @@
+"""The tensors of one safetensors file: where their bytes lie, and reading them without a copy in between.
+
+Knows the file format. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError
+
+DTYPES = {
+    "U8": torch.uint8, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "I8": torch.int8, "I16": torch.int16, "I64": torch.int64, "F64": torch.float64, "BOOL": torch.bool,
+}  # fmt: skip
+AGAIN = "delete this file and download it again"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie: file, absolute byte offset, number of bytes."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        return self.n_bytes // self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU, in memory of its own."""
+        data = torch.empty(self.n_bytes, dtype=torch.uint8)
+        with open(self.path, "rb") as file:
+            read_into(file, self, data)
+        return data.view(self.dtype).view(self.shape)
+
+
+def read_into(file, stored: StoredTensor, data: Tensor) -> None:
+    """Fill `data` (uint8, contiguous, CPU) with a stored tensor's bytes, without a copy in between."""
+    file.seek(stored.offset)
+    rest = memoryview(data.numpy())[: stored.n_bytes]
+    while rest:
+        n_read = file.readinto(rest)  # one call reads 2 GiB at most
+        if not n_read:
+            raise CheckpointError(
+                "file ends too early", path=stored.path, expected=f"{stored.offset + stored.n_bytes} bytes or more",
+                found=f"{len(rest)} fewer", hint=AGAIN,
+            )  # fmt: skip
+        rest = rest[n_read:]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by key; refuses a file that is missing, truncated or of another format."""
+    try:
+        size = path.stat().st_size
+        header, begin = _parse(path)
+        needed = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size < needed:
+            raise CheckpointError(
+                "file is truncated", path=path, expected=f"{needed} bytes", found=f"{size} bytes", hint=AGAIN
+            )
+        with safe_open(path, "pt"):
+            pass  # the library's own checks: no overlap, no gap, sizes as the shapes say
+    except FileNotFoundError:
+        hint = "download the checkpoint again; finished files are kept"
+        raise CheckpointError("file is missing", path=path, hint=hint) from None
+    except OSError as error:
+        raise CheckpointError("cannot read the file", path=path, found=error.strerror) from error
+    except CheckpointError:
+        raise
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            "not a whole safetensors file", path=path, expected="a header, then as many bytes as it says",
+            found=f"{size} bytes; {type(error).__name__}: {error}", hint=AGAIN,
+        ) from None  # fmt: skip
+    return {key: _stored(path, key, entry, begin) for key, entry in header.items()}
+
+
+def _parse(path: Path) -> tuple[dict[str, dict], int]:
+    """(key -> entry, where the data begins)."""
+    with open(path, "rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(n_header, 100_000_000)))  # the format's own limit
+    header.pop("__metadata__", None)
+    return header, 8 + n_header
+
+
+def _stored(path: Path, key: str, entry: dict, data_begin: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(
+            "unknown dtype", path=path, key=key, expected=", ".join(DTYPES), found=entry["dtype"],
+            hint="convert the file with a program that knows it",
+        )  # fmt: skip
+    begin, end = entry["data_offsets"]
+    return StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data_begin + begin, end - begin)

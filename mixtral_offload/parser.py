@@ -1,0 +1,163 @@
+"""What the command line takes.
+
+Knows options and their help. Knows nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from . import __version__
+
+DEMO = "demo"
+
+
+def build_parser(commands: dict[str, Callable]) -> argparse.ArgumentParser:
+    """commands: name -> what runs it; it is called with the parsed arguments, which hold it as `run`."""
+    parser = argparse.ArgumentParser(
+        prog="mixtral-offload", description="Run Mixture-of-Experts models whose experts do not fit on the device.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (help, *groups) in COMMANDS.items():
+        command = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
+        command.set_defaults(run=commands[name], refuse=command.error)
+        for add in groups:
+            add(command)
+    return parser
+
+
+def add_generate_options(parser) -> None:
+    parser.add_argument("prompt", help="the prompt; - reads it from standard input")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without chat template"
+    )
+
+
+def add_trace_options(parser) -> None:
+    parser.add_argument("prompts", help="a file: one prompt on each line, or set<TAB>prompt to compare sets")
+    parser.add_argument("folder", help="where the trace, its table and the pictures go")
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest answer (default: 64)")
+
+
+def add_download_options(parser) -> None:
+    parser.add_argument("model", help="hub repository, as owner/name")
+    parser.add_argument("--local-dir", help="folder to put it in (default: the hub's cache)")
+    parser.add_argument("--revision", help="branch, tag or commit")
+
+
+def add_model_options(parser) -> None:
+    parser.add_argument(
+        "--model",
+        default=DEMO,
+        help="folder or hub repository (default: the small model that ships with the package)",
+    )
+    parser.add_argument(
+        "--tokenizer", help="folder or hub repository of the tokenizer, if not the model's own"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+
+
+def add_offload_options(parser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="of activations")
+    parser.add_argument("--cache-size", type=_cache_size, help='experts per layer on the device, or "auto"')
+    parser.add_argument(
+        "--store", default="auto", choices=("auto", "ram", "disk"), help="home of the other experts"
+    )
+    parser.add_argument("--vram", help="device memory to use, like 15GB (default: what is free)")
+    parser.add_argument("--ram", help="host memory to use, like 12GB (default: what is free)")
+    parser.add_argument(
+        "--context-length", type=int, default=4096, help="tokens to leave memory for (default: 4096)"
+    )
+    parser.add_argument(
+        "--link", help="slow copies down to this many bytes per second, like 12GB, for experiments"
+    )
+    parser.add_argument(
+        "--prefetch",
+        type=int,
+        help="experts of each coming layer to guess and copy ahead (default: 2 on CUDA, 0 on cpu)",
+    )
+    parser.add_argument("--look-ahead", type=int, help="layers ahead to guess for (default: 1)")
+    parser.add_argument(
+        "--policy", choices=("lru", "lfu", "lrfu"), help="which expert leaves the cache (default: lru)"
+    )
+    parser.add_argument(
+        "--shared-slots", action="store_true", default=None, help="one pool of slots for all layers"
+    )
+
+
+def add_sampling_options(parser) -> None:
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--system", help="system prompt")
+
+
+def add_convert_options(parser) -> None:
+    parser.add_argument("source", help="folder of a checkpoint, 16-bit or quantized")
+    parser.add_argument("target", help="folder to write; must not exist")
+    parser.add_argument(
+        "--bits", type=int, choices=(16, 8, 4, 3, 2), help="of the experts (default: as stored)"
+    )
+    parser.add_argument("--group-size", type=int, help="weights per scale (default: 64; 16 at 2 bits)")
+    parser.add_argument(
+        "--scale-group-size",
+        type=int,
+        help="8-bit scales and zeros, so many scales per group (default: fp16 scales)",
+    )
+    parser.add_argument(
+        "--attention-bits", type=int, choices=(16, 8, 4, 3, 2), help="of the attention (default: as stored)"
+    )
+    parser.add_argument(
+        "--default-cache-size",
+        type=int,
+        help="recommend a cache size to those who load it without naming one",
+    )
+    parser.add_argument("--device", default="cpu", help="where to solve (default: cpu)")
+
+
+def _cache_size(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected "auto" or a number, found {text!r}') from None
+
+
+#: name -> help and the groups of options it takes
+COMMANDS = {
+    "chat": (
+        "talk with a model in the terminal",
+        add_model_options,
+        add_offload_options,
+        add_sampling_options,
+    ),
+    "generate": (
+        "answer one prompt",
+        add_generate_options,
+        add_model_options,
+        add_offload_options,
+        add_sampling_options,
+    ),
+    "trace": (
+        "record what a file of prompts routes, and draw it",
+        add_trace_options,
+        add_model_options,
+        add_offload_options,
+    ),
+    "download": ("fetch a checkpoint from the hub", add_download_options),
+    "info": (
+        "what a checkpoint holds, what it needs, whether it fits here",
+        add_model_options,
+        add_offload_options,
+    ),
+    "convert": (
+        "quantize a checkpoint: one file per expert, readable with safetensors",
+        add_convert_options,
+    ),
+}
