@@ -117,22 +117,33 @@ def switched(model, cache: ExpertCache, speculation):
 
 
 def measure(model, resident, prompts, cache_size: int, arguments) -> dict:
-    """Seconds per token of each variant and repeat, and its counters; every answer is compared with the resident model's."""
-    expected = generate(resident, prompts, arguments.tokens)[1]
+    """Seconds per token of each variant, repeat and prompt, and its counters; every answer is compared with the resident
+    model's. The variants take turns with each prompt."""
+    expected = [generate(resident, [prompt], arguments.tokens)[1][0] for prompt in prompts]
     seconds, counters = {"everything resident": []}, {}
     chosen = variants(model, cache_size, arguments)
     for _ in range(arguments.repeats):
-        seconds["everything resident"].append(generate(resident, prompts, arguments.tokens)[0])
-        for name, cache in chosen.items():
-            n_tokens = arguments.naive_tokens if name == "naive" else arguments.tokens
-            with switched(model, cache, arguments if cache.n_staging else None):
-                taken, out = generate(model, prompts, n_tokens)
-            same = all(torch.equal(a, b[:, : a.shape[1]]) for a, b in zip(out, expected))
-            assert same, f"{name} changed an answer"
-            seconds.setdefault(name, []).append(taken)
-            counters[name] = vars(cache.stats) | {"hit_rate": cache.stats.hit_rate}
+        for prompt, answer in zip(prompts, expected):
+            seconds["everything resident"].append(generate(resident, [prompt], arguments.tokens)[0])
+            for name, cache in chosen.items():
+                n_tokens = arguments.naive_tokens if name == "naive" else arguments.tokens
+                with switched(model, cache, arguments if cache.n_staging else None):
+                    taken, (out,) = generate(model, [prompt], n_tokens)
+                assert torch.equal(out, answer[:, : out.shape[1]]), f"{name} changed an answer"
+                seconds.setdefault(name, []).append(taken)
+                counters[name] = add(counters.get(name), vars(cache.stats))
     speed = {name: 1 / statistics.median(taken) for name, taken in seconds.items()}
-    return {"tokens_per_s": speed, "seconds_per_token": seconds, "counters": counters}
+    saved = [1 - a / b for a, b in zip(seconds["full"], seconds["without prefetch"])]
+    return {
+        "tokens_per_s": speed,
+        "prefetch_saves": statistics.quantiles(saved),
+        "seconds_per_token": seconds,
+        "counters": counters,
+    }
+
+
+def add(total: dict | None, more: dict) -> dict:
+    return {name: (total or {}).get(name, 0) + value for name, value in more.items()}
 
 
 def table(result: dict) -> str:
@@ -142,8 +153,13 @@ def table(result: dict) -> str:
         paper = f"{PAPER[name] / PAPER['naive']:.2f}" if name in PAPER else ""
         row, rest = counters.get(name), ""
         if row:
-            rest = f"{row['hit_rate']:5.2f} {row['bytes_moved'] / 1e6:8.0f} ({row['wasted_bytes'] / 1e6:.0f})"
+            hit_rate = row["hits"] / (row["hits"] + row["misses"])
+            rest = f"{hit_rate:5.2f} {row['bytes_moved'] / 1e6:8.0f} ({row['wasted_bytes'] / 1e6:.0f})"
         lines.append(f"{name:28}{value:8.2f}  {value / speed['naive']:10.2f}  {paper:>22}  {rest}")
+    low, median, high = result["prefetch_saves"]
+    lines.append(
+        f"prefetch saves {median:.1%} of the time (median of pairs; quartiles {low:.1%} and {high:.1%})"
+    )
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ import time
 import torch
 from torch import Tensor
 
-from .copies import NOW, OVER, Copy
+from .copies import CREATED, NOW, RUNNING, Copy
 from .worker import CHUNKS, SlowLink, Waiting, chunk_bytes, start_worker
 
 
@@ -41,15 +41,17 @@ class ThreadEngine:
     def promote(self, copy: Copy) -> None:
         """A guess has become a need."""
         copy.due = NOW
-        self._changed(copy)
+        if copy.state == CREATED:  # behind something that is less urgent
+            self._look_again()
 
     def cancel(self, copy: Copy) -> None:
         """No more of it; returns at once (see `Copy.cancel`)."""
         copy.cancel()
-        self._changed(copy)
+        if copy.state == RUNNING:
+            self._look_again()
 
-    def _changed(self, copy: Copy) -> None:
-        if self._is_slow and copy.state not in OVER:  # else the worker looks again soon enough
+    def _look_again(self) -> None:
+        if self._is_slow:  # else the worker does so soon enough
             self._waiting.nudge()
 
 

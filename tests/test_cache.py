@@ -22,6 +22,7 @@ LAYOUT = ExpertLayout.build(
 )  # fmt: skip
 
 
+INTERRUPTED = tuple(f"offload/{name}.py" for name in ("cache", "transfer", "copies", "worker", "policy"))
 ENGINE = ThreadEngine(CPU, LAYOUT.n_bytes)  # for tests that make thousands of caches
 
 
@@ -275,7 +276,7 @@ def interrupted_at(line_number: int, run) -> bool:
 
     def trace(frame, event, argument):
         nonlocal count
-        if not frame.f_code.co_filename.endswith(("offload/cache.py", "offload/transfer.py")):
+        if not frame.f_code.co_filename.endswith(INTERRUPTED):
             return None
         if event == "line":
             count += 1
