@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .experts import ExpertLayout, Field
-from .headers import StoredTensor, read_header, read_into
+from .headers import StoredTensor, in_threads, read_header
 
 #: the small model that ships with the package
 DEMO = Path(__file__).parent / "demo" / "4bit"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-N_READERS = 4
 EXPERT_KEY = re.compile(
     r"^(?P<prefix>.*\.layers\.(?P<layer>\d+)\..*experts)\.(?P<expert>\d+)\."
     r"(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj)\.(?P<field>.+)$"
@@ -93,18 +91,14 @@ class Checkpoint:
         for path, fields in by_path.items():
             with open(path, "rb", buffering=0) as file:
                 for field in fields:
-                    read_into(file, stored[field.matrix, field.name], buffer[field.offset :][: field.n_bytes])
+                    stored[field.matrix, field.name].read_into(file, buffer[field.offset :][: field.n_bytes])
 
     def read_experts(self, targets: Iterable[tuple[ExpertId, Tensor]]) -> Iterator[ExpertId]:
         """`read_expert` for each (expert, buffer), several at a time; yields each expert once it is there."""
-        pool = ThreadPoolExecutor(N_READERS)
-        try:
-            tasks = [(expert, pool.submit(self.read_expert, expert, buffer)) for expert, buffer in targets]
-            for expert, task in tasks:
-                task.result()
-                yield expert
-        finally:
-            pool.shutdown(cancel_futures=True)
+        targets = list(targets)
+        tasks = ((self.read_expert, expert, buffer) for expert, buffer in targets)
+        for (expert, _), _ in zip(targets, in_threads(tasks), strict=True):
+            yield expert
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -6,6 +6,8 @@ Knows the file format. Knows nothing of models.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ DTYPES = {
     "U8": torch.uint8, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
     "I8": torch.int8, "I16": torch.int16, "I64": torch.int64, "F64": torch.float64, "BOOL": torch.bool,
 }  # fmt: skip
+N_READERS = 4
+PART_BYTES = 4 << 20
 AGAIN = "delete this file and download it again"
 
 
@@ -36,26 +40,43 @@ class StoredTensor:
     def n_elements(self) -> int:
         return self.n_bytes // self.dtype.itemsize
 
-    def read(self) -> Tensor:
-        """The tensor, on the CPU, in memory of its own."""
-        data = torch.empty(self.n_bytes, dtype=torch.uint8)
-        with open(self.path, "rb") as file:
-            read_into(file, self, data)
-        return data.view(self.dtype).view(self.shape)
+    def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor, in memory of its own; converted and moved a few MB at a time, so that it is never there twice."""
+        value = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
+        with open(self.path, "rb", buffering=0) as file:
+            if value.dtype == self.dtype and value.device.type == "cpu":
+                self.read_into(file, value.view(-1).view(torch.uint8))
+                return value
+            part = torch.empty(min(self.n_bytes, PART_BYTES), dtype=torch.uint8)
+            for start in range(0, self.n_bytes, PART_BYTES):
+                piece = part[: self.n_bytes - start]
+                self.read_into(file, piece, start)
+                begin = start // self.dtype.itemsize
+                value.view(-1)[begin:][: len(piece) // self.dtype.itemsize].copy_(piece.view(self.dtype))
+        return value
+
+    def read_into(self, file, data: Tensor, start: int = 0) -> None:
+        """Fill `data` (uint8, contiguous, CPU) with the tensor's bytes from `start` on, without a copy in between."""
+        file.seek(self.offset + start)
+        rest = memoryview(data.numpy())
+        while rest:
+            n_read = file.readinto(rest)  # one call reads 2 GiB at most
+            if not n_read:
+                raise CheckpointError(
+                    "file ends too early", path=self.path, expected=f"{self.offset + self.n_bytes} bytes or more",
+                    found=f"{len(rest)} fewer", hint=AGAIN,
+                )  # fmt: skip
+            rest = rest[n_read:]
 
 
-def read_into(file, stored: StoredTensor, data: Tensor) -> None:
-    """Fill `data` (uint8, contiguous, CPU) with a stored tensor's bytes, without a copy in between."""
-    file.seek(stored.offset)
-    rest = memoryview(data.numpy())[: stored.n_bytes]
-    while rest:
-        n_read = file.readinto(rest)  # one call reads 2 GiB at most
-        if not n_read:
-            raise CheckpointError(
-                "file ends too early", path=stored.path, expected=f"{stored.offset + stored.n_bytes} bytes or more",
-                found=f"{len(rest)} fewer", hint=AGAIN,
-            )  # fmt: skip
-        rest = rest[n_read:]
+def in_threads(tasks: Iterable[tuple]) -> Iterator:
+    """Call each (function, *arguments), several at a time; yields their results, in order."""
+    pool = ThreadPoolExecutor(N_READERS)
+    try:
+        for task in [pool.submit(*task) for task in tasks]:
+            yield task.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

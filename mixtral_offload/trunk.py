@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
-from .headers import StoredTensor
+from .headers import StoredTensor, in_threads
 from .quantization import QuantizedLinear, infer
 
 QUANTIZED = (".W_q", ".meta.")
@@ -35,14 +35,15 @@ def load_trunk(model: nn.Module, checkpoint: Checkpoint, device: torch.device, d
 
     Raises CheckpointError for a key that the model does not have, a wrong shape, or a parameter left without value.
     """
-    quantized: dict[str, dict[str, StoredTensor]] = {}
+    tasks, quantized = [], {}
     for key, stored in checkpoint.trunk.items():
         if split := split_quantized(parameter_name(key)):
             quantized.setdefault(split[0], {})[split[1]] = stored
         else:
-            _set_parameter(model, key, stored, device, dtype)
-    for name, tensors in quantized.items():
-        _set_quantized(model, name, tensors, device)
+            tasks.append((_set_parameter, model, key, stored, device, dtype))
+    tasks += [(_set_quantized, model, name, tensors, device) for name, tensors in quantized.items()]
+    for _ in in_threads(tasks):
+        pass
     model.tie_weights()
     _fill_buffers(model, device)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -75,7 +76,7 @@ def _set_parameter(model: nn.Module, key: str, stored: StoredTensor, device, dty
             expected="no such tensor" if target is None else f"{expected} of {target.dtype}",
             found=f"{stored.shape} of {stored.dtype}", hint="check that config.json belongs to these files",
         )  # fmt: skip
-    value = stored.read().to(device, dtype if stored.dtype.is_floating_point else stored.dtype)
+    value = stored.read(dtype if stored.dtype.is_floating_point else None, device)
     if is_buffer:
         module._buffers[name] = value
     else:
@@ -96,7 +97,7 @@ def _set_quantized(
         raise CheckpointError(f"{name}: {error}", path=first.path) from error
     layer = QuantizedLinear(shape, quantization)
     for field, stored in tensors.items():
-        layer.set_field(field, stored.read().to(device))
+        layer.set_field(field, stored.read(device=device))
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
 

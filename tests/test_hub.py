@@ -427,10 +427,15 @@ def test_info_and_download_from_the_command_line(published, capsys, monkeypatch)
     """Before, after, and without the hub."""
     with HubServer(published, REPO) as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            served.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         assert main(["info", "--model", REPO, "--device", "cpu"]) == 0
         assert "not here yet" in capsys.readouterr().out and not served.gets
         assert main(["download", REPO]) == 0
-        assert "27 files" in (text := capsys.readouterr().out) and "are free" in text and "complete: " in text
+        assert "28 files" in (text := capsys.readouterr().out) and "are free" in text and "complete: " in text
         for command in (["info", "--model", REPO, "--device", "cpu"], ["download", REPO]):
             assert main(command) == 0
         assert "3 layers x 8 experts" in capsys.readouterr().out
