@@ -1,6 +1,6 @@
 """Peak memory and speed of building an offloaded model, for each home and cache size.
 
-    python benchmarks/loading.py [--gb 2.2] [--json FILE]
+    python benchmarks/loading.py [--gb 2.0] [--json FILE]
 
 Makes a synthetic checkpoint, reads its files once plainly, then builds the model from them, each in a process of its
 own, alternating, files in the page cache for both. On a virtual machine, memory that the host has yet to provide costs
@@ -9,6 +9,7 @@ more than anything measured here, so each process first touches as much as it wi
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -35,7 +36,7 @@ def touch(n_bytes: int) -> None:
     torch.ones(n_bytes, dtype=torch.uint8)
 
 
-def build(folder: str, store: str, cache_size: int) -> dict:
+def build(folder: str, store: str, cache_size: int, n_touched: int) -> dict:
     """In a process of its own: build the model; the peak is over what the imports alone had taken."""
     import psutil
 
@@ -43,7 +44,7 @@ def build(folder: str, store: str, cache_size: int) -> dict:
     from mixtral_offload.options import OffloadOptions
 
     from_pretrained(FIXTURE, device="cpu")  # pays for imports and first-use allocations
-    touch(2 * sum(path.stat().st_size for path in Path(folder).iterdir()))
+    touch(n_touched)
     # clear_refs sets the high-water mark back to what is resident now
     Path("/proc/self/clear_refs").write_text("5")
     before = psutil.Process().memory_info().rss
@@ -81,13 +82,22 @@ def in_process(arguments: list[str]) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
-def measure(folder: Path, repeats: int) -> list[dict]:
+def make(folder: Path, gb: float, vocab: int = 32000) -> int:
+    """Write a checkpoint with at least so many GB of experts; returns its bytes."""
+    layers = math.ceil(gb * 1e9 / 8 / 66.5e6)
+    n_bytes = write_checkpoint(folder, mixtral_config(layers, vocab=vocab), PAPER[2], PAPER[4])
+    os.sync()  # writing it back must not run beside what is measured
+    return n_bytes
+
+
+def measure(folder: Path, n_bytes: int, repeats: int) -> list[dict]:
     results = []
     for store, cache_size in CASES:
         runs, reads = [], []
-        in_process(["--build", str(folder), store, str(cache_size)])  # brings the files into the page cache
+        case = ["--build", str(folder), store, str(cache_size), str(2 * n_bytes)]
+        in_process(case)  # brings the files into the page cache
         for _ in range(repeats):
-            runs.append(in_process(["--build", str(folder), store, str(cache_size)]))
+            runs.append(in_process(case))
             reads.append(in_process(["--read", str(folder), str(runs[-1]["bytes"])])["read_s"])
         read_s = statistics.median(reads)
         build_s = statistics.median(run["build_s"] for run in runs)
@@ -98,25 +108,24 @@ def measure(folder: Path, repeats: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gb", type=float, default=2.2, help="size of the checkpoint")
+    parser.add_argument("--gb", type=float, default=2.0, help="size of the experts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--build", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--build", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.build:
-        print(json.dumps(build(arguments.build[0], arguments.build[1], int(arguments.build[2]))))
+        folder, store, *numbers = arguments.build
+        print(json.dumps(build(folder, store, *map(int, numbers))))
         return
     if arguments.read:
         print(json.dumps({"read_s": read_plainly(Path(arguments.read[0]), int(arguments.read[1]))}))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "checkpoint"
-        layers = max(1, round(arguments.gb * 1e9 / 8 / 66.4e6))
-        n_bytes = write_checkpoint(folder, mixtral_config(layers), PAPER[2], PAPER[4])
-        os.sync()  # writing it back must not run beside what is measured
-        results = measure(folder, arguments.repeats)
-    print(f"checkpoint {n_bytes / 1e9:.2f} GB, {layers} layers of Mixtral-8x7B at 2 bits")
+        n_bytes = make(folder, arguments.gb)
+        results = measure(folder, n_bytes, arguments.repeats)
+    print(f"checkpoint {n_bytes / 1e9:.2f} GB, Mixtral-8x7B at 2 bits")
     for r in results:
         print(
             f"home {r['home'] or 'device'!s:6} cache {r['cache_size']}: peak {r['peak_bytes'] / 1e6:6.0f} MB of {r['bound_bytes'] / 1e6:6.0f} MB allowed;"

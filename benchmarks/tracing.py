@@ -2,7 +2,7 @@
 
     python benchmarks/tracing.py [--tokens 150] [--repeats 15] [--replays 3]
 
-Runs with and without `record` take turns; the cost is the median over turns of their ratio. Prints both and writes
+Runs with and without `record` take turns; the cost is the median over pairs of their ratio. Prints both and writes
 benchmarks/results/tracing.json.
 """
 
@@ -11,6 +11,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,20 +37,28 @@ def recording(arguments) -> tuple[dict, RoutingTrace]:
         for text in PROMPTS
     ]
     generate(model, prompts, arguments.tokens)  # warm up
-    plain, recorded = [], []
+    plain, recorded, trace = [], [], None
     for turn in range(arguments.repeats):
-        for with_trace in (turn % 2, 1 - turn % 2):  # neither is always the first
-            if with_trace:
-                with record(model, tokenizer) as run:
-                    recorded.append(generate(model, prompts, arguments.tokens)[0])
-            else:
-                plain.append(generate(model, prompts, arguments.tokens)[0])
+        for prompt in prompts:
+            for with_trace in (turn % 2, 1 - turn % 2):  # neither is always the first
+                with record(model, tokenizer) if with_trace else empty(model) as run:
+                    seconds = generate(model, [prompt], arguments.tokens)[0]
+                (recorded if with_trace else plain).append(seconds)
+                trace = run.trace if with_trace else trace
     ratios = [a / b for a, b in zip(recorded, plain)]
-    cost = statistics.median(ratios) - 1
+    low, median, high = statistics.quantiles(ratios)
     print(
-        f"recording: {cost:+.2%} (median of {len(ratios)} turns; {min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})"
+        f"recording costs {median - 1:+.2%} (median of {len(ratios)} pairs; quartiles {low - 1:+.1%}, {high - 1:+.1%})"
     )
-    return {"cost": cost, "plain_s": plain, "recorded_s": recorded}, run.trace
+    return {"cost": median - 1, "plain_s": plain, "recorded_s": recorded}, trace
+
+
+@contextmanager
+def empty(model):
+    """Begins with an empty cache, as `record` does."""
+    with model.offload.cache.lock:
+        model.offload.cache.clear()
+    yield
 
 
 def replaying(trace: RoutingTrace, repeats: int) -> dict:
@@ -76,8 +85,8 @@ def replaying(trace: RoutingTrace, repeats: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=150)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--replays", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "tracing.json")
     arguments = parser.parse_args()
