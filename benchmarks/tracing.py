@@ -1,8 +1,8 @@
 """What traces cost: recording while a model generates, and replaying 1,000,000 (token, layer) events.
 
-    python benchmarks/tracing.py [--tokens 150] [--repeats 15] [--replays 3]
+    python benchmarks/tracing.py [--tokens 100] [--repeats 20] [--replays 3]
 
-Runs with and without `record` take turns; the cost is the median over pairs of their ratio. Prints both and writes
+Tokens with and without recording alternate; the cost compares the medians of their times. Prints both and writes
 benchmarks/results/tracing.json.
 """
 
@@ -11,54 +11,66 @@ import json
 import platform
 import statistics
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from ablation import PROMPTS, RESULTS, generate
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from mixtral_offload import from_pretrained, load_tokenizer, record, simulate
+from mixtral_offload.recorder import Recorder
 from mixtral_offload.trace import RoutingTrace
 
 EVENTS = 1_000_000
 POLICIES = ("lru", "lfu", "lrfu", "belady")
 
 
-def recording(arguments) -> tuple[dict, RoutingTrace]:
-    """Seconds per token with and without recording, and the last trace."""
-    model, tokenizer = (
-        from_pretrained(device=arguments.device, cache_size=4, store="ram", prefetch=2),
-        load_tokenizer(),
-    )
-    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], **options).to(arguments.device)
-        for text in PROMPTS
-    ]
-    generate(model, prompts, arguments.tokens)  # warm up
-    plain, recorded, trace = [], [], None
+class Alternating(LogitsProcessor):
+    """Times each token, every other one with the recorder on; switching it is not timed."""
+
+    def __init__(self, recorder: Recorder, is_on: bool):
+        self.recorder, self.seconds = recorder, ([], [])
+        self.is_on, self._began_s = is_on, None
+
+    def __call__(self, ids, scores):
+        now = time.perf_counter()
+        if self._began_s is not None:  # the first one holds the prompt
+            self.seconds[self.is_on].append(now - self._began_s)
+        self.is_on = not self.is_on
+        if self.is_on:
+            self.recorder.start()
+        else:
+            self.recorder.stop()
+        self._began_s = time.perf_counter()
+        return scores
+
+
+@torch.inference_mode()
+def recording(model, prompts, arguments) -> dict:
+    """Seconds of tokens that were recorded and of their neighbours that were not."""
+    off, on = [], []
     for turn in range(arguments.repeats):
         for prompt in prompts:
-            for with_trace in (turn % 2, 1 - turn % 2):  # neither is always the first
-                with record(model, tokenizer) if with_trace else empty(model) as run:
-                    seconds = generate(model, [prompt], arguments.tokens)[0]
-                (recorded if with_trace else plain).append(seconds)
-                trace = run.trace if with_trace else trace
-    ratios = [a / b for a, b in zip(recorded, plain)]
-    low, median, high = statistics.quantiles(ratios)
-    print(
-        f"recording costs {median - 1:+.2%} (median of {len(ratios)} pairs; quartiles {low - 1:+.1%}, {high - 1:+.1%})"
-    )
-    return {"cost": median - 1, "plain_s": plain, "recorded_s": recorded}, trace
-
-
-@contextmanager
-def empty(model):
-    """Begins with an empty cache, as `record` does."""
-    with model.offload.cache.lock:
-        model.offload.cache.clear()
-    yield
+            recorder = Recorder(model)
+            recorder.stop()
+            steps = Alternating(recorder, is_on=turn % 2 == 0)
+            n_tokens = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens}
+            model.generate(
+                **prompt, **n_tokens, do_sample=False, logits_processor=LogitsProcessorList([steps])
+            )
+            if steps.is_on:
+                recorder.stop()
+            off += steps.seconds[False]
+            on += steps.seconds[True]
+    cost = statistics.median(on) / statistics.median(off) - 1
+    print(f"recording costs {cost:+.2%} (medians of {len(on)} and {len(off)} tokens, alternating)")
+    return {
+        "cost": cost,
+        "tokens": len(on),
+        "recorded_s": statistics.quantiles(on),
+        "plain_s": statistics.quantiles(off),
+    }
 
 
 def replaying(trace: RoutingTrace, repeats: int) -> dict:
@@ -92,9 +104,20 @@ def main():
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-    cost, trace = recording(arguments)
-    result = {"machine": f"{platform.machine()}, {arguments.device}", "recording": cost}
-    result["replay"] = replaying(trace, arguments.replays)
+    model, tokenizer = (
+        from_pretrained(device=arguments.device, cache_size=4, store="ram", prefetch=2),
+        load_tokenizer(),
+    )
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], **options).to(arguments.device)
+        for text in PROMPTS
+    ]
+    with record(model, tokenizer) as run:
+        generate(model, prompts, arguments.tokens)  # also warms up
+    result = {"machine": f"{platform.machine()}, {arguments.device}"}
+    result["recording"] = recording(model, prompts, arguments)
+    result["replay"] = replaying(run.trace, arguments.replays)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

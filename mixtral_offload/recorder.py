@@ -26,9 +26,14 @@ class Recorder:
         self._began_s = time.perf_counter()
         self._ids: list[Tensor] = []
         self._parts: list[tuple[int, int, Tensor, Tensor, float, float, int]] = []
+        self._journal: list = []
         self.trace: RoutingTrace | None = None
-        self._hook = model.get_input_embeddings().register_forward_pre_hook(self._new_pass)
-        self._offload.cache.journal = self._journal = []
+        self.start()
+
+    def start(self) -> None:
+        """Record from now on."""
+        self._hook = self._model.get_input_embeddings().register_forward_pre_hook(self._new_pass)
+        self._offload.cache.journal, self._offload.recorder = self._journal, self
 
     def _new_pass(self, module, arguments: tuple) -> None:
         self._ids.append(arguments[0])
@@ -45,8 +50,8 @@ class Recorder:
         return sum(ids.numel() for ids in self._ids)
 
     def stop(self) -> None:
+        self._offload.cache.journal = self._offload.recorder = None
         self._hook.remove()
-        self._offload.cache.journal = None
 
     def finish(self, tokenizer=None) -> RoutingTrace:
         """The trace of the passes that ran to their end."""
@@ -122,10 +127,9 @@ def record(model, tokenizer=None) -> Iterator[Recorder]:
     with offload.cache.lock:
         offload.cache.clear()
         offload.stats.reset()
-        recorder = offload.recorder = Recorder(model)
+        recorder = Recorder(model)
     try:
         yield recorder
     finally:
-        offload.recorder = None
         recorder.stop()
         recorder.trace = recorder.finish(tokenizer)
