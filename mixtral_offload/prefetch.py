@@ -27,19 +27,24 @@ def next_router(hidden: Tensor, gates: Sequence[Gate]) -> Tensor:
 
 
 class FoldedRouters:
-    """`next_router` for RMS norms in three operations, however many layers: each norm's weight is folded into its
-    router's, and what is left of the norm is the same for all."""
+    """`next_router` for RMS norms in few operations, however many layers: each norm's weight is folded into its
+    router's, and what is left of the norm is the same for all. For a single token it is left out: one factor for all
+    logits, it does not change their order."""
 
     def __init__(self):
-        self._folded: dict[tuple[int, ...], Tensor] = {}
+        self._folded: dict[
+            int, Tensor
+        ] = {}  # by the first layer to guess for, which says which others follow
 
     def __call__(self, hidden: Tensor, gates: Sequence[Gate]) -> Tensor:
-        key = tuple(gate.layer for gate in gates)
-        if key not in self._folded:
+        folded = self._folded.get(gates[0].layer)
+        if folded is None or len(folded) != len(gates) * len(gates[0].router.weight):
             weights = [gate.router.weight.float() * gate.norm.weight.float() for gate in gates]
-            self._folded[key] = torch.cat(weights)  # [gates * experts, H]
-        x = nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=gates[0].norm.variance_epsilon)
-        return nn.functional.linear(x, self._folded[key]).unflatten(-1, (len(gates), -1)).transpose(0, 1)
+            folded = self._folded[gates[0].layer] = torch.cat(weights)  # [gates * experts, H]
+        x = hidden.float()
+        if len(x) > 1:
+            x = nn.functional.rms_norm(x, x.shape[-1:], eps=gates[0].norm.variance_epsilon)
+        return nn.functional.linear(x, folded).view(len(x), len(gates), -1).transpose(0, 1)
 
 
 def default_predictor(gates: Sequence[Gate]) -> Predictor:
@@ -94,7 +99,9 @@ class Prefetcher:
         self.n_experts, self.look_ahead, self.moments = n_experts, look_ahead, moments
         self.predictor = predictor or default_predictor(gates)
         # weak, like the hooks' hold on this object: a dropped model frees its memory at once, without a collection
-        self._start, self._gates = weakref.WeakMethod(start), gates
+        self._start = weakref.WeakMethod(start)
+        targets = [gates[n : n + look_ahead] for n in range(len(gates) + 1)]
+        self._targets = [([gate.layer for gate in of], of) for of in targets]  # the layers from the n-th on
         self._number = {gate.layer: number for number, gate in enumerate(gates)}
         self._hidden: Tensor | None = None
         self._hooks = []
@@ -108,20 +115,19 @@ class Prefetcher:
                 gate.block().register_forward_hook(_guess_after(weak, n)) for n, gate in enumerate(gates)
             ]
 
-    @torch.no_grad()
     def rank(self, number: int, hidden: Tensor) -> tuple[list[int], Tensor | None]:
         """Layers, and for each the numbers of its likeliest experts `[layers, n_experts]`, the likeliest first.
 
         With several tokens at hand, an expert's likelihood is its share of all tokens' routing.
         """
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        targets = self._gates[number + 1 : number + 1 + self.look_ahead]
-        if not targets:
+        layers, targets = self._targets[number + 1]
+        if not layers:
             return [], None
+        hidden = hidden.reshape(-1, hidden.shape[-1])
         logits = self.predictor(hidden, targets)
         likely = logits[:, 0] if len(hidden) == 1 else logits.float().softmax(-1).sum(1)  # [targets, experts]
         ranked = likely.topk(min(self.n_experts, likely.shape[-1])).indices
-        return [gate.layer for gate in targets], ranked
+        return layers, ranked
 
     def rank_before(self, layer: int) -> tuple[list[int], Tensor | None]:
         """The guesses to make before this layer's experts run (see `rank`); none if that is not a moment for them."""
