@@ -113,7 +113,7 @@ def parse_device(name: str | torch.device) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} CUDA devices"
         raise OptionError("no such device", expected=name, found=found, hint='use device="cpu"')
-    return torch.device("cuda", torch.cuda.currentparse_device() if device.index is None else device.index)
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
