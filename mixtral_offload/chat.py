@@ -15,6 +15,9 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, T
 
 from .errors import OptionError
 
+#: why an answer ended: by itself, by `stop`, at the longest answer allowed, or where the context was full
+ENDS = ("complete", "stopped", "max_new_tokens", "context")
+
 
 @dataclass
 class TurnStats:
@@ -57,8 +60,10 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
 class ChatSession:
     """Keeps a conversation; each answer is streamed.
 
-    max_new_tokens: per answer. temperature: 0 is greedy. seed: makes sampled answers repeatable.
-    `messages` is the conversation so far, as transformers' chat templates take it.
+    max_new_tokens: per answer. temperature: 0 is greedy. seed: makes sampled answers repeatable. All of them, and the
+    system prompt, may be changed between answers.
+    `messages` is the conversation so far, as transformers' chat templates take it. `last` counts while an answer comes;
+    `ended` says why it came to its end: one of ENDS.
     """
 
     def __init__(
@@ -68,11 +73,20 @@ class ChatSession:
         check_sampling(max_new_tokens, temperature, top_p, seed)
         self.model, self.tokenizer = model, tokenizer
         self.system_prompt, self.max_new_tokens = system_prompt, max_new_tokens
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.messages: list[dict[str, str]] = []
-        self.last, self.total = TurnStats(), TurnStats()
+        self.last, self.total, self.ended = TurnStats(), TurnStats(), None
         self._stop, self._generating = threading.Event(), threading.Lock()
         self._past, self._past_ids = None, []
+
+    @property
+    def seed(self) -> int | None:
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        """Sampling begins anew from here."""
+        self._seed = seed
         if seed is not None:
             torch.manual_seed(seed)
 
@@ -87,30 +101,50 @@ class ChatSession:
 
     def clear(self) -> None:
         """Forget the conversation."""
-        self.messages = []
+        self.messages, self.last, self.ended = [], TurnStats(), None
         self._past, self._past_ids = None, []
+
+    @property
+    def context_used(self) -> int:
+        """Tokens of the conversation so far."""
+        return self.last.n_prompt + self.last.n_tokens
 
     def send(self, text: str) -> Iterator[str]:
         """Stream the answer to `text` in pieces. What was streamed is kept in `messages`, also after `stop`.
 
         If generating fails, the conversation is as before and the error is raised here. Raises OptionError when the
-        conversation has outgrown the model's context.
+        conversation has outgrown the model's context, or for settings that cannot be sampled with.
         """
-        text = text.encode("utf-8", "surrogatepass").decode(
-            "utf-8", "replace"
-        )  # a shell may hand over broken bytes
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._encode(messages)
+        return self._answer([*self.messages, _said_by_user(text)])
+
+    def regenerate(self) -> Iterator[str]:
+        """Stream another answer to the last message, in place of the last one. Raises as `send`."""
+        return self._answer(self.messages[: self.last_question + 1])
+
+    def edit(self, text: str) -> Iterator[str]:
+        """Say `text` in place of the last message, and stream the answer. Raises as `send`."""
+        return self._answer([*self.messages[: self.last_question], _said_by_user(text)])
+
+    @property
+    def last_question(self) -> int:
+        """The number of the last message that the user sent; raises OptionError before there is one."""
+        for number in reversed(range(len(self.messages))):
+            if self.messages[number]["role"] == "user":
+                return number
+        raise OptionError("there is no message yet", hint="send one first")
+
+    def _answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        ids = self._prompt(messages)
         self._stop = stop = threading.Event()  # one for each answer: an old one stays stopped
+        before, self.last, self.ended = self.last, TurnStats(n_prompt=len(ids)), None
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         result: dict = {}
         worker = threading.Thread(target=self._generate, args=(ids, streamer, result, stop), name="generate")
-        begin = time.perf_counter()
-        pieces, first = [], None
+        pieces = []
         try:
             worker.start()
             for piece in streamer:
-                first = first or time.perf_counter()
                 pieces.append(piece)
                 yield piece
         finally:
@@ -118,15 +152,14 @@ class ChatSession:
             _join(worker)
             if "ids" in result:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
-                self._count(result, len(ids), begin, first or time.perf_counter())
+                self.total, self.ended = self.total + self.last, result["ended"]
+            else:
+                self.last = before
         if "error" in result:
             raise result["error"]
 
-    def _encode(self, messages) -> list[int]:
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        ids = self.tokenizer.apply_chat_template(
-            [*system, *messages], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+    def _prompt(self, messages) -> list[int]:
+        ids = self._encode(messages)
         if len(ids) >= self.context_length:
             raise OptionError(
                 "the conversation is longer than the model's context", expected=f"less than {self.context_length} tokens",
@@ -134,32 +167,61 @@ class ChatSession:
             )  # fmt: skip
         return ids
 
+    def _encode(self, messages, add_generation_prompt: bool = True) -> list[int]:
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return self.tokenizer.apply_chat_template(
+            [*system, *messages], add_generation_prompt=add_generation_prompt, return_dict=True
+        )["input_ids"]
+
     def _generate(self, ids: list[int], streamer, result: dict, stop: threading.Event) -> None:
         """On the worker thread, so that Ctrl-C never lands inside the model."""
         with self._generating:
             self._generate_alone(ids, streamer, result, stop)
 
     def _generate_alone(self, ids: list[int], streamer, result: dict, stop: threading.Event) -> None:
+        count = self._counter(len(ids))
+
         def stopped(ids, scores, **kwargs) -> torch.Tensor:
+            count(ids.shape[1])
             return torch.full((ids.shape[0],), stop.is_set(), device=ids.device)
 
-        stats = self.model.offload.stats
-        before = stats.hits, stats.misses, stats.bytes_moved
         try:
-            past = self._reuse(ids)
+            past, config = self._reuse(ids), self._config(len(ids))
             inputs = torch.tensor([ids], device=self.model.device)
             output = self.model.generate(
                 inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, streamer=streamer,
-                generation_config=self._config(len(ids)), stopping_criteria=StoppingCriteriaList([stopped]),
+                generation_config=config, stopping_criteria=StoppingCriteriaList([stopped]),
             )  # fmt: skip
             result["ids"] = output[0].tolist()
+            result["ended"] = self._why(result["ids"], len(ids), config, stop)
             self._past, self._past_ids = past, result["ids"][: past.get_seq_length()]
         except BaseException as error:
             result["error"] = error
             self._past, self._past_ids = None, []
             streamer.text_queue.put(streamer.stop_signal)  # not `end`, which decodes first and may fail again
-        after = stats.hits, stats.misses, stats.bytes_moved
-        result["used"] = [a - b for a, b in zip(after, before)]
+
+    def _counter(self, n_prompt: int):
+        """A function that brings `last` up to date: called with the length so far, after each token."""
+        last, stats, begin = self.last, self.model.offload.stats, time.perf_counter()
+        before = stats.hits, stats.misses, stats.bytes_moved
+
+        def count(length: int) -> None:
+            seconds = time.perf_counter() - begin
+            last.n_tokens = length - n_prompt
+            last.first_token_s = last.first_token_s or seconds
+            last.decode_s = seconds - last.first_token_s
+            after = stats.hits, stats.misses, stats.bytes_moved
+            last.hits, last.misses, last.bytes_moved = (a - b for a, b in zip(after, before))
+
+        return count
+
+    def _why(self, ids: list[int], n_prompt: int, config: GenerationConfig, stop: threading.Event) -> str:
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if ids[-1] in eos:
+            return "complete"
+        if len(ids) < n_prompt + config.max_new_tokens and stop.is_set():
+            return "stopped"
+        return "max_new_tokens" if config.max_new_tokens == self.max_new_tokens else "context"
 
     def _reuse(self, ids: list[int]) -> DynamicCache:
         """The last turn's KV cache, cut back to what this prompt shares with it."""
@@ -189,11 +251,12 @@ class ChatSession:
         )
         return GenerationConfig(max_new_tokens=room, eos_token_id=eos, pad_token_id=pad, **sampling)
 
-    def _count(self, result: dict, n_prompt: int, begin: float, first: float) -> None:
-        end = time.perf_counter()
-        n_tokens = len(result["ids"]) - n_prompt
-        self.last = TurnStats(n_prompt, n_tokens, first - begin, end - first, *result["used"])
-        self.total = self.total + self.last
+
+def _said_by_user(text: str) -> dict[str, str]:
+    text = text.encode("utf-8", "surrogatepass").decode(
+        "utf-8", "replace"
+    )  # a shell may hand over broken bytes
+    return {"role": "user", "content": text}
 
 
 def _join(thread: threading.Thread) -> None:

@@ -74,41 +74,9 @@ def session(arguments):
 
 
 def run_chat(arguments) -> None:
-    chat = session(arguments)
-    print(
-        "Write a message. Ctrl-C stops an answer; /clear starts anew; /exit or Ctrl-D ends.", file=sys.stderr
-    )
-    while (text := _read("\nyou> ")) not in (None, "/exit"):
-        if text == "/clear":
-            chat.clear()
-        elif text.strip():
-            _answer(chat, text)
-    print(f"\n{chat.total}", file=sys.stderr)
+    from .terminal import chat_loop
 
-
-def _read(prompt: str) -> str | None:
-    """One line, or None at the end of input. Ctrl-C at the prompt ends the session too."""
-    try:
-        return input(prompt if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
-        return None
-
-
-def _answer(chat, text: str) -> None:
-    answer = chat.send(text)
-    try:
-        for piece in answer:
-            print(piece, end="", flush=True)
-        print()
-    except KeyboardInterrupt:
-        answer.close()
-        print(" [stopped]")
-    except OffloadError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except BrokenPipeError:
-        raise
-    except Exception as error:  # the conversation goes on
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+    chat_loop(session(arguments), "\nyou> " if sys.stdin.isatty() else "")
 
 
 def run_generate(arguments) -> None:

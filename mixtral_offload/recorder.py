@@ -49,6 +49,23 @@ class Recorder:
         """Tokens that went in so far."""
         return sum(ids.numel() for ids in self._ids)
 
+    def last_pass(self) -> list[dict[int, int]]:
+        """What the last token of the newest complete pass used: by layer, expert -> HIT, PREFETCHED or MISS.
+
+        Empty before there is such a pass. Safe from any thread.
+        """
+        layers, parts = self._offload.checkpoint.layers, self._parts
+        end = next((i for i in range(len(parts), 0, -1) if parts[i - 1][1] == layers[-1]), 0)
+        if end < len(layers):
+            return []
+        uses = []
+        for number in range(end - len(layers), end):
+            begin = parts[number - 1][6] if number else 0
+            entries = [entry for entry in self._journal[begin : parts[number][6]] if isinstance(entry, Use)]
+            outcomes = {entry.expert: entry.outcome for entry in entries}
+            uses.append({expert: outcomes[expert] for expert in parts[number][2][-1].tolist()})
+        return uses
+
     def stop(self) -> None:
         self._offload.cache.journal = self._offload.recorder = None
         self._hook.remove()

@@ -8,6 +8,7 @@ import torch
 from mixtral_offload import ChatSession
 from mixtral_offload.errors import OptionError
 from mixtral_offload.offload import DEMO
+from mixtral_offload.terminal import notices
 from mixtral_offload.tokenizer import load_tokenizer
 
 
@@ -155,3 +156,76 @@ def test_a_chat_goes_no_further_than_the_memory_that_was_planned(offloaded):
     assert session.context_length == 64
     with pytest.raises(OptionError, match="less than 64 tokens"):
         list(session.send("hello " * 100))
+
+
+def test_regenerate_answers_the_same_message_again(session):
+    list(session.send("Hello!"))
+    list(session.send("Tell me a story about a fox."))
+    before = list(session.messages)
+    list(session.regenerate())
+    assert session.messages == before  # greedy
+    session.temperature, session.seed = 1.5, 1
+    list(session.regenerate())
+    assert session.messages[:-1] == before[:-1] and session.messages[-1] != before[-1]
+
+
+def test_edit_takes_the_place_of_the_last_message(session):
+    list(session.send("My name is Ana."))
+    list(session.send("What is 2 + 2?"))
+    answer = "".join(session.edit("What is my name?"))
+    assert [m["content"] for m in session.messages[::2]] == ["My name is Ana.", "What is my name?"]
+    assert answer.strip() == session.messages[-1]["content"] == fresh_answer(session, session.messages[:-1])
+
+
+def test_nothing_to_regenerate_or_to_edit(session):
+    for ask in (session.regenerate, lambda: session.edit("Hello!")):
+        with pytest.raises(OptionError, match="no message yet"):
+            list(ask())
+
+
+def test_an_answer_says_why_it_ended(session):
+    list(session.send("What is 2 + 2?"))
+    assert session.ended == "complete"
+    for _ in session.send("Tell me a story about a fox."):
+        session.stop()
+    assert session.ended == "stopped"
+    session.max_new_tokens = 5
+    list(session.regenerate())
+    assert session.ended == "max_new_tokens" and session.last.n_tokens == 5
+    assert "cut at 5 tokens" in notices(session)[0]
+
+
+def test_a_full_context_is_announced_before_it_cuts_an_answer(offloaded):
+    session = ChatSession(offloaded(cache_size=2, context_length=64), load_tokenizer(DEMO))
+    list(session.send("What is 2 + 2?"))
+    assert notices(session) == []
+    list(session.send("What is the capital of France?"))
+    assert notices(session) == []
+    list(session.send("Hello!"))
+    left = 64 - session.context_used
+    assert notices(session) == [
+        f"{left} of 64 tokens of context are left; clearing the conversation frees them"
+    ]
+    list(session.edit("Tell me a story about a fox."))
+    assert session.ended == "context" and session.context_used == 64
+    assert notices(session) == ["cut: the context is full; clear the conversation"]
+
+
+def test_counters_move_while_an_answer_comes(session):
+    seen = [session.last.n_tokens for _ in session.send("Tell me a story about a fox.")]
+    assert seen[0] < seen[-1] <= session.last.n_tokens
+    assert session.context_used == session.last.n_prompt + session.last.n_tokens
+    session.clear()
+    assert session.context_used == 0
+
+
+def test_a_system_prompt_and_settings_count_from_the_next_answer_on(session):
+    list(session.send("Hello!"))
+    plain = session.last.n_prompt
+    session.system_prompt = "You are a pirate."
+    list(session.regenerate())
+    assert session.last.n_prompt > plain
+    session.temperature = -1
+    with pytest.raises(OptionError, match="temperature"):
+        list(session.send("Hello!"))
+    assert len(session.messages) == 2

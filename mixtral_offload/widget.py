@@ -1,0 +1,230 @@
+"""The chat in a notebook: plain ipywidgets over a ChatSession.
+
+Knows ipywidgets (7.7 and 8) and how to show text that nobody trusts. What an answer is, `ChatSession` knows; what the
+experts do, `live`. Answers come on a thread of their own, so that the kernel stays free to hear the Stop button.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import ipywidgets as w
+
+from .chat import ChatSession
+from .live import grid_html, watch
+from .terminal import chat_loop, notices
+
+REFRESH_S = 0.08  # between two pictures of an answer that comes
+BUBBLE = "white-space:pre-wrap;overflow-wrap:anywhere;padding:6px 10px;margin:4px 0;border-radius:8px;line-height:1.4;color:#111"
+LOOKS = {
+    "user": "background:#dbe9f6;margin-left:18%",
+    "assistant": "background:#f1f1f1;margin-right:18%",
+    "error": "background:#fbe3d6;border-left:4px solid #8A2F00",
+}
+WIDE = w.Layout(width="auto", flex="1 1 auto")
+
+
+def bubble(kind: str, text: str) -> str:
+    """One message as HTML; whatever is in the text, it shows as text."""
+    return f'<div class="mo-{kind}" style="{BUBBLE};{LOOKS[kind]}">{html.escape(text)}</div>'
+
+
+class ChatWidget:
+    """A conversation with buttons, live counters and the experts at work.
+
+    settings: as ChatSession takes them. Display it (the last expression of a cell), or use it from code: `ask`.
+    """
+
+    def __init__(self, model, tokenizer, **settings):
+        self.session = ChatSession(model, tokenizer, **settings)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._editing = False
+        self._make_chat()
+        self._make_settings()
+        experts = w.VBox([self._experts, self._status])
+        self.box = w.VBox([self._log, self._row, self._buttons, experts, self._settings])
+        self.box.layout.max_width = "760px"
+        self.box.add_class("mo-chat")
+        self.refresh()
+
+    def _make_chat(self) -> None:
+        self._text, self._status, self._experts = w.HTML(), w.HTML(), w.HTML()
+        # a reversed column keeps its end in sight while it grows
+        self._log = w.Box([self._text], layout=w.Layout(display="flex", flex_flow="column-reverse", height="340px",
+                          overflow="auto", border="1px solid #ccc", padding="4px"))  # fmt: skip
+        self._text.layout.flex = "0 0 auto"
+        self._input = w.Text(placeholder="Write a message, press Enter", layout=WIDE)
+        with warnings.catch_warnings():  # the only way to hear Enter and nothing else, in 7.7 and in 8
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._input.on_submit(lambda _: self._send())
+        self._send_button = self._button("Send", self._send, "primary")
+        self._stop_button = self._button("Stop", self.session.stop, "danger")
+        self._row = w.HBox([self._input, self._send_button, self._stop_button])
+        self._again = self._button("Regenerate", lambda: self._start(self.session.regenerate))
+        self._edit = self._button("Edit last", self._edit_last)
+        self._clear = self._button("Clear", self.clear)
+        self._buttons = w.HBox([self._again, self._edit, self._clear])
+
+    @staticmethod
+    def _button(name: str, act: Callable[[], None], style: str = "") -> w.Button:
+        button = w.Button(description=name, button_style=style, layout=w.Layout(width="auto"))
+        button.on_click(lambda _: act())
+        return button
+
+    def _make_settings(self) -> None:
+        session, style = self.session, {"description_width": "110px"}
+        self._fields = {
+            "system_prompt": w.Textarea(session.system_prompt or "", description="system prompt"),
+            "temperature": w.FloatSlider(session.temperature, min=0, max=2, step=0.05, description="temperature"),
+            "top_p": w.FloatSlider(session.top_p, min=0.05, max=1, step=0.05, description="top-p"),
+            "max_new_tokens": w.BoundedIntText(session.max_new_tokens, min=1, max=10**6, description="max tokens"),
+            "seed": w.Text("" if session.seed is None else str(session.seed), description="seed",
+                           placeholder="a number, for answers that repeat"),
+        }  # fmt: skip
+        for field in self._fields.values():
+            field.style, field.layout.width = style, "460px"
+        self._settings = w.Accordion([w.VBox([*self._fields.values()])], selected_index=None)
+        self._settings.set_title(0, "Settings (temperature 0 always takes the likeliest token)")
+
+    def _read_settings(self) -> None:
+        """From the fields into the session; raises ValueError for a seed that is no whole number."""
+        values = {name: field.value for name, field in self._fields.items()}
+        seed = int(values["seed"]) if values["seed"].strip() else None
+        session = self.session
+        session.system_prompt = values["system_prompt"] or None
+        session.temperature, session.top_p = values["temperature"], values["top_p"]
+        session.max_new_tokens = values["max_new_tokens"]
+        if seed != session.seed:
+            session.seed = seed
+
+    @property
+    def busy(self) -> bool:
+        """An answer is coming."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def ask(self, text: str) -> str:
+        """Send a message from code, wait for the answer, and return it. Raises what went wrong."""
+        self._start(self.session.send, text)
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:
+            self.session.stop()
+            raise
+        if self._error:
+            raise self._error
+        return self.session.messages[-1]["content"]
+
+    def clear(self) -> None:
+        """Stop the answer, if one is coming, and forget the conversation."""
+        self.session.stop()
+        if self.busy:
+            self._thread.join()
+        self.session.clear()
+        self._error, self._editing = None, False
+        self.refresh()
+
+    def loop(self) -> None:
+        """The same conversation as plain text, where no widgets can be shown."""
+        chat_loop(self.session)
+
+    def _send(self) -> None:
+        text = self._input.value
+        if text.strip() and not self.busy:
+            self._input.value = ""
+            self._start(self.session.edit if self._editing else self.session.send, text)
+
+    def _edit_last(self) -> None:
+        said = [message["content"] for message in self.session.messages if message["role"] == "user"]
+        if said and not self.busy:
+            self._input.value, self._editing = said[-1], True
+            self.refresh()
+
+    def _start(self, ask: Callable[..., Iterator[str]], *arguments) -> None:
+        if self.busy:
+            return
+        self._thread = threading.Thread(target=self._answer, args=(ask, *arguments), name="chat-widget")
+        self._buttons_for(busy=True)
+        self._thread.start()
+
+    def _answer(self, ask, *arguments) -> None:
+        """On the thread: show the answer as it comes. Whatever goes wrong is shown, and the conversation goes on."""
+        pieces, seen_s, self._error, self._editing = [], 0.0, None, False
+        try:
+            self._read_settings()
+            shown = self._before(ask, *arguments)
+            with watch(self.session.model) as recorder:
+                for piece in ask(*arguments):
+                    pieces.append(piece)
+                    if time.perf_counter() - seen_s > REFRESH_S:
+                        self._show([*shown, {"role": "assistant", "content": "".join(pieces)}], recorder)
+                        seen_s = time.perf_counter()
+                self._experts.value = grid_html(self.session.model, recorder)
+        except Exception as error:
+            self._error = error
+        self.refresh()
+
+    def _before(self, ask, text: str | None = None) -> list[dict[str, str]]:
+        """The conversation that the answer will follow."""
+        session = self.session
+        messages = session.messages if ask == session.send else session.messages[: session.last_question]
+        question = session.messages[len(messages)] if text is None else {"role": "user", "content": text}
+        return [*messages, question]
+
+    def refresh(self) -> None:
+        """Show the conversation as it is now."""
+        self._show(self.session.messages)
+        self._buttons_for(busy=False)
+
+    def _show(self, messages, recorder=None) -> None:
+        lines = [bubble(message["role"], message["content"]) for message in messages]
+        if self._error is not None:
+            lines.append(bubble("error", f"{type(self._error).__name__}: {self._error}"))
+        self._text.value = "".join(lines) or '<div style="color:#777">Nothing said yet.</div>'
+        if recorder is not None or not self._experts.value:
+            self._experts.value = grid_html(self.session.model, recorder)
+        self._status.value = (
+            f'<div class="mo-status" style="line-height:1.5">{html.escape(self.status())}</div>'
+        )
+
+    def _buttons_for(self, busy: bool) -> None:
+        self._stop_button.disabled = not busy
+        for button in (self._send_button, self._again, self._edit):
+            button.disabled = busy
+        self._send_button.description = "Resend" if self._editing else "Send"
+
+    def status(self) -> str:
+        """Counters of the last answer, or of the one that is coming, and what the reader should know of its end."""
+        session = self.session
+        parts = [str(session.last)] if session.last.n_tokens else []
+        parts.append(f"context {session.context_used} of {session.context_length} tokens")
+        if session.ended == "stopped":
+            parts.append("stopped")
+        return "; ".join([*parts, *(notices(session) if session.messages else [])])
+
+    def __repr__(self) -> str:
+        """The conversation as text: what is seen where widgets cannot be."""
+        lines = [f"{message['role']}> {message['content']}" for message in self.session.messages]
+        return "\n\n".join([*lines, f"[{self.status()}]"])
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        return {"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view}
+
+
+def open_chat(model, tokenizer, **settings) -> ChatWidget | None:
+    """The widget in a notebook; anywhere else, the same conversation as plain text, and None at its end."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        shell = None
+    else:
+        shell = get_ipython()
+    if getattr(shell, "kernel", None) is not None:
+        return ChatWidget(model, tokenizer, **settings)
+    chat_loop(ChatSession(model, tokenizer, **settings))
+    return None
