@@ -2,9 +2,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+#: the repository's place on GitHub; `python notebooks/set_slug.py OWNER/NAME` changes it here and in the notebooks
+GITHUB = "OWNER/mixtral_offload"
+
 setup(
     name="mixtral-offload",
     version="0.1.0",
+    url=f"https://github.com/{GITHUB}",
     description="Run Mixture-of-Experts models whose experts do not fit on the device",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -8,6 +8,7 @@ _HOMES = {
     "from_pretrained": "offload",
     "load_tokenizer": "tokenizer",
     "ChatSession": "chat",
+    "memory_use": "memory",
     "record": "recorder",
     "RoutingTrace": "trace",
     "simulate": "replay",

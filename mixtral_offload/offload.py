@@ -84,9 +84,7 @@ def from_pretrained(
     options = OffloadOptions.parse(options)
     folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
     checkpoint = open_checkpoint(folder)
-    model = _skeleton(checkpoint, options)
-    modules = _layers(model, checkpoint)
-    gates, options = _gates(model, modules, options)
+    model, modules, gates, options = build_skeleton(checkpoint, options)
     plan = plan_for(checkpoint, options)
     load_trunk(model, checkpoint, options.device, options.dtype)
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
@@ -96,6 +94,14 @@ def from_pretrained(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
+
+
+def build_skeleton(checkpoint: Checkpoint, options: OffloadOptions):
+    """(model without any weights, its modules of experts by name -> layer, gates to guess by, options with the number of
+    guesses). Whatever cannot be offloaded is refused here, before any weight is read."""
+    model = _skeleton(checkpoint, options)
+    modules = _layers(model, checkpoint)
+    return model, modules, *_gates(model, modules, options)
 
 
 def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedModel:

@@ -123,7 +123,7 @@ def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
     cache_size = checkpoint.recommended_cache_size if options.cache_size is None else options.cache_size
     why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
     on_cpu = options.device.type == "cpu"
-    device, ram = _budgets(options)
+    device, ram = budgets(options)
     device -= trunk_bytes(checkpoint, options) + (0 if on_cpu else MARGIN_BYTES)
     rest = {"cache_size": cache_size, "store": options.store, "shared_memory": on_cpu, "why": why}
     plan = make_plan(sizes, max(device, 0), ram, **rest)
@@ -132,7 +132,7 @@ def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
     return make_plan(sizes, max(device - options.n_staging * sizes.expert_bytes, 0), ram, **rest)
 
 
-def _budgets(options: OffloadOptions) -> tuple[int, int]:
+def budgets(options: OffloadOptions) -> tuple[int, int]:
     """Bytes that may be used on the device and in RAM; on the CPU, they are the same."""
     free = int(0.9 * psutil.virtual_memory().available)
     if options.device.type == "cpu":
@@ -146,9 +146,9 @@ def _budgets(options: OffloadOptions) -> tuple[int, int]:
     return device, free if options.ram is None else options.ram
 
 
-def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
-    """Device bytes beside the experts: the trunk, and for the context the KV cache, the activations of one layer's
-    experts, and the scratch for one dequantized matrix."""
+def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, int]:
+    """Device bytes beside the experts, by name: the "trunk"; for the context the "KV cache"; and as "scratch" the
+    activations of one layer's experts and one dequantized matrix."""
     config, item = checkpoint.config, options.dtype.itemsize
     trunk = sum(
         tensor.n_elements * item if tensor.dtype.is_floating_point and ".meta." not in key else tensor.n_bytes
@@ -159,4 +159,13 @@ def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context * item
     intermediate, hidden = checkpoint.layout.shapes["gate"]
     activations = context * item * (4 * checkpoint.top_k * hidden + 3 * intermediate)
-    return trunk + kv + activations + checkpoint.layout.scratch_bytes(item)
+    return {
+        "trunk": trunk,
+        "KV cache": kv,
+        "scratch": activations + checkpoint.layout.scratch_bytes(item),
+    }
+
+
+def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
+    """Device bytes beside the experts, all `device_needs` together."""
+    return sum(device_needs(checkpoint, options).values())
