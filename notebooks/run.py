@@ -21,7 +21,6 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from traitlets.config import Config
 
 import mixtral_offload
 
@@ -51,8 +50,8 @@ def execute(path: Path, network: bool) -> tuple[nbformat.NotebookNode, float]:
         if not network:
             (Path(first_on_path) / "sitecustomize.py").write_text(NO_NETWORK)
             environment["PYTHONPATH"] = os.pathsep.join([first_on_path, os.environ.get("PYTHONPATH", "")])
-        quiet = Config({"KernelManager": {"transport": "ipc"}})  # over TCP, kernels warn of eavesdroppers
-        client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": folder}}, config=quiet)
+        client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": folder}})
+        client.extra_arguments = ["--log-level=ERROR"]  # kernels warn of eavesdroppers on loopback
         client.execute(env=environment)
         normalise(notebook, folder)
     return notebook, time.perf_counter() - begin
