@@ -1,0 +1,177 @@
+"""Table 2 of 2312.17238: what each variant moves and keeps, that none changes an answer, and that all is put back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mixtral_offload import load_tokenizer, record, variants
+from mixtral_offload import offload as building
+from mixtral_offload.ablation import PAPER, RESIDENT, Ablation, ablate, generate
+from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.plan import Sizes, make_plan
+from mixtral_offload.plots_ablation import plot_ablation
+
+PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?"]
+QUICK = {"cache_size": 2, "tokens": 6, "naive_tokens": 3, "repeats": 1, "ratio": 0.5}
+PROMPT = {"input_ids": torch.arange(3, 23).unsqueeze(0)}
+PASSES, NAIVE_PASSES = 2 * 6, 2 * 3  # prompts x tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def model(offloaded):
+    return offloaded(cache_size=2, store="ram")
+
+
+@pytest.fixture
+def partly_resident(offloaded, monkeypatch):
+    """As planned for a card beside too little RAM: 12 of 48 experts stay on the device, all of layer 0, half of 1."""
+
+    def plan_for(checkpoint, options):
+        sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
+        return make_plan(sizes, 48 * sizes.expert_bytes, 36 * sizes.expert_bytes, cache_size=3)
+
+    monkeypatch.setattr(building, "plan_for", plan_for)
+    return offloaded(cache_size=3, store="ram")
+
+
+def answer(model) -> list[int]:
+    return generate(model, [PROMPT], 8)[1][0].tolist()
+
+
+def test_each_variant_moves_what_its_name_says(offloaded, tokenizer, model):
+    resident = offloaded(cache_size=8)
+    found = ablate(model, tokenizer, PROMPTS, resident=resident, **QUICK)
+    expert, counters = model.offload.layout.n_bytes, found.counters
+    assert [*found.tokens_per_s] == [RESIDENT, *PAPER] and [*counters] == [*PAPER]
+    assert counters["naive"]["bytes_moved"] == NAIVE_PASSES * 6 * 8 * expert
+    forgetful = counters["without cache and prefetch"]
+    assert forgetful["hits"] == 0 and forgetful["bytes_moved"] == forgetful["misses"] * expert
+    full, plain = counters["full"], counters["without prefetch"]
+    assert (full["hits"], full["misses"]) == (plain["hits"], plain["misses"])
+    assert full["hits"] + full["misses"] == forgetful["misses"] >= PASSES * 6 * 2
+    assert full["guesses"] > 0 == plain["guesses"] and full["prefetched"] > 0
+    assert full["bytes_moved"] == full["misses"] * expert + full["wasted_bytes"]
+    assert plain["bytes_moved"] == plain["misses"] * expert
+    assert all(len(found.seconds_per_token[name]) == 2 for name in found.tokens_per_s)
+
+
+def test_the_result_as_a_table_as_json_and_as_a_picture(tokenizer, model):
+    found = ablate(model, tokenizer, PROMPTS[0], **QUICK)
+    assert Ablation(**json.loads(found.to_json())) == found
+    lines = str(found).splitlines()
+    assert [line[:28].strip() for line in lines[1:5]] == [*PAPER] and "3.16" in lines[1]
+    figure, shown = plot_ablation(found)
+    assert shown[:, 0].tolist() == [*found.tokens_per_s.values()]
+    assert shown[-1].tolist() == [found.tokens_per_s["naive"], 1, 1]
+    widths = sorted(bar.get_width() for bar in figure.axes[0].patches)
+    assert widths == pytest.approx(sorted([*shown[:, 0], *shown[:, 2] * shown[-1, 0]]))
+    everything = Ablation(**{**vars(found), "tokens_per_s": {RESIDENT: 1e6, **found.tokens_per_s}})
+    figure, shown = plot_ablation(everything)
+    assert np.isnan(shown[0, 2]) and "cut off" in figure.axes[0].texts[0].get_text()
+
+
+@pytest.mark.parametrize("after", [None, 20, 380, 600])
+def test_the_model_is_as_it_was(offloaded, tokenizer, monkeypatch, after):
+    """after: so many experts, something breaks (while measuring, with guesses under way, in the naive way)."""
+    model = offloaded(cache_size=3, store="disk", prefetch=2, look_ahead=2)
+    offload, expected = model.offload, answer(model)
+    own = offload.cache, offload.prefetcher, offload.cache.engine
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    if after is None:
+        ablate(model, tokenizer, PROMPTS, **QUICK)
+    else:
+        left, run = iter(range(after, -1, -1)), building.expert_forward
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(building, "expert_forward", lambda *rest: (1 // next(left), run(*rest))[1])
+            ablate(model, tokenizer, PROMPTS, **QUICK)
+    assert (offload.cache, offload.prefetcher, offload.cache.engine) == own
+    assert hooks == [len(module._forward_hooks) for module in model.modules()]
+    offload.stats.reset()
+    assert answer(model) == expected
+    assert offload.stats.guesses > 0 and offload.stats.prefetched > 0
+
+
+@pytest.mark.parametrize("with_resident", [False, True])
+@pytest.mark.parametrize("kind", ["Forgetful", "Naive"])
+def test_a_changed_answer_is_an_error(offloaded, tokenizer, model, monkeypatch, kind, with_resident):
+    right = getattr(variants, kind).serve
+
+    def wrong(cache, layer, experts, meanwhile=None):
+        found = dict(right(cache, layer, experts, meanwhile))
+        yield from zip(found, [*found.values()][::-1])
+
+    monkeypatch.setattr(getattr(variants, kind), "serve", wrong)
+    resident = offloaded(cache_size=8) if with_resident else None
+    with pytest.raises(OffloadError, match="an answer depends on the variant"):
+        ablate(model, tokenizer, PROMPTS, resident=resident, **QUICK)
+
+
+def test_variants_take_no_memory_that_the_model_has(offloaded, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        variants, "_allocate", lambda n, *rest: taken.append(n) or torch.empty(n, rest[0]).byte()
+    )
+    enough = offloaded(cache_size=4, store="ram", prefetch=2)
+    for size in (2, 3, 4):
+        caches = variants.make_variants(enough, size, n_staging=3)
+        assert len(caches["naive"]._rows) == 8 and len(caches["without cache and prefetch"]._rows) == 2
+        assert len(caches["full"]._rows) == 6 * size + 3
+    variants.make_variants(offloaded(cache_size=2, store="ram"), 3, n_staging=3)
+    assert taken == [0, 0, 0, 6 * 3 + 3 - 6 * 2]
+
+
+def test_residents_stay_in_every_variant(tokenizer, partly_resident):
+    model = partly_resident
+    assert [len(of) for of in model.offload.plan.resident.values()] == [8, 4, 0, 0, 0, 0]
+    full = variants.make_variants(model, 3, n_staging=3)["full"]
+    assert full._slots == model.offload.plan.slots
+    expected = answer(model)
+    found = ablate(model, tokenizer, PROMPTS, **QUICK)
+    assert found.counters["naive"]["bytes_moved"] == NAIVE_PASSES * 36 * model.offload.layout.n_bytes
+    assert found.counters["without cache and prefetch"]["hits"] >= PASSES * 2  # layer 0's at least
+    assert answer(model) == expected
+
+
+def test_a_slow_link_lasts_as_long_as_its_block(model):
+    own = model.offload.cache.engine
+    copy_s = variants.copy_seconds(model)
+    with variants.slow_link(model, 20):
+        assert model.offload.cache.engine is not own
+        assert variants.copy_seconds(model) > 5 * copy_s
+    assert model.offload.cache.engine is own and answer(model)
+
+
+def test_what_cannot_be_measured_is_refused(offloaded, tokenizer, model):
+    for change, message in (
+        ({"cache_size": 1}, "impossible cache_size"), ({"cache_size": 9}, "impossible cache_size"),
+        ({"prefetch": 0}, "impossible prefetch"), ({"tokens": 1}, "impossible tokens"),
+        ({"naive_tokens": 7}, "impossible naive_tokens"), ({"repeats": 0}, "impossible repeats"),
+        ({"ratio": 0}, "impossible ratio"), ({"ratio": "fast"}, "impossible ratio"), ({"prompts": []}, "no prompts"),
+        ({"resident": model}, "the same model with every expert"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            ablate(model, tokenizer, **{"prompts": PROMPTS, **QUICK, **change})
+    everything = offloaded(DEMO, cache_size=8)
+    with pytest.raises(OptionError, match="nothing to ablate"):
+        ablate(everything, tokenizer, PROMPTS, **QUICK)
+    with record(model), pytest.raises(OptionError, match="being recorded"):
+        ablate(model, tokenizer, PROMPTS, **QUICK)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_on_a_card_over_its_own_link_and_over_a_slow_one(offloaded, tokenizer, ratio):
+    model, resident = (offloaded(device="cuda", cache_size=n, store="ram") for n in (2, 8))
+    own = model.offload.cache.engine
+    found = ablate(model, tokenizer, PROMPTS, resident=resident, **{**QUICK, "ratio": ratio})
+    assert found.counters["naive"]["bytes_moved"] == NAIVE_PASSES * 6 * 8 * model.offload.layout.n_bytes
+    assert found.counters["full"]["hits"] == found.counters["without prefetch"]["hits"] > 0
+    assert model.offload.cache.engine is own
