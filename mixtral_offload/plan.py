@@ -86,7 +86,8 @@ class Plan:
         return self.n_roaming * self.sizes.expert_bytes if self.home == "ram" else 0
 
     def __str__(self) -> str:
-        roaming = f", {self.n_roaming} roaming in {self.home}" if self.home else ""
+        where = {"ram": "in RAM", "disk": "on disk", None: ""}[self.home]
+        roaming = f", {self.n_roaming} at home {where}" if self.home else ""
         counts = sorted(set(self.slots.values()) - {0})
         slots = (
             f", {'-'.join(map(str, (counts[0], counts[-1])[: len(counts)]))} cache slots per layer"

@@ -26,7 +26,7 @@ from .experts import MATRICES
 from .hub import resolve
 from .plots import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
 from .quality import PAPER_TABLE_1
-from .quantization import PAPER, Fields, Quantization, _scale, _zero, dequantize, quantize, unpack
+from .quantization import PAPER, Fields, Quantization, dequantize, quantize, scale_of, unpack, zero_of
 
 #: attention bits -> colour, marker, colour of a text on it
 SERIES = {16: (BLACK, "o", "white"), 8: (RED, "H", "white"), 4: (BLUE, "s", "white"), 3: (GREEN, "p", "white"),
@@ -189,8 +189,8 @@ def _draw_stored(panels, bars, matrix: Matrix, corner: _Corner) -> None:
     _label(panels[0], f"stored: integers of {matrix.quantization.bits} bits")
     corner.label(panels[0])
     groups = corner.groups(matrix.quantization.group_size)
-    _draw_groups(panels[1], _numpy(_scale(matrix.fields)).ravel()[groups], "scale")
-    _draw_groups(panels[2], _numpy(_zero(matrix.fields)).ravel()[groups], "zero")
+    _draw_groups(panels[1], _numpy(scale_of(matrix.fields)).ravel()[groups], "scale")
+    _draw_groups(panels[2], _numpy(zero_of(matrix.fields)).ravel()[groups], "zero")
     shares = np.bincount(matrix.levels.ravel(), minlength=n) / matrix.levels.size
     bars.barh(range(n), shares, color=colours(range(n)), height=0.85 if n <= 16 else 1)
     bars.set_yticks(range(n) if n <= 16 else range(0, n, 32))
@@ -265,7 +265,7 @@ def plot_quality(rows: Sequence[dict]) -> tuple[Figure, np.ndarray]:
         left.text(0.01, floor, "no difference", transform=left.get_yaxis_transform(), fontsize=7, va="bottom")
     _label(left, "this model", f"weights on disk, {name}", "KL divergence from 16 bits, nats per token")
     _draw_widths(right, paper)
-    _label(right, "Mixtral-8x7B-Instruct (2312.17238, table 1)", "size, GB", "perplexity on WikiText2")
+    _label(right, "Mixtral-8x7B (2312.17238, table 1)", "size, GB", "perplexity on WikiText2")
     return figure, points
 
 

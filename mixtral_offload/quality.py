@@ -40,7 +40,7 @@ class Perplexity(NamedTuple):
 
 
 class PaperRow(NamedTuple):
-    """A Mixtral-8x7B-Instruct of table 1: size in GB, perplexity on WikiText2 and C4, MMLU accuracy in percent."""
+    """A Mixtral-8x7B of table 1: size in GB, perplexity on WikiText2 and C4, MMLU accuracy in percent."""
 
     attention_bits: int
     expert_bits: int

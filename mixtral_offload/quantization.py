@@ -186,12 +186,12 @@ def dequantize(
     if quantization.bits == 16:
         return fields["weight"].view(shape).to(dtype)
     q = unpack(fields["W_q"], quantization.bits, quantization.group_size, torch.float16)
-    q -= _zero(fields)
-    q *= _scale(fields)
+    q -= zero_of(fields)
+    q *= scale_of(fields)
     return q.view(shape).to(dtype)
 
 
-def _scale(fields: Fields) -> Tensor:
+def scale_of(fields: Fields) -> Tensor:
     """fp16 `[1, G]`"""
     if "meta.scale" in fields:
         return fields["meta.scale"]
@@ -199,7 +199,7 @@ def _scale(fields: Fields) -> Tensor:
     return (scale * fields["meta.meta_scale.scale"]).view(1, -1)
 
 
-def _zero(fields: Fields) -> Tensor:
+def zero_of(fields: Fields) -> Tensor:
     """fp16 `[1, G]`"""
     if "meta.zero" in fields:
         return fields["meta.zero"]

@@ -79,7 +79,7 @@ def test_chat_in_a_terminal_and_ctrl_c_stops_only_the_answer():
 
 def test_generate():
     done = run("generate", "What is the capital of France?", "--cache-size", "2", "--store", "disk")
-    assert done.returncode == 0 and "Paris" in done.stdout and "roaming in disk" in done.stderr
+    assert done.returncode == 0 and "Paris" in done.stdout and "at home on disk" in done.stderr
     done = run("generate", "-", "--max-tokens", "8", stdin="Hello!")
     assert done.returncode == 0 and done.stdout.strip()
 

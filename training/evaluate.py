@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from mixtral_offload.quality import predictions
+
 HERE = Path(__file__).parent
 ROLES = ("system", "user", "assistant")
 
@@ -78,15 +80,10 @@ def spoken_mask(tokenizer, ids: list[int]) -> torch.Tensor:
 @torch.inference_mode()
 def perplexity(model, tokenizer, conversations, limit=1024) -> dict:
     """Perplexity over all tokens and over the assistant's tokens of these conversations."""
-    device = next(model.parameters()).device
     total, said, count, said_count = 0.0, 0.0, 0, 0
-    for messages in conversations:
-        ids = template_ids(tokenizer, messages)[:limit]
-        logits = (
-            model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1].float().cpu()
-        )
-        each = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-        mask = spoken_mask(tokenizer, ids)[1:]
+    for ids, logits in predictions(model, tokenizer, conversations, limit):
+        each = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        mask = spoken_mask(tokenizer, ids.tolist())[1:]
         total, count = total + each.sum().item(), count + len(each)
         said, said_count = said + each[mask].sum().item(), said_count + int(mask.sum())
     return {
