@@ -1,3 +1,4 @@
+import signal
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from mixtral_offload.offload import from_pretrained
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell starts what it puts into the background deaf to Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published-format"
 
