@@ -81,5 +81,5 @@ def _cell(look, size: int) -> str:
 
 def _swatch(look) -> str:
     colour, sign = LOOKS[look]
-    style = f"display:inline-block;width:14px;height:14px;line-height:14px;text-align:center;background:{colour};color:#fff;border:1px solid #bbb"
+    style = f"display:inline-block;vertical-align:middle;width:14px;height:14px;line-height:14px;text-align:center;background:{colour};color:#fff;border:1px solid #bbb"
     return f'<span style="{style}">{sign}</span>'
