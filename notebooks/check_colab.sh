@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.venv-colab}
 colab=(torch==2.13.0 transformers==5.15.0 huggingface-hub==1.27.0 ipywidgets==7.7.1 'numpy==2.1.*' 'matplotlib==3.10.*'
-       'ipykernel<7' nbclient nbformat pytest hypothesis psutil tqdm)
+       'ipykernel<7' nbclient nbformat pytest pytest-xdist hypothesis psutil tqdm)
 
 python3 -m venv --clear "$folder"
 . "$folder/bin/activate"

@@ -1,5 +1,10 @@
+import os
 import signal
 from pathlib import Path
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests' two processes would fight for the cores; before torch is imported
 
 import pytest
 import torch

