@@ -26,3 +26,7 @@ echo "installing the package added: $(comm -13 "$folder/before.txt" "$folder/aft
 python notebooks/run.py --check
 python -m pytest -q tests/test_drift.py tests/test_widget.py tests/test_chat.py tests/test_published_format.py \
     tests/test_prefetch.py tests/test_families.py tests/test_hub.py tests/test_checkpoint.py tests/test_replay.py tests/test_notebooks.py
+
+# the widget in a browser, in a JupyterLab of ipywidgets 7's time
+pip install -q 'jupyterlab<4' 'jupyterlab-widgets<2' playwright
+REQUIRE_BROWSER=1 python -m pytest -q -m browser -n 0
