@@ -15,7 +15,7 @@ import time
 import torch
 from torch import Tensor
 
-from .copies import CREATED, NOW, RUNNING, Copy
+from .copies import NOW, RUNNING, Copy
 from .worker import CHUNKS, SlowLink, Waiting, chunk_bytes, start_worker
 
 
@@ -41,8 +41,7 @@ class ThreadEngine:
     def promote(self, copy: Copy) -> None:
         """A guess has become a need."""
         copy.due = NOW
-        if copy.state == CREATED:  # behind something that is less urgent
-            self._look_again()
+        self._look_again()  # something less urgent may be on the link, also where this one has begun
 
     def cancel(self, copy: Copy) -> None:
         """No more of it; returns at once (see `Copy.cancel`)."""

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -32,11 +33,14 @@ def chunk_bytes(n_bytes: int) -> int:
 class Waiting:
     """The copies that wait for the worker: by when they are due, equals in the order they came.
 
-    They come through a SimpleQueue, whose `put` no interrupt can leave half-done.
+    They come through a SimpleQueue, whose `put` no interrupt can leave half-done. Waiting for a while needs a lock of its
+    own (free: something has come), because SimpleQueue's `get` may wait for ever where its timeout is a few
+    microseconds: CPython waits anew for what is left of it, which is then less than nothing.
     """
 
     def __init__(self):
         self._coming: queue.SimpleQueue[Copy | None] = queue.SimpleQueue()
+        self._news = threading.Lock()
         self._copies: list[Copy] = []
         self._ended = False
 
@@ -45,11 +49,16 @@ class Waiting:
         if self._ended:
             raise RuntimeError("the copy engine has been closed")
         copy.asked_s = time.perf_counter()
-        self._coming.put(copy)
+        self._send(copy)
 
     def nudge(self) -> None:
         """Something about a copy has changed: look again."""
-        self._coming.put(None)
+        self._send(None)
+
+    def _send(self, copy: Copy | None) -> None:
+        self._coming.put(copy)
+        with suppress(RuntimeError):  # not locked: the worker has not seen the last news yet
+            self._news.release()
 
     def end(self) -> None:
         self._ended = True
@@ -58,7 +67,10 @@ class Waiting:
     def pick(self) -> Copy | None:
         """The worker's: the copy to go on with; blocks while there is none; None at the end."""
         while not self._coming.empty() or not (self._copies or self._ended):
-            self._take(None)
+            copy = self._coming.get()
+            if copy is not None:
+                self._copies.append(copy)
+        self._news.acquire(blocking=False)  # what has come since is seen by `until`
         if self._ended:
             for copy in self._copies:
                 copy.cancel()
@@ -67,16 +79,8 @@ class Waiting:
     def until(self, time_s: float) -> None:
         """The worker's: return at this time.perf_counter(), or as soon as something has come or changed."""
         timeout = time_s - time.perf_counter()
-        if timeout > 0:
-            self._take(timeout)
-
-    def _take(self, timeout: float | None) -> None:
-        try:
-            copy = self._coming.get(timeout=timeout)
-        except queue.Empty:
-            return
-        if copy is not None:
-            self._copies.append(copy)
+        if timeout > 0 and self._coming.empty():
+            self._news.acquire(timeout=timeout)
 
     def remove(self, copy: Copy) -> None:
         self._copies.remove(copy)

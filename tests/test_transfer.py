@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from mixtral_offload.copies import ABANDONED, Copy
+from mixtral_offload.copies import ABANDONED, RUNNING, Copy
 from mixtral_offload.transfer import ThreadEngine
+from mixtral_offload.worker import Waiting
 
 CPU = torch.device("cpu")
 
@@ -104,3 +105,46 @@ def test_a_closed_engine_refuses_instead_of_letting_the_asker_wait():
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         engine.start(copy_of(10))
+
+
+def test_a_wait_of_a_microsecond_ends():
+    """SimpleQueue's own timeout once left the worker asleep for ever, and with it whoever waited for its copy."""
+
+    def wait():
+        for number in range(40_000):
+            Waiting().until(time.perf_counter() + number % 50 * 1e-7)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_news_end_a_wait_at_once_and_are_not_lost():
+    waiting = Waiting()
+    copies = [copy_of(8) for _ in range(3)]
+    for copy in copies:
+        threading.Timer(0.05, waiting.put, [copy]).start()
+        begin = time.perf_counter()
+        waiting.until(begin + 30)
+        assert time.perf_counter() - begin < 10
+        assert waiting.pick() is copies[0]
+    for copy in copies:
+        assert waiting.pick() is copy
+        waiting.remove(copy)
+
+
+def test_a_guess_that_has_begun_and_was_overtaken_is_promoted_at_once():
+    engine = ThreadEngine(CPU, 16_000, link_bytes_per_s=16_000 / 0.4)
+    first, earlier = copy_of(16_000), copy_of(16_000)
+    first.due, earlier.due = 5, 4
+    engine.start(first)
+    while first.state != RUNNING:
+        time.sleep(0.001)
+    engine.start(earlier)
+    while earlier.state != RUNNING:
+        time.sleep(0.001)
+    engine.promote(first)
+    first.wait()
+    assert earlier.state == RUNNING and earlier.moved_bytes < 8_000
+    engine.close()
