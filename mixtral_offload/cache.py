@@ -145,6 +145,13 @@ class ExpertCache:
         All copies that the slots allow are under way, and then `meanwhile` has been called, before the first expert
         is yielded. The views are valid until the next one is asked for. More experts than slots go through in waves.
         """
+        try:
+            yield from self._serve(layer, experts, meanwhile)
+        finally:
+            if self.engine is not None:
+                self.engine.slots_were_read()
+
+    def _serve(self, layer: int, experts: Sequence[int], meanwhile) -> Iterator[tuple[int, Views]]:
         pool = self._pools[layer]
         self._drop_interrupted(pool)
         self._passes += 1

@@ -13,10 +13,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .quantization import Fields, Quantization, field_specs, infer, matmul
+from .quantization import WORDS, Fields, Quantization, field_specs, infer, matmul
 
 #: every tensor starts at a multiple of this many bytes, so that kernels may load whole vectors
 ALIGNMENT = 64
+
+#: tokens that one expert computes at a time: bounds the memory of a long prompt, and fills any card
+ROWS = 1024
 
 MATRICES = ("gate", "up", "down")
 Sizes = dict[tuple[str, str], tuple[torch.dtype, int]]  # (matrix, field) -> dtype, number of elements
@@ -70,9 +73,13 @@ class ExpertLayout:
     def stored_bytes(self) -> int:
         return sum(field.n_bytes for field in self.fields)
 
-    def scratch_bytes(self, item_bytes: int) -> int:
-        """What running one expert needs beside it: the largest matrix dequantized, and half-way there in fp16."""
-        return (2 + item_bytes) * max(prod(shape) for shape in self.shapes.values())
+    def scratch_bytes(self, item_bytes: int, compiled: bool = False) -> int:
+        """What running one expert for many tokens needs beside it: the largest matrix dequantized, and half-way there in
+        fp16; compiled, the matrices that one row of words gives (`packed.planes`)."""
+        if not compiled:
+            return (2 + item_bytes) * max(prod(shape) for shape in self.shapes.values())
+        shares = (WORDS[q.bits][0] / q.group_size if q.bits < 16 else 1 for q in self.quantization.values())
+        return item_bytes * max(int(prod(shape) * of) for shape, of in zip(self.shapes.values(), shares))
 
     def views(self, buffer: Tensor) -> dict[str, Fields]:
         """matrix -> field -> tensor, as views of `buffer` (uint8 [n_bytes]); nothing is copied."""
@@ -84,15 +91,20 @@ class ExpertLayout:
 
 
 def expert_forward(
-    x: Tensor, views: dict[str, Fields], layout: ExpertLayout, apply_gate: Callable[[Tensor], Tensor]
+    x: Tensor,
+    views: dict[str, Fields],
+    layout: ExpertLayout,
+    apply_gate: Callable[[Tensor], Tensor],
+    linear=matmul,
 ) -> Tensor:
     """`down(apply_gate([gate(x), up(x)]))` for `x [T, hidden]` -> `[T, hidden]`, from the packed bytes.
 
-    apply_gate: `[T, 2 * intermediate]` -> `[T, intermediate]`, transformers' own for the model family.
+    apply_gate: `[T, 2 * intermediate]` -> `[T, intermediate]`, transformers' own for the model family. linear: the
+    product with a quantized matrix, with `quantization.matmul`'s arguments.
     """
     gate, up = (
-        matmul(x, views[matrix], layout.shapes[matrix], layout.quantization[matrix])
+        linear(x, views[matrix], layout.shapes[matrix], layout.quantization[matrix])
         for matrix in ("gate", "up")
     )
     hidden = apply_gate(torch.cat((gate, up), dim=-1))
-    return matmul(hidden, views["down"], layout.shapes["down"], layout.quantization["down"])
+    return linear(hidden, views["down"], layout.shapes["down"], layout.quantization["down"])

@@ -1,7 +1,7 @@
 """`from_pretrained`: an ordinary transformers model whose experts are offloaded.
 
-Knows transformers: its model classes, its module names, and its experts interface, through which the function
-`offloaded_experts` is called in place of the model's own experts.
+Knows transformers: its model classes, its module names, and its experts interface, through which `forward.py` is called
+in place of the model's own experts.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from . import forward  # noqa: F401 - registers "offloaded" with transformers
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError, OptionError
-from .experts import ExpertLayout, expert_forward
+from .experts import ExpertLayout
 from .hub import resolve
 from .options import OffloadOptions, plan_for
+from .packed import PACKED_TOKENS, Run, choose, linear, make_run
 from .plan import Plan
 from .policy import POLICIES
 from .prefetch import Gate, Prefetcher, find_gates
+from .quantization import QuantizedLinear, matmul
 from .recorder import Recorder
 from .store import FileStore, RamStore
 from .transfer import make_engine
@@ -45,8 +47,11 @@ class Offload:
     plan: Plan
     cache: ExpertCache
     modules: dict[str, int]  # name of each module of experts -> its layer
+    run: Run  # one expert, from its views
+    compiled: tuple[bool, str]  # whether it is compiled, and why
     prefetcher: Prefetcher | None = None
     recorder: Recorder | None = None
+    compile_s: float = 0.0  # what compiling took while building
 
     @property
     def stats(self) -> CacheStats:
@@ -86,14 +91,37 @@ def from_pretrained(
     checkpoint = open_checkpoint(folder)
     model, modules, gates, options = build_skeleton(checkpoint, options)
     plan = plan_for(checkpoint, options)
-    load_trunk(model, checkpoint, options.device, options.dtype)
+    compiled = choose(options.compile, checkpoint.layout, options.device)
+    load_trunk(model, checkpoint, options.device, options.dtype, linear if compiled[0] else matmul)
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
-    model.offload = Offload(checkpoint, options, plan, cache, modules)
+    # a copy that knows nothing of the model, which would otherwise hold itself
+    gated = copy.copy(model.get_submodule(next(iter(modules))))
+    run = make_run(checkpoint.layout, gated._apply_gate, compiled[0])
+    model.offload = Offload(checkpoint, options, plan, cache, modules, run, compiled)
     _attach(model, gates)
+    if compiled[0]:
+        model.offload.compile_s = _compile_now(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
+
+
+def _compile_now(model: PreTrainedModel) -> float:
+    """Run everything compiled once, for few tokens and for many; returns the seconds it took."""
+    offload, linears = model.offload, {}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            linears.setdefault((module.in_features, module.out_features, module.quantization), module)
+    views = offload.layout.views(torch.zeros(offload.layout.n_bytes, dtype=torch.uint8, device=model.device))
+    expert = offload.layout.shapes["gate"][1], partial(offload.run, views=views)
+    calls = [expert, *((key[0], module) for key, module in linears.items())]
+    began_s = time.perf_counter()
+    with torch.no_grad():
+        for n_in, call in tqdm(calls, desc="compile", disable=not offload.options.progress):
+            for n_tokens in (1, PACKED_TOKENS + 1):
+                call(torch.zeros(n_tokens, n_in, dtype=model.dtype, device=model.device))
+    return time.perf_counter() - began_s
 
 
 def build_skeleton(checkpoint: Checkpoint, options: OffloadOptions):
@@ -201,49 +229,3 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
     model.set_experts_implementation("offloaded")
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(model, gates, offload.prefetch, options.prefetch, options.look_ahead)
-
-
-def offloaded_experts(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """transformers' experts function: `hidden_states [T, H]`, `top_k_index, top_k_weights [T, k]` -> `[T, H]`.
-
-    Tokens are sorted by expert once; each expert runs once for all of its tokens. Results are summed in the order of
-    the router's choice, whatever order the experts came in, so that no cache size changes a single bit.
-    """
-    offload, cache = module.offload, module.offload.cache
-    n_tokens, top_k = top_k_index.shape
-    order = top_k_index.reshape(-1).argsort(stable=True)
-    counts, prefetch = _read_routing(offload, module.layer, top_k_index)
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    x = hidden_states[order // top_k]  # [T * k, H], sorted by expert
-    y = torch.empty_like(x)
-    began_s = time.perf_counter()
-    with cache.lock:
-        needed = [expert for expert, n in enumerate(counts) if n]
-        for expert, views in cache.serve(module.layer, needed, meanwhile=prefetch):
-            rows = slice(ends[expert] - counts[expert], ends[expert])
-            y[rows] = expert_forward(x[rows], views, offload.layout, module._apply_gate)
-        if offload.recorder is not None:
-            offload.recorder.add(module.layer, top_k_index, top_k_weights, began_s)
-    unsorted = torch.empty_like(y)
-    unsorted[order] = y
-    weighted = unsorted.view(n_tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
-    return weighted.sum(1).to(hidden_states.dtype)
-
-
-def _read_routing(offload: Offload, layer: int, top_k_index: Tensor):
-    """Tokens per expert, as a list, and a function that starts the guesses for later layers (or None).
-
-    The guesses are computed before, and come to the host with the counts: it waits for the device once per layer.
-    """
-    counts = torch.bincount(top_k_index.reshape(-1), minlength=offload.checkpoint.n_experts)
-    layers, ranked = offload.prefetcher.rank_before(layer) if offload.prefetcher else ([], None)
-    if not layers:
-        return counts.tolist(), None
-    numbers = torch.cat((counts, ranked.flatten())).tolist()  # the host waits here
-    guesses = torch.tensor(numbers[len(counts) :]).view(len(layers), -1).tolist()
-    return numbers[: len(counts)], partial(offload.prefetcher.start, layers, guesses)
-
-
-ALL_EXPERTS_FUNCTIONS.register("offloaded", offloaded_experts)

@@ -15,6 +15,8 @@ import torch
 
 from .checkpoint import Checkpoint
 from .errors import OptionError
+from .experts import ROWS
+from .packed import choose
 from .plan import Plan, Sizes, make_plan, parse_size
 from .policy import make_policy
 
@@ -34,7 +36,8 @@ class OffloadOptions:
     copies down to so many bytes (or "12GB") per second, for experiments. prefetch: experts of each coming layer to
     copy ahead, guessed from the hidden state of now; default: 2 where there is a link to hide (CUDA, or `link`), else
     0. look_ahead: how many layers ahead to guess. policy: which expert leaves, "lru", "lfu" or "lrfu". shared_slots:
-    one pool of slots for all layers instead of one for each.
+    one pool of slots for all layers instead of one for each. compile: products straight from packed bytes through
+    torch.compile; "auto": where experts are large enough and there is a compiler.
     """
 
     device: str | torch.device | None = None
@@ -49,6 +52,7 @@ class OffloadOptions:
     look_ahead: int = 1
     policy: str = "lru"
     shared_slots: bool = False
+    compile: bool | str = "auto"
     progress: bool = False
 
     @classmethod
@@ -73,6 +77,8 @@ class OffloadOptions:
             value = getattr(parsed, name)
             if value is not None and (type(value) is not int or value < least):
                 raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=value)
+        if parsed.compile not in (True, False, "auto"):
+            raise OptionError("unknown compile", expected='True, False or "auto"', found=parsed.compile)
         make_policy(parsed.policy)
         return replace(
             parsed, **{name: _size(name, getattr(parsed, name)) for name in ("vram", "ram", "link")}
@@ -158,11 +164,15 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     context = min(options.context_length, config.max_position_embeddings)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context * item
     intermediate, hidden = checkpoint.layout.shapes["gate"]
-    activations = context * item * (4 * checkpoint.top_k * hidden + 3 * intermediate)
+    compiled, _ = choose(options.compile, checkpoint.layout, options.device)
+    # of all tokens: sorted, results, and the product with the weights; of one part of an expert's tokens: gate, up, both
+    activations = item * (
+        2 * checkpoint.top_k * hidden * context + (4 * intermediate + 2 * hidden) * min(context, ROWS)
+    )
     return {
         "trunk": trunk,
         "KV cache": kv,
-        "scratch": activations + checkpoint.layout.scratch_bytes(item),
+        "scratch": activations + checkpoint.layout.scratch_bytes(item, compiled),
     }
 
 

@@ -83,12 +83,30 @@ def find_gates(model: nn.Module, experts: dict[str, int]) -> list[Gate]:
     return gates
 
 
+class HostCopy:
+    """Numbers of a tensor on their way to the host, which goes on meanwhile; on the CPU they are there."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor, self._event = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def tolist(self) -> list:
+        """Waits until they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.tolist()
+
+
 class Prefetcher:
     """Guesses the experts of the layers that come next, up to `look_ahead` layers ahead.
 
     n_experts: how many experts of each such layer to ask for. moments: when to guess: "before" a layer's own experts
     run (earlier), "after" them (more often right, see LOG.md; the embedding is what comes before layer 0), or both,
-    the later guess then correcting the earlier one where its copy has not begun.
+    the later guess then correcting the earlier one where its copy has not begun. A prompt needs (nearly) every expert:
+    there, all of the next layer's are asked for as soon as a layer has asked for its own.
     start: called with (layer, experts, distance) for each guess.
     """
 
@@ -98,12 +116,14 @@ class Prefetcher:
     ):  # fmt: skip
         self.n_experts, self.look_ahead, self.moments = n_experts, look_ahead, moments
         self.predictor = predictor or default_predictor(gates)
+        self.everything = list(range(len(gates[0].router.weight)))  # experts of a layer
         # weak, like the hooks' hold on this object: a dropped model frees its memory at once, without a collection
         self._start = weakref.WeakMethod(start)
         targets = [gates[n : n + look_ahead] for n in range(len(gates) + 1)]
         self._targets = [([gate.layer for gate in of], of) for of in targets]  # the layers from the n-th on
         self._number = {gate.layer: number for number, gate in enumerate(gates)}
         self._hidden: Tensor | None = None
+        self._late: tuple[int, HostCopy] | None = None  # guesses whose numbers are on their way to the host
         self._hooks = []
         weak = weakref.proxy(self)
         if "before" in moments:
@@ -115,30 +135,52 @@ class Prefetcher:
                 gate.block().register_forward_hook(_guess_after(weak, n)) for n, gate in enumerate(gates)
             ]
 
-    def rank(self, number: int, hidden: Tensor) -> tuple[list[int], Tensor | None]:
-        """Layers, and for each the numbers of its likeliest experts `[layers, n_experts]`, the likeliest first.
+    def number(self, layer: int) -> int:
+        """A layer's place among those with experts."""
+        return self._number[layer]
 
-        With several tokens at hand, an expert's likelihood is its share of all tokens' routing.
-        """
-        layers, targets = self._targets[number + 1]
-        if not layers:
-            return [], None
+    def is_prompt(self, n_tokens: int) -> bool:
+        """Whether so many tokens will need about every expert."""
+        return n_tokens >= len(self.everything)
+
+    def rank(self, number: int, hidden: Tensor) -> Tensor | None:
+        """For each layer to guess for, its likeliest experts `[layers, n_experts]`, the likeliest first; None if there is
+        no such layer. With several tokens at hand, an expert's likelihood is its share of all tokens' routing."""
+        _, targets = self._targets[number + 1]
+        if not targets:
+            return None
         hidden = hidden.reshape(-1, hidden.shape[-1])
         logits = self.predictor(hidden, targets)
         likely = logits[:, 0] if len(hidden) == 1 else logits.float().softmax(-1).sum(1)  # [targets, experts]
-        ranked = likely.topk(min(self.n_experts, likely.shape[-1])).indices
-        return layers, ranked
+        return likely.topk(min(self.n_experts, likely.shape[-1])).indices
 
-    def rank_before(self, layer: int) -> tuple[list[int], Tensor | None]:
-        """The guesses to make before this layer's experts run (see `rank`); none if that is not a moment for them."""
-        if "before" not in self.moments:
-            return [], None
+    def before(self, layer: int, n_tokens: int) -> Tensor | list[list[int]] | None:
+        """The guesses to start with this layer's own copies (see `rank`); None if this is not a moment for them."""
         hidden, self._hidden = self._hidden, None
-        return self.rank(self._number[layer], hidden)
+        number = self.number(layer)
+        if self.is_prompt(n_tokens):
+            return [self.everything] if self._targets[number + 1][0] else None
+        return None if hidden is None else self.rank(number, hidden)
 
-    def start(self, layers: list[int], ranked: list[list[int]]) -> None:
-        """Start the copies of guesses, the nearest layer's first."""
-        for distance, (layer, experts) in enumerate(zip(layers, ranked), 1):
+    def after(self, number: int, hidden: Tensor) -> None:
+        """Guess from what layer `number` has given, and start as soon as the host knows: now, or at `start_late`."""
+        if self.is_prompt(hidden.shape[:-1].numel()) and number >= 0:
+            return
+        ranked = self.rank(number, hidden)
+        if ranked is not None:
+            self._late = number, HostCopy(ranked)
+            if not ranked.is_cuda:
+                self.start_late()
+
+    def start_late(self) -> None:
+        """Start the guesses that were on their way to the host."""
+        late, self._late = self._late, None
+        if late is not None:
+            self.start(late[0], late[1].tolist())
+
+    def start(self, number: int, ranked: list[list[int]]) -> None:
+        """Start the copies of guesses made at layer `number`, the nearest layer's first."""
+        for distance, (layer, experts) in enumerate(zip(self._targets[number + 1][0], ranked), 1):
             self._start()(layer, experts, distance)
 
     def close(self) -> None:
@@ -155,7 +197,6 @@ def _keep_hidden(prefetcher: Prefetcher):
 
 def _guess_after(prefetcher: Prefetcher, number: int):
     def hook(module: nn.Module, inputs: tuple, output) -> None:
-        layers, ranked = prefetcher.rank(number, output[0] if isinstance(output, tuple) else output)
-        prefetcher.start(layers, ranked.tolist() if layers else [])
+        prefetcher.after(number, output[0] if isinstance(output, tuple) else output)
 
     return hook

@@ -249,12 +249,15 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
 
 
 class QuantizedLinear(torch.nn.Module):
-    """A bias-free linear layer whose weight stays quantized; buffers are named as in the checkpoint."""
+    """A bias-free linear layer whose weight stays quantized; buffers are named as in the checkpoint.
 
-    def __init__(self, shape: tuple[int, int], quantization: Quantization):
+    product: multiplies with the quantized matrix, with `matmul`'s arguments.
+    """
+
+    def __init__(self, shape: tuple[int, int], quantization: Quantization, product=matmul):
         super().__init__()
         self.out_features, self.in_features = shape
-        self.quantization = quantization
+        self.quantization, self.product = quantization, product
         self._names = {name: name.replace(".", "__") for name in field_specs(shape, quantization)}
         for name, (dtype, dims) in field_specs(shape, quantization).items():
             self.register_buffer(self._names[name], torch.empty(dims, dtype=dtype, device="meta"))
@@ -267,7 +270,7 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         fields = {name: getattr(self, buffer) for name, buffer in self._names.items()}
         rows = x.reshape(-1, self.in_features)
-        y = matmul(rows, fields, (self.out_features, self.in_features), self.quantization)
+        y = self.product(rows, fields, (self.out_features, self.in_features), self.quantization)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

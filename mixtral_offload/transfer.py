@@ -19,6 +19,24 @@ from .copies import NOW, RUNNING, Copy
 from .worker import CHUNKS, SlowLink, Waiting, chunk_bytes, start_worker
 
 
+class FreeSince:
+    """From when on a free slot may be written, on CUDA. A guess comes while other layers' work is enqueued already: it
+    need not wait for that, only for the last layer that read slots."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._last = device, None
+
+    def mark(self) -> None:
+        if self._device.type == "cuda":
+            self._last = torch.cuda.current_stream(self._device).record_event()
+
+    def event(self, copy: Copy) -> torch.cuda.Event:
+        """What the copy must wait for; one that is needed may take a slot that its own layer has just read."""
+        if copy.due == NOW or self._last is None:
+            return torch.cuda.current_stream(self._device).record_event()
+        return self._last
+
+
 class ThreadEngine:
     """Copies on a worker thread: for the CPU, and for CUDA where the home is not pinned memory.
 
@@ -26,7 +44,7 @@ class ThreadEngine:
     """
 
     def __init__(self, device: torch.device, n_bytes: int, link_bytes_per_s: float | None = None):
-        self._device, self._waiting = device, Waiting()
+        self._device, self._waiting, self._free_since = device, Waiting(), FreeSince(device)
         size = chunk_bytes(n_bytes)
         move = _bounce(device, size) if device.type == "cuda" else _copy_chunk
         link = None if link_bytes_per_s is None else SlowLink(link_bytes_per_s, max(n_bytes // CHUNKS, 1))
@@ -35,8 +53,12 @@ class ThreadEngine:
 
     def start(self, copy: Copy) -> None:
         if self._device.type == "cuda":
-            copy.ready = torch.cuda.current_stream(self._device).record_event()
+            copy.ready = self._free_since.event(copy)
         self._waiting.put(copy)
+
+    def slots_were_read(self) -> None:
+        """All that has been enqueued to read slots, has been; what is free now is free once that is through."""
+        self._free_since.mark()
 
     def promote(self, copy: Copy) -> None:
         """A guess has become a need."""
@@ -59,7 +81,7 @@ class StreamEngine:
     guesses go chunk by chunk from a worker thread, and only while no urgent copy is under way."""
 
     def __init__(self, device: torch.device, n_bytes: int):
-        self._device, self._waiting = device, Waiting()
+        self._device, self._waiting, self._free_since = device, Waiting(), FreeSince(device)
         self._stream, guesses = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._last: list[torch.cuda.Event] = [torch.cuda.Event()]  # of the urgent copies
         last = self._last
@@ -77,7 +99,7 @@ class StreamEngine:
 
     def start(self, copy: Copy) -> None:
         if copy.due != NOW:
-            copy.ready = torch.cuda.current_stream(self._device).record_event()
+            copy.ready = self._free_since.event(copy)
             self._waiting.put(copy)
             return
         copy.stream = self._stream  # from here on `abandon` waits for whatever has been enqueued
@@ -89,6 +111,10 @@ class StreamEngine:
                 copy.moved_bytes += piece.numel()
             copy.event = self._last[0] = self._stream.record_event()
         copy.finish()
+
+    def slots_were_read(self) -> None:
+        """See `ThreadEngine.slots_were_read`."""
+        self._free_since.mark()
 
     def promote(self, copy: Copy) -> None:
         copy.due = NOW

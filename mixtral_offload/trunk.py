@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .headers import StoredTensor, in_threads
-from .quantization import QuantizedLinear, infer
+from .quantization import QuantizedLinear, infer, matmul
 
 QUANTIZED = (".W_q", ".meta.")
 
@@ -30,10 +30,12 @@ def split_quantized(key: str) -> tuple[str, str] | None:
     return None
 
 
-def load_trunk(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+def load_trunk(
+    model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, product=matmul
+) -> None:
     """Fill `model` (meta device) tensor by tensor; quantized linear layers stay quantized.
 
-    Raises CheckpointError for a key that the model does not have, a wrong shape, or a parameter left without value.
+    product: multiplies with them (see `QuantizedLinear`). Raises CheckpointError for a key that the model does not have, a wrong shape, or a parameter left without value.
     """
     tasks, quantized = [], {}
     for key, stored in checkpoint.trunk.items():
@@ -41,7 +43,7 @@ def load_trunk(model: nn.Module, checkpoint: Checkpoint, device: torch.device, d
             quantized.setdefault(split[0], {})[split[1]] = stored
         else:
             tasks.append((_set_parameter, model, key, stored, device, dtype))
-    tasks += [(_set_quantized, model, name, tensors, device) for name, tensors in quantized.items()]
+    tasks += [(_set_quantized, model, name, tensors, device, product) for name, tensors in quantized.items()]
     for _ in in_threads(tasks):
         pass
     model.tie_weights()
@@ -84,7 +86,7 @@ def _set_parameter(model: nn.Module, key: str, stored: StoredTensor, device, dty
 
 
 def _set_quantized(
-    model: nn.Module, name: str, tensors: dict[str, StoredTensor], device: torch.device
+    model: nn.Module, name: str, tensors: dict[str, StoredTensor], device: torch.device, product
 ) -> None:
     first = next(iter(tensors.values()))
     linear = _module(model, name, name, first)
@@ -95,7 +97,7 @@ def _set_quantized(
         )
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}", path=first.path) from error
-    layer = QuantizedLinear(shape, quantization)
+    layer = QuantizedLinear(shape, quantization, product)
     for field, stored in tensors.items():
         layer.set_field(field, stored.read(device=device))
     parent, _, child = name.rpartition(".")

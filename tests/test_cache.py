@@ -60,6 +60,9 @@ class UnorderedEngine:
                 copy.moved_bytes += source.numel()
             copy.finish()
 
+    def slots_were_read(self):
+        pass
+
     def promote(self, copy):
         copy.due = -1
 

@@ -1,0 +1,205 @@
+"""Products straight from packed words, compiled: what dequantizing a whole matrix for a few tokens would waste.
+
+Knows the packed layout of `quantization.py` and torch.compile. Knows nothing of caches or models.
+
+In HQQ's layout (axis 0), unpacked row r of the view [group_size, G * K] holds rows r * G ... of the matrix [N, K], G =
+N / group_size, so a scale and a zero belong to one g and one k, and to all rows g, g + G, g + 2G ... Hence
+
+    y[r * G + g] = sum_k q[r, g, k] * (scale * x)[g, k]  -  sum_k (zero * scale * x)[g, k]
+
+where the last sum is shared by the group's rows. A value stays where it lies in its word, `(word & mask)`, and the power
+of two that this costs is taken back from the finished sum: no shift, one product and one sum per weight. The expressions
+are plain PyTorch, and torch.compile makes one loop of each, on the CPU (C++) as on CUDA (Triton).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import OptionError
+from .experts import MATRICES, ExpertLayout, expert_forward
+from .quantization import WORDS, Fields, Quantization, matmul
+
+#: from more tokens on, a matrix is dequantized, part by part, for a library product: the packed one costs the same for
+#: each token, dequantizing about as much as ten tokens (LOG.md)
+PACKED_TOKENS = 8
+#: running sums that one loop keeps in registers
+SUMS = 16
+#: experts smaller than this run as fast uncompiled, and start at once
+WORTH_COMPILING_BYTES = 4_000_000
+
+Run = Callable[[Tensor, dict[str, Fields]], Tensor]  # (x [T, hidden], an expert's views) -> [T, hidden]
+
+
+def packed_product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
+    """`x [1, K] @ W.T` -> `[1, N]` in x's dtype, in fp32 within; for N divisible by the group size."""
+    bits, (per_word, _) = quantization.bits, WORDS[quantization.bits]
+    scale, zero = _scale_and_zero(fields, shape, quantization)  # [G, K/c, c]
+    scaled = scale * x.float().view(scale.shape[1:])
+    words = fields["W_q"]
+    together = max(
+        n for n in range(1, len(words) + 1) if len(words) % n == 0 and n * per_word <= max(SUMS, per_word)
+    )
+    words = words.view(-1, together, *scale.shape)  # [words/together, together, G, K/c, c]
+    sums = []
+    for shift in _shifts(bits):
+        for word in words.unbind(1):
+            q = (word & ((2**bits - 1) << shift)).float()
+            sums.append((q * scaled).sum((-1, -2)) * 2.0**-shift)
+    y = torch.stack(sums).view(per_word, together, len(words), -1).transpose(1, 2)  # rows by value, then word
+    y = y.reshape(-1, scale.shape[0])[: quantization.group_size] - (zero * scaled).sum((-1, -2))
+    return y.view(1, -1).to(x.dtype)
+
+
+def planes(
+    word: Tensor, fields: Fields, shape, quantization: Quantization, dtype: torch.dtype
+) -> list[Tensor]:
+    """`word [G * K]`, one row of W_q, dequantized: a matrix `[G, K]` for each value in a word, the highest bits first."""
+    scale, zero = _scale_and_zero(fields, shape, quantization)
+    mask, word = 2**quantization.bits - 1, word.view(scale.shape)
+    values = [((word >> shift) & mask).float() for shift in _shifts(quantization.bits)]
+    return [((q - zero) * scale).to(dtype).view(-1, shape[1]) for q in values]
+
+
+def _shifts(bits: int) -> list[int]:
+    """Where the values of a word begin, the first one highest."""
+    return [bits * i for i in reversed(range(WORDS[bits][0]))]
+
+
+def _scale_and_zero(
+    fields: Fields, shape: tuple[int, int], quantization: Quantization
+) -> tuple[Tensor, Tensor]:
+    """fp32 `[G, K/c, c]`, where scales in 8 bits repeat their own scale in whole pieces of c: no modulo in the loop."""
+    meta = fields.get("meta.meta_scale.scale")
+    c = shape[1] if meta is None else math.gcd(meta.numel(), shape[1])
+    grid = (shape[0] // quantization.group_size, shape[1] // c, c)
+
+    def spread(values: Tensor) -> Tensor:
+        repeated = values.view(1, -1, c).expand(quantization.scale_group_size, -1, c)
+        return repeated.reshape(grid).float()
+
+    if meta is None:
+        scale = fields["meta.scale"].view(grid).float()
+    else:
+        scale = fields["meta.scale_q"].view(grid).float() - spread(fields["meta.meta_scale.zero"])
+        scale = scale * spread(meta)
+    if "meta.zero" in fields:
+        return scale, fields["meta.zero"].view(grid).float()
+    zero = fields["meta.zero_q"].view(grid).float() - fields["meta.meta_zero.zero"].float()
+    return scale, zero * fields["meta.meta_zero.scale"].float()
+
+
+def can_pack(shape: tuple[int, int], quantization: Quantization) -> bool:
+    """Whether these products exist for a matrix; the other ones are dequantized whole."""
+    return quantization.bits == 16 or shape[0] % quantization.group_size == 0
+
+
+def linear(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
+    """`x [T, K] @ W.T` -> `[T, N]` by compiled products: token by token where there are few, from planes otherwise."""
+    if not can_pack(shape, quantization) or (quantization.bits == 16 and len(x) > PACKED_TOKENS):
+        return matmul(x, fields, shape, quantization)
+    fields = _widened(fields, quantization)
+    if len(x) <= PACKED_TOKENS:
+        product = _compiled_product(shape, quantization)
+        return torch.cat([product(row, fields) for row in x.split(1)])
+    words, rest = fields["W_q"], {name: value for name, value in fields.items() if name != "W_q"}
+    y = x.new_empty(len(x), quantization.group_size, shape[0] // quantization.group_size)
+    dequantize = _compiled_planes(shape, quantization)
+    for number, word in enumerate(words):
+        for row, plane in zip(
+            range(number, quantization.group_size, len(words)), dequantize(word, rest, x.dtype)
+        ):
+            y[:, row] = F.linear(x, plane)
+    return y.view(len(x), -1)
+
+
+def make_run(layout: ExpertLayout, apply_gate: Callable[[Tensor], Tensor], compiled: bool) -> Run:
+    """What runs an expert from its views: compiled, a token at decode sizes is one call. apply_gate: see
+    `expert_forward`, the plain twin."""
+    if not compiled or not all(can_pack(layout.shapes[m], layout.quantization[m]) for m in MATRICES):
+        return functools.partial(expert_forward, layout=layout, apply_gate=apply_gate)
+
+    def one_token(x: Tensor, views: dict[str, Fields]) -> Tensor:
+        gate, up = (_product(x, views[m], layout.shapes[m], layout.quantization[m]) for m in ("gate", "up"))
+        hidden = apply_gate(torch.cat((gate, up), dim=-1))
+        return _product(hidden, views["down"], layout.shapes["down"], layout.quantization["down"])
+
+    one_token = _compile(one_token)
+
+    def run(x: Tensor, views: dict[str, Fields]) -> Tensor:
+        if len(x) > PACKED_TOKENS:
+            return expert_forward(x, views, layout, apply_gate, linear)
+        views = {m: _widened(views[m], layout.quantization[m]) for m in MATRICES}
+        return torch.cat([one_token(row, views) for row in x.split(1)])
+
+    return run
+
+
+def _product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
+    if quantization.bits == 16:
+        return (fields["weight"].view(shape).float() * x.float()).sum(-1).view(1, -1).to(x.dtype)
+    return packed_product(x, fields, shape, quantization)
+
+
+def _widened(fields: Fields, quantization: Quantization) -> Fields:
+    """On the CPU, a loop over 3 bits' int32 words that also reads 16-bit floats converts word by word, seven times
+    slower (torch 2.13: VecConvert<float, 2, int32_t, 2> is not vectorised)."""
+    if quantization.bits != 3 or fields["W_q"].device.type != "cpu":
+        return fields
+    return {name: value.float() if value.dtype == torch.float16 else value for name, value in fields.items()}
+
+
+@functools.cache
+def _compiled_product(shape: tuple[int, int], quantization: Quantization):
+    return _compile(lambda x, fields: _product(x, fields, shape, quantization))
+
+
+@functools.cache
+def _compiled_planes(shape: tuple[int, int], quantization: Quantization):
+    return _compile(lambda word, fields, dtype: planes(word, fields, shape, quantization, dtype))
+
+
+def _compile(function: Callable) -> Callable:
+    """torch.compile for one set of shapes. A code object of its own: torch counts recompilations by code object, and
+    would give up on the ninth shape."""
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
+    return torch.compile(own, dynamic=False, fullgraph=True)
+
+
+def choose(compile: bool | str, layout: ExpertLayout, device: torch.device) -> tuple[bool, str]:
+    """(whether to compile, why). compile: as in `OffloadOptions`. Raises OptionError for True where it cannot be done."""
+    if compile is False:
+        return False, "as asked"
+    if compile == "auto" and layout.n_bytes < WORTH_COMPILING_BYTES:
+        return False, "experts are small: uncompiled they start at once"
+    missing = _missing(device)
+    if missing and compile is True:
+        raise OptionError(
+            "cannot compile", found=f"no {missing}", hint=f"install {missing}, or use compile=False"
+        )
+    return (
+        not missing,
+        f"no {missing} here: install it for more speed" if missing else "products from packed bytes",
+    )
+
+
+def _missing(device: torch.device) -> str | None:
+    """What torch.compile needs for this device and does not find."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "triton"
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch's own choice
+    return None if shutil.which(name) else f"C++ compiler ({name})"
