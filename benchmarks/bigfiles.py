@@ -31,7 +31,8 @@ def checkpoint_bytes(config: dict, bits: int) -> int:
         return sum(dtype.itemsize * prod(dims) for dtype, dims in field_specs(shape, quantization).values())
 
     expert = 3 * packed((intermediate, hidden), PAPER[bits])
-    attention = 4 * packed((hidden, hidden), PAPER[4])
+    kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    attention = 2 * (packed((hidden, hidden), PAPER[4]) + packed((kv, hidden), PAPER[4]))
     layers = config["num_hidden_layers"]
     return layers * (config["num_local_experts"] * expert + attention) + 4 * config["vocab_size"] * hidden
 

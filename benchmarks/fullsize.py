@@ -61,38 +61,53 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accelerate-layers", type=int, default=4, help="measured, and scaled to all")
     parser.add_argument("--accelerate-dtype", choices=("auto", "float16", "bfloat16"), default="auto")
     parser.add_argument(
-        "--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 0)) or psutil.cpu_count(False)
+        "--threads",
+        type=int,
+        default=int(os.environ.get("OMP_NUM_THREADS", 0)) or (psutil.cpu_count(False) or os.cpu_count()),
     )
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for each contestant")
     parser.add_argument("--keep", action="store_true", help="do not delete the files made")
     parser.add_argument("--out", type=Path, default=RESULTS / "fullsize.json")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.accelerate_layers = min(arguments.accelerate_layers, arguments.layers)
+    return arguments
 
 
 def config_of(arguments: argparse.Namespace) -> dict:
     return mixtral_config(arguments.layers, arguments.hidden, arguments.intermediate, vocab=arguments.vocab)
 
 
-def run_rival(name: str, arguments, task: Task, config: dict) -> dict:
-    """A rival's row: its files made, measured and deleted again (unless --keep)."""
-    if name == "accelerate":
-        n_layers = min(arguments.accelerate_layers, arguments.layers)
-        files, missing = arguments.folder / f"accelerate-{n_layers}", None
-        matrix = arguments.hidden * arguments.intermediate
-        n_bytes = 2 * (
-            n_layers * (24 * matrix + 4 * arguments.hidden**2) + 2 * arguments.vocab * arguments.hidden
-        )
-        task = replace(task, scaled_layers=n_layers)
-        done = files / "config.json"
-    else:
+def n_parameters(config: dict) -> int:
+    """Of the whole model: 46.7 billion for Mixtral-8x7B."""
+    hidden, n_experts = config["hidden_size"], config["num_local_experts"]
+    kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    layer = (
+        3 * n_experts * hidden * config["intermediate_size"]
+        + 2 * hidden * (hidden + kv)
+        + (n_experts + 2) * hidden
+    )
+    return config["num_hidden_layers"] * layer + (2 * config["vocab_size"] + 1) * hidden
+
+
+def rival_files(name: str, arguments, config: dict) -> tuple[Path, int, str | None]:
+    """(where a rival's files are, about how many bytes they have, why it cannot take part or None)."""
+    if name == "llama.cpp":
         from llama_cpp_rival import file_bytes, missing
 
-        files, missing, n_bytes = arguments.folder / "llama.gguf", missing(), file_bytes(config)
-        done = files.with_suffix(".done")
+        return arguments.folder / "llama.gguf", file_bytes(config), missing()
+    hidden, layers = arguments.hidden, arguments.accelerate_layers
+    experts = 3 * config["num_local_experts"] * hidden * arguments.intermediate
+    n_bytes = 2 * (layers * (experts + 4 * hidden**2) + 2 * arguments.vocab * hidden)
+    return arguments.folder / f"accelerate-{layers}", n_bytes, None
+
+
+def run_rival(name: str, arguments, task: Task, config: dict) -> dict:
+    """A rival's row: its files made, measured and deleted again (unless --keep)."""
+    files, n_bytes, missing = rival_files(name, arguments, config)
     if missing:
         return {"missing": missing}
-    task, there = replace(task, files=str(files)), done.exists()
-    made = {}
+    task, done = replace(task, files=str(files)), files.with_name(files.name + ".done")
+    there, made = done.exists(), {}
     try:
         if not there:
             _remove(files)  # what an interrupted run may have left
@@ -101,7 +116,7 @@ def run_rival(name: str, arguments, task: Task, config: dict) -> dict:
             if "failed" in made:
                 return {"failed": f"writing its files: {made['failed']}"}
             done.touch()
-        os.sync()
+            os.sync()
         drop_page_cache(files)
         return in_process(name, task, arguments.timeout) | {"files": made}
     except OffloadError as error:
@@ -120,7 +135,7 @@ def _remove(path: Path) -> None:
 
 
 def machine(arguments) -> dict:
-    found = {"machine": platform.machine(), "cores": psutil.cpu_count(False), "threads": arguments.threads,
+    found = {"machine": platform.machine(), "cores": (psutil.cpu_count(False) or os.cpu_count()), "threads": arguments.threads,
              "ram_bytes": psutil.virtual_memory().total}  # fmt: skip
     for package in ("torch", "transformers", "accelerate", "llama_cpp_python"):
         try:
@@ -137,13 +152,14 @@ def machine(arguments) -> dict:
 def run(arguments) -> dict:
     """All contestants, one after the other; the JSON is written anew after each."""
     config = config_of(arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     folder, ram = arguments.folder / "checkpoint", parse_size(arguments.ram)
     cache_size = arguments.cache_size if arguments.cache_size == "auto" else int(arguments.cache_size)
     task = Task(
         checkpoint=str(folder), device=arguments.device, ram=ram, prompt=arguments.prompt, tokens=arguments.tokens,
         stay=arguments.stay, seed=arguments.seed, recall=arguments.recall, threads=arguments.threads,
-        dtype=arguments.accelerate_dtype, options={"cache_size": cache_size} | arguments.options,
+        dtype=arguments.accelerate_dtype, scaled_layers=arguments.accelerate_layers, options={"cache_size": cache_size} | arguments.options,
     )  # fmt: skip
     result = {
         "settings": {k: v for k, v in vars(arguments).items() if k not in ("folder", "out")},
@@ -153,11 +169,13 @@ def run(arguments) -> dict:
     try:
         n_bytes = sum(path.stat().st_size for path in folder.iterdir())
         cold = cold_read(folder)
-        result["checkpoint"] = {"bytes": n_bytes, "write_s": write_s, "cold_read_bytes_per_s": cold}
+        result["checkpoint"] = {
+            "bytes": n_bytes, "parameters": n_parameters(config), "write_s": write_s, "cold_read_bytes_per_s": cold,
+        }  # fmt: skip
         result["contestants"] = rows = {}
-        with ballast(arguments.machine_ram and parse_size(arguments.machine_ram), ram) as result[
-            "ballast_bytes"
-        ]:
+        machine_ram = arguments.machine_ram and parse_size(arguments.machine_ram)
+        with ballast(machine_ram, ram) as held:
+            result["ballast_bytes"] = held
             for name in ("ours", *arguments.rivals):
                 drop_page_cache(folder)
                 one = in_process(name, task, arguments.timeout) if name == "ours" else None

@@ -68,7 +68,7 @@ def _bars(axes, values: np.ndarray, colors: list[str], unit: str, instead: list[
             continue
         axes.barh(row, value, 0.55, color=color)
         if unit == "tokens/s":
-            axes.text(value, row, f" {value:.3g} {unit}", va="center", fontsize=8)
+            axes.text(value, row, f" {value:,.{0 if value >= 100 else 2}f} {unit}", va="center", fontsize=8)
     axes.set_xlim(0, 1.35 * max(largest, 1e-9))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -29,7 +29,7 @@ def log(text: str) -> None:
 
 
 def _write_16bit(task: Task) -> dict:
-    from rivals import write_16bit
+    from unpacked import write_16bit
 
     return write_16bit(task)
 
