@@ -57,7 +57,7 @@ def status_bytes(*names: str) -> int | None:
 
 
 class MemoryPeak:
-    """The most anonymous and shared memory this process holds while the context is open: what no page cache explains."""
+    """The most anonymous and shared memory this process holds meanwhile: what no page cache explains."""
 
     def __init__(self):
         self.anon_bytes = self._read()
@@ -135,26 +135,15 @@ def speeds(seconds: Sequence[float], n_prompt: int) -> dict:
 
 
 def run_ours(task: Task) -> dict:
-    """This package's model, its routing forced; one warm-up pass, then the prompt and the tokens from an empty cache."""
+    """This package's model, its routing forced; one warm-up pass, then prompt and tokens from an empty cache."""
     import torch
-    from forced_routing import ForcedGuesses, ForcedRouting, sticky_experts
-
-    from mixtral_offload.offload import from_pretrained
 
     torch.set_num_threads(task.threads)
-    on_cpu = torch.device(task.device).type == "cpu"
-    options = {"store": "disk" if on_cpu else "ram", "ram": task.ram, "device": task.device} | task.options
     with MemoryPeak() as memory:
         began = time.perf_counter()
-        model = from_pretrained(task.checkpoint, **options)
-        built_s = time.perf_counter() - began
-        offload = model.offload
+        model, routing, experts = _forced_model(task)
+        offload, built_s = model.offload, time.perf_counter() - began
         log(f"built in {built_s:.1f} s\n{offload.plan}")
-        shape = len(offload.checkpoint.layers), offload.checkpoint.n_experts, offload.checkpoint.top_k
-        experts = sticky_experts(task.prompt + task.tokens, *shape, task.stay, task.seed)
-        routing = ForcedRouting(model, experts)
-        if offload.prefetcher is not None:
-            offload.prefetcher.predictor = ForcedGuesses(routing, shape[1], task.recall, task.seed)
         timed_generate(model, 1, 0)
         routing.reset()
         with offload.cache.lock:
@@ -164,22 +153,44 @@ def run_ours(task: Task) -> dict:
         seconds = timed_generate(
             model, task.prompt, task.tokens, lambda n: marks.append(asdict(offload.stats))
         )
-    result = speeds(seconds, task.prompt) | memory.result() | {"build_s": built_s}
+    recall = task.recall if offload.prefetcher else None
+    result = speeds(seconds, task.prompt) | memory.result()
     result |= {
+        "build_s": built_s,
         "plan": str(offload.plan),
         "run": offload.settings(),
-        "prefetch_recall": task.recall if offload.prefetcher else None,
+        "prefetch_recall": recall,
     }
-    if not on_cpu:
-        result["device_peak_bytes"] = torch.cuda.max_memory_allocated(task.device)
+    if offload.options.device.type == "cuda":
+        result["device_peak_bytes"] = torch.cuda.max_memory_allocated(offload.options.device)
     result |= _traffic(task, model, experts, marks, sum(seconds[1:]))
     offload.cache.close()
     return result
 
 
+def _forced_model(task: Task):
+    """(model, its forced routing, the experts it is forced to: int16 [N, L, k])."""
+    from forced_routing import ForcedGuesses, ForcedRouting, sticky_experts
+
+    from mixtral_offload.offload import from_pretrained
+
+    home = "disk" if task.device.startswith("cpu") else "ram"
+    options = {"store": home, "ram": task.ram, "device": task.device} | task.options
+    model = from_pretrained(task.checkpoint, **options)
+    checkpoint = model.offload.checkpoint
+    shape = len(checkpoint.layers), checkpoint.n_experts, checkpoint.top_k
+    experts = sticky_experts(task.prompt + task.tokens, *shape, task.stay, task.seed)
+    routing = ForcedRouting(model, experts)
+    if model.offload.prefetcher is not None:
+        model.offload.prefetcher.predictor = ForcedGuesses(
+            routing, checkpoint.n_experts, task.recall, task.seed
+        )
+    return model, routing, experts
+
+
 def _traffic(task: Task, model, experts, marks: list[dict], decode_s: float) -> dict:
-    """Hits, bytes over the link and how much of the link they used, while decoding; and whether the cache served what
-    the trace says: its hits must be those of the trace's replay. marks: counters before and after each pass."""
+    """Hits, bytes over the link and how much of the link they used, while decoding; and whether the cache served
+    what the trace says: its hits must be those of the trace's replay. marks: counters before and after each pass."""
     from forced_routing import forced_trace
 
     from mixtral_offload.replay import simulate

@@ -1,7 +1,7 @@
 """llama.cpp on random weights of the same shape: Q2_K experts, Q4_K attention, embeddings and head in fp16.
 
-Knows the GGUF format through the `gguf` package and llama.cpp through its Python binding. Its routing is its own: with
-random weights it is nearly uniform, and nothing here can force it; it matters little to a model that is wholly in memory.
+Knows the GGUF format through the `gguf` package and llama.cpp through its Python binding. Its routing is its own: random
+weights route at random, and nothing here can force it; that matters little where the whole model is in memory.
 """
 
 from __future__ import annotations

@@ -89,24 +89,31 @@ def in_process(name: str, task: Task, timeout_s: float) -> dict:
         result = json.loads(lines[-1]) if lines and run.returncode == 0 else {"failed": ended}
     except subprocess.TimeoutExpired:
         result = {"failed": f"took longer than {timeout_s:.0f} s"}
+    except ValueError:
+        result = {"failed": f"said no result but: {lines[-1][:200]}"}
     result["wall_s"] = time.perf_counter() - began
     said = result.get("failed") or f"{result['wall_s']:.0f} s"
     log(f"{name}: {said}" + (f", {result['tokens_per_s']:.3f} tokens/s" if "tokens_per_s" in result else ""))
     return result
 
 
+def check_machine_ram(machine_ram: int | None, ram: int) -> None:
+    """Refuses, before anything is written, what `ballast` could not do."""
+    total = psutil.virtual_memory().total
+    if machine_ram is not None and not ram + SPARE_BYTES <= machine_ram <= total:
+        raise OptionError(
+            "impossible --machine-ram", expected=f"{gb(ram + SPARE_BYTES)} (--ram and some to spare) to {gb(total)}",
+            found=gb(machine_ram), hint="give a smaller --ram",
+        )  # fmt: skip
+
+
 @contextmanager
-def ballast(machine_ram: int | None, ram: int):
+def ballast(machine_ram: int | None):
     """Hold all but `machine_ram` bytes of this machine's memory meanwhile; yields the bytes held."""
     if machine_ram is None:
         yield 0
         return
     total = psutil.virtual_memory().total
-    if not ram + SPARE_BYTES <= machine_ram <= total:
-        raise OptionError(
-            "impossible --machine-ram", expected=f"{gb(ram + SPARE_BYTES)} (--ram and some to spare) to {gb(total)}",
-            found=gb(machine_ram), hint="give a smaller --ram",
-        )  # fmt: skip
     command = [sys.executable, __file__, "ballast", str(total - machine_ram)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

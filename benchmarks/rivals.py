@@ -1,7 +1,9 @@
 """accelerate's offload of the same weights in 16 bits, a few layers of them, scaled to all.
 
-Knows accelerate's device maps and how to time layers; `unpacked.py` writes the weights. A layer's experts of Mixtral-8x7B are 2.8 GB in 16 bits:
-32 layers do not fit most disks, so n layers are written and measured, each layer by itself, and the time of a token is
+Knows accelerate's device maps and how to time layers; `unpacked.py` writes the weights.
+
+A layer's experts of Mixtral-8x7B are 2.8 GB in 16 bits: 32 layers do not fit most disks, so n layers are written and
+measured, each by itself, and the time of a token is
 
     what is not in a layer + resident * (a layer held where it runs) + (all - resident) * (an offloaded layer)
 

@@ -15,6 +15,7 @@ from mixtral_offload.quantization import PAPER, dequantize
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 LAYERS, TOKENS, STAY = 3, 12, 0.5
+TASK = dict.fromkeys(("ram", "prompt", "tokens", "stay", "seed", "recall", "threads"), 1) | {"device": "cpu"}
 SHAPE = {"layers": LAYERS, "hidden": 256, "intermediate": 512, "vocab": 256}
 
 
@@ -105,6 +106,26 @@ def test_fullsize_refuses_a_disk_that_is_too_small(tmp_path):
         check_disk(tmp_path, 10**18, "the checkpoint")
 
 
+def test_the_ballast_holds_memory_while_it_is_wanted():
+    import psutil
+    from processes import ballast, check_machine_ram
+
+    from mixtral_offload.errors import OptionError
+
+    def held() -> int:
+        return sum(child.memory_info().rss for child in psutil.Process().children() if child.is_running())
+
+    total, size = psutil.virtual_memory().total, 100_000_000
+    before = held()
+    with ballast(total - size) as n_bytes:
+        assert n_bytes == size
+        assert held() - before > size
+    assert held() - before < size / 2
+    check_machine_ram(total, total - 10**9)
+    with pytest.raises(OptionError, match="machine-ram"):
+        check_machine_ram(total, total)
+
+
 def test_the_size_said_before_writing_is_nearly_the_size_written(tmp_path):
     from bigfiles import checkpoint_bytes, make_checkpoint
     from fullsize import n_parameters
@@ -113,8 +134,9 @@ def test_the_size_said_before_writing_is_nearly_the_size_written(tmp_path):
     config = mixtral_config(2, 512, 1024, vocab=512)
     make_checkpoint(tmp_path / "checkpoint", config, 2)
     written = sum(path.stat().st_size for path in (tmp_path / "checkpoint").iterdir())
-    assert checkpoint_bytes(config, 2) == pytest.approx(written, rel=0.1)
-    assert checkpoint_bytes(mixtral_config(), 2) == pytest.approx(17.5e9, rel=0.05)
+    assert checkpoint_bytes(config, 2) == pytest.approx(written, rel=0.02)
+    published = 256 * 66.4e6  # bytes of its experts, each in a file of its own
+    assert published < checkpoint_bytes(mixtral_config(), 2) < 1.08 * published
     assert n_parameters(mixtral_config()) == pytest.approx(46.7e9, rel=0.001)
 
 
@@ -127,7 +149,8 @@ def test_the_16_bit_checkpoint_is_the_same_model(tmp_path, offloaded):
     from unpacked import write_16bit
 
     make_checkpoint(tmp_path / "checkpoint", mixtral_config(3, 256, 512, vocab=256), 2)
-    task = Task(str(tmp_path / "checkpoint"), "cpu", 10**9, 1, 1, 0.0, 0, 0.0, 1, str(tmp_path / "plain"), 3, "float16")  # fmt: skip
+    task = TASK | {"files": str(tmp_path / "plain"), "scaled_layers": 3, "dtype": "float16"}
+    task = Task(str(tmp_path / "checkpoint"), **task)
     write_16bit(task)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     ids = torch.arange(3, 20)[None]
@@ -144,7 +167,8 @@ def test_a_prompt_is_one_pass_of_the_forced_trace():
     from forced_routing import forced_trace, sticky_experts
 
     experts = sticky_experts(20, 2, 8, 2, 0.0)
-    settings = {"n_experts": 8, "expert_bytes": 5, "slots": [3, 3], "resident": [[], []], "policy": "lru", "shared_slots": False}  # fmt: skip
+    settings = {"n_experts": 8, "expert_bytes": 5, "slots": [3, 3], "resident": [[], []]}
+    settings |= {"policy": "lru", "shared_slots": False}
     trace = forced_trace(experts, 16, settings)
     assert trace.passes.tolist() == [0] * 16 + [1, 2, 3, 4]
     of_prompt = trace.use_expert[(trace.use_pass == 0) & (trace.use_layer == 1)]
@@ -155,9 +179,8 @@ def test_a_prompt_is_one_pass_of_the_forced_trace():
 def test_sticky_experts_stay_as_often_as_stated():
     from forced_routing import sticky_experts
 
-    assert (sticky_experts(50, 2, 8, 2, 1.0) == sticky_experts(50, 2, 8, 2, 1.0)[0]).all(
-        axis=(1, 2)
-    ).sum() >= 1
+    same = np.sort(sticky_experts(50, 2, 8, 2, 1.0), -1)
+    assert (same == same[0]).all()
     for stay in (0.0, 0.6):
         experts = sticky_experts(4000, 2, 8, 2, stay)
         assert (experts[..., 0] != experts[..., 1]).all()
@@ -178,7 +201,7 @@ def test_scaling_counts_resident_and_offloaded_layers(published):
     source = open_checkpoint(published)  # 3 layers
     layer_bytes = 8 * 2 * sum(n * k for n, k in source.layout.shapes.values())
     ram = trunk_bytes_16bit(source) + layer_bytes + 1  # room for one of them
-    task = Task(str(published), "cpu", ram, 4, 2, 0.0, 0, 0.0, 1, scaled_layers=2)
+    task = Task(str(published), **TASK | {"ram": ram, "scaled_layers": 2})
     found = scaled(task, source, [10.0, 6.0, 7.0], [[1.0, 3.0], [1.0, 2.0], [1.0, 4.0]])
     assert found["resident_layers"] == 1
     assert found["first_token_s"] == 10 - 4 + 1 + 2 * 3
