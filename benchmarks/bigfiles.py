@@ -1,0 +1,86 @@
+"""The big packed checkpoint of `fullsize.py`: made where it is not there, checked, and read plainly.
+
+Knows sizes and files. Knows nothing of who will run from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from math import prod
+from pathlib import Path
+
+from contestants import drop_page_cache
+from processes import log
+from synthetic import write_checkpoint
+
+from mixtral_offload.errors import CapacityError, CheckpointError
+from mixtral_offload.plan import gb
+from mixtral_offload.quantization import PAPER, field_specs
+
+SPARE_BYTES = 1_000_000_000  # of disk, left free beside big files
+
+
+def checkpoint_bytes(config: dict, bits: int) -> int:
+    """About what `write_checkpoint` will write."""
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+
+    def packed(shape, quantization):
+        return sum(dtype.itemsize * prod(dims) for dtype, dims in field_specs(shape, quantization).values())
+
+    expert = 3 * packed((intermediate, hidden), PAPER[bits])
+    kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    attention = 2 * (packed((hidden, hidden), PAPER[4]) + packed((kv, hidden), PAPER[4]))
+    layers = config["num_hidden_layers"]
+    return layers * (config["num_local_experts"] * expert + attention) + 4 * config["vocab_size"] * hidden
+
+
+def check_disk(folder: Path, n_bytes: int, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if n_bytes + SPARE_BYTES * (n_bytes > SPARE_BYTES) > free:
+        raise CapacityError(
+            f"the disk is too small for {what}", path=folder, expected=f"{gb(n_bytes)} and some to spare",
+            found=f"{gb(free)} free", hint="choose another --folder, or fewer --layers or --accelerate-layers",
+        )  # fmt: skip
+
+
+def make_checkpoint(folder: Path, config: dict, bits: int) -> tuple[bool, float]:
+    """Write the packed checkpoint if it is not there; (whether it was written, seconds). Refuses one of another shape."""
+    if (folder / "config.json").is_file():
+        found = json.loads((folder / "config.json").read_text())
+        if found != config | {"bits": bits}:
+            differing = {
+                key: found.get(key)
+                for key in (*config, "bits")
+                if found.get(key) != (config | {"bits": bits})[key]
+            }
+            raise CheckpointError(
+                "the folder holds a checkpoint of another shape", path=folder, found=differing,
+                expected={key: (config | {"bits": bits})[key] for key in differing}, hint="choose another --folder",
+            )  # fmt: skip
+        return False, 0.0
+    n_bytes = checkpoint_bytes(config, bits)
+    check_disk(folder.parent, n_bytes, "the checkpoint")
+    log(f"writing {gb(n_bytes)} of random packed weights")
+    began, part = time.perf_counter(), folder.with_name(folder.name + ".part")
+    if part.exists():
+        shutil.rmtree(part)  # left by a run that was interrupted
+    write_checkpoint(part, config | {"bits": bits}, PAPER[bits], PAPER[4])
+    part.rename(folder)
+    os.sync()
+    return True, time.perf_counter() - began
+
+
+def cold_read(folder: Path, most_bytes: int = 2_000_000_000) -> float:
+    """Bytes per second of reading the checkpoint's files once, plainly, from outside the page cache."""
+    drop_page_cache(folder)
+    buffer, n_bytes, began = bytearray(64 << 20), 0, time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        if n_bytes >= most_bytes:
+            break
+        with open(path, "rb", buffering=0) as file:
+            while n := file.readinto(buffer):
+                n_bytes += n
+    return n_bytes / (time.perf_counter() - began)

@@ -1,0 +1,145 @@
+"""llama.cpp on random weights of the same shape: Q2_K experts, Q4_K attention, embeddings and head in fp16.
+
+Knows the GGUF format through the `gguf` package and llama.cpp through its Python binding. Its routing is its own: random
+weights route at random, and nothing here can force it; that matters little where the whole model is in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+
+import numpy as np
+from contestants import MemoryPeak, Task, log, speeds
+
+#: quantization type -> bytes of a block of 256 weights, and the fp16 d and dmin by where in it they lie (ggml-common.h):
+#: a weight is d * scale * q - dmin * min, with 4-bit (Q4_K: 6-bit) scales and mins; near 0, with a deviation near 0.02
+BLOCKS = {"Q2_K": (84, {80: 0.0020, 82: 0.0030}), "Q4_K": (144, {0: 0.0001, 2: 0.00075})}
+RANDOM_BYTES = 32 << 20
+
+
+def missing() -> str | None:
+    """What is not installed of what this needs; None if nothing."""
+    absent = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def file_bytes(config: dict) -> int:
+    """About the size of the file."""
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    experts = 3 * hidden * config["intermediate_size"] * config["num_local_experts"] * layers
+    return int(
+        experts * 84 / 256 + 4 * hidden * hidden * layers * 144 / 256 + 4 * hidden * config["vocab_size"]
+    )
+
+
+def tensor_shapes(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, outermost first; type) of every tensor, in llama.cpp's names."""
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    n_experts, vocab = config["num_local_experts"], config["vocab_size"]
+    kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    shapes = {"token_embd.weight": ((vocab, hidden), "F16"), "output.weight": ((vocab, hidden), "F16")}
+    shapes["output_norm.weight"] = ((hidden,), "F32")
+    for layer in range(config["num_hidden_layers"]):
+        block = f"blk.{layer}"
+        for name in ("attn_norm", "ffn_norm"):
+            shapes[f"{block}.{name}.weight"] = ((hidden,), "F32")
+        for name, rows in (("attn_q", hidden), ("attn_k", kv), ("attn_v", kv), ("attn_output", hidden)):
+            shapes[f"{block}.{name}.weight"] = ((rows, hidden), "Q4_K")
+        shapes[f"{block}.ffn_gate_inp.weight"] = ((n_experts, hidden), "F32")
+        for name in ("ffn_gate_exps", "ffn_up_exps"):
+            shapes[f"{block}.{name}.weight"] = ((n_experts, intermediate, hidden), "Q2_K")
+        shapes[f"{block}.ffn_down_exps.weight"] = ((n_experts, hidden, intermediate), "Q2_K")
+    return shapes
+
+
+def random_block(kind: str, random: np.random.Generator, n_bytes: int = RANDOM_BYTES) -> np.ndarray:
+    """Whole blocks of random weights of standard deviation near 0.02: uint8, at most n_bytes."""
+    if kind in BLOCKS:
+        size, factors = BLOCKS[kind]
+        blocks = random.integers(0, 256, (max(n_bytes // size, 1), size), np.uint8)
+        for at, value in factors.items():
+            blocks[:, at : at + 2] = np.array([value], np.float16).view(np.uint8)
+        return blocks.reshape(-1)
+    dtype = {"F16": np.float16, "F32": np.float32}[kind]
+    values = random.standard_normal(n_bytes // np.dtype(dtype).itemsize, np.float32) * 0.02
+    return values.astype(dtype).view(np.uint8)
+
+
+def write_gguf(path: Path, config: dict, seed: int = 0) -> int:
+    """A GGUF file of this shape; random bytes repeat every 32 MB, which is all that is in memory. Returns its bytes."""
+    import gguf
+
+    writer, random = gguf.GGUFWriter(None, "llama"), np.random.default_rng(seed)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")  # token numbers go in and come out: no text is needed
+    sizes = {}
+    for name, (shape, kind) in tensor_shapes(config).items():
+        sizes[name] = _n_bytes(shape, kind), kind
+        writer.add_tensor_info(
+            name, shape, np.dtype(np.int8), sizes[name][0], raw_dtype=gguf.GGMLQuantizationType[kind]
+        )
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    random_bytes = {kind: random_block(kind, random) for kind in ("F16", "F32", "Q2_K", "Q4_K")}
+    ones = np.ones(config["hidden_size"], np.float32).view(np.uint8)
+    file = writer.fout[0]
+    for name, (n_bytes, kind) in sizes.items():
+        writer.write_padding(file, file.tell())
+        source = ones if name.endswith("norm.weight") else random_bytes[kind]
+        for start in range(0, n_bytes, len(source)):
+            file.write(source[: n_bytes - start].data)
+        writer.write_padding(file, n_bytes)
+    writer.close()
+    return path.stat().st_size
+
+
+def _n_bytes(shape: tuple[int, ...], kind: str) -> int:
+    n = int(np.prod(shape))
+    if kind not in BLOCKS:
+        return n * {"F16": 2, "F32": 4}[kind]
+    if shape[-1] % 256:
+        raise ValueError(f"llama.cpp's {kind} needs rows of a multiple of 256 weights, not {shape[-1]}")
+    return n // 256 * BLOCKS[kind][0]
+
+
+def run_llama_cpp(task: Task) -> dict:
+    """Evaluate a prompt of random tokens, then one token at a time. On CUDA, all layers go to the card where the
+    binding was built for one. The file is memory-mapped, as is llama.cpp's default: its pages count as no one's memory
+    but are what it needs (see peak_rss_bytes)."""
+    import llama_cpp
+
+    with MemoryPeak() as memory:
+        on_gpu = not task.device.startswith("cpu") and llama_cpp.llama_supports_gpu_offload()
+        began = time.perf_counter()
+        model = llama_cpp.Llama(
+            task.files, n_ctx=task.prompt + task.tokens + 8, n_threads=task.threads, n_threads_batch=task.threads,
+            n_gpu_layers=-1 if on_gpu else 0, verbose=False,
+        )  # fmt: skip
+        built_s = time.perf_counter() - began
+        ids = np.random.default_rng(0).integers(3, model.n_vocab(), task.prompt + task.tokens).tolist()
+        model.eval(ids[:1])  # warm up
+        model.reset()
+        seconds = []
+        for begin, end in [(0, task.prompt), *((n, n + 1) for n in range(task.prompt, len(ids)))]:
+            began = time.perf_counter()
+            model.eval(ids[begin:end])
+            llama_cpp.llama_synchronize(model.ctx)
+            seconds.append(time.perf_counter() - began)
+            log(f"pass {len(seconds)}: {seconds[-1]:.3f} s")
+    result = speeds(seconds, task.prompt) | memory.result() | {"build_s": built_s, "on_gpu": on_gpu}
+    model.close()
+    return result | {"llama_cpp": llama_cpp.__version__, "bytes": Path(task.files).stat().st_size}

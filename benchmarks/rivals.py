@@ -1,0 +1,167 @@
+"""accelerate's offload of the same weights in 16 bits, a few layers of them, scaled to all.
+
+Knows accelerate's device maps and how to time layers; `unpacked.py` writes the weights.
+
+A layer's experts of Mixtral-8x7B are 2.8 GB in 16 bits: 32 layers do not fit most disks, so n layers are written and
+measured, each by itself, and the time of a token is
+
+    what is not in a layer + resident * (a layer held where it runs) + (all - resident) * (an offloaded layer)
+
+with as many resident layers as the memory budget holds. Whatever favours accelerate is given to it: only experts are
+offloaded, the rest stays where it runs; the files' own memory-mapped pages need no budget; the fastest of transformers'
+experts implementations and, on the CPU, the faster 16-bit dtype are found by trying.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from contestants import MemoryPeak, Task, drop_page_cache, log, timed_generate
+from forced_routing import ForcedRouting, sticky_experts
+from unpacked import trunk_bytes_16bit
+
+from mixtral_offload.checkpoint import Checkpoint, open_checkpoint
+from mixtral_offload.plan import parse_size
+
+
+class LayerTimes:
+    """Seconds spent in each decoder layer, a row for each pass: [passes][layers]; loading its weights included."""
+
+    def __init__(self, model):
+        self.rows: list[list[float]] = []
+        self._device = model.get_input_embeddings().weight.device
+        for layer, block in enumerate(model.model.layers):
+            block.register_forward_pre_hook(self._before(layer))
+            block.register_forward_hook(self._after)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _before(self, layer: int):
+        def hook(module, arguments) -> None:
+            if layer == 0:
+                self.rows.append([])
+            self._began_s = self._now()
+
+        return hook
+
+    def _after(self, module, arguments, output) -> None:
+        self.rows[-1].append(self._now() - self._began_s)
+
+
+def load_offloaded(task: Task, offload_folder: Path):
+    """The 16-bit model: all but the experts, and the first layer's experts, where they run; the other layers' experts
+    on disk (CPU) or in RAM (CUDA), moved by accelerate when their layer runs."""
+    from transformers import AutoModelForCausalLM
+
+    on_cpu = torch.device(task.device).type == "cpu"
+    near, far = ("cpu", "disk") if on_cpu else (torch.device(task.device).index or 0, "cpu")
+    names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    place = dict.fromkeys(names, near)
+    for layer in range(task.scaled_layers):
+        of = ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp.gate")
+        place |= dict.fromkeys([f"model.layers.{layer}.{name}" for name in of], near)
+        place[f"model.layers.{layer}.mlp.experts"] = near if layer == 0 else far
+    return AutoModelForCausalLM.from_pretrained(
+        task.files, device_map=place, offload_folder=str(offload_folder), dtype="auto"
+    ).eval()
+
+
+def run_accelerate(task: Task) -> dict:
+    """Decode with accelerate's offload, routing forced; per-layer times scaled to the whole model."""
+    import accelerate
+
+    torch.set_num_threads(task.threads)
+    if task.scaled_layers < 2:
+        raise ValueError("accelerate needs 2 layers or more: one held where it runs, the others offloaded")
+    source = open_checkpoint(task.checkpoint)
+    with MemoryPeak() as memory:
+        model = load_offloaded(task, Path(task.files) / "offloaded")
+        config = model.config
+        experts = sticky_experts(
+            task.prompt + task.tokens, task.scaled_layers, config.num_local_experts, config.num_experts_per_tok,
+            task.stay, task.seed,
+        )  # fmt: skip
+        routing, times = ForcedRouting(model, experts), LayerTimes(model)
+        implementation = fastest_implementation(model, routing)
+        runs = {}
+        for page_cache in ("kept", "dropped before each token"):
+            routing.reset()
+            times.rows.clear()
+            drop = None if page_cache == "kept" else (lambda n: drop_page_cache(task.files))
+            seconds = timed_generate(model, task.prompt, task.tokens, *([drop] if drop else []))
+            runs[page_cache] = scaled(task, source, seconds, times.rows)
+            if torch.device(task.device).type == "cuda":
+                break  # its weights are in RAM: no files
+    fits = runs["kept"]["offloaded_bytes"] < psutil.virtual_memory().total - task.ram
+    headline = "kept" if fits or len(runs) == 1 else "dropped before each token"
+    versions = {"accelerate": accelerate.__version__, "experts": implementation, "dtype": str(model.dtype)}
+    return (
+        runs[headline]
+        | memory.result()
+        | versions
+        | {"page_cache": headline, "by_page_cache": runs, "layers_measured": task.scaled_layers}
+    )
+
+
+def fastest_implementation(model, routing: ForcedRouting) -> str:
+    """The fastest of transformers' experts implementations for the first token, each tried twice; set from now on."""
+    times = {}
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        try:
+            model.set_experts_implementation(name)
+            for _ in range(2):
+                routing.reset()
+                times[name] = timed_generate(model, 1, 0)[0]  # the second time counts
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            log(f"experts implementation {name} does not run here: {error}")
+            times.pop(name, None)
+    best = min(times, key=times.__getitem__)
+    model.set_experts_implementation(best)
+    log(f"seconds for a token by experts implementation: {times}; {best} it is")
+    return best
+
+
+def scaled(task: Task, source: Checkpoint, seconds: list[float], rows: list[list[float]]) -> dict:
+    """Times of the whole model from those of a few layers, the first resident, the others offloaded.
+
+    seconds: of each pass. rows: of each pass, the seconds of each layer.
+    """
+    if len(rows) != len(seconds) or any(len(row) != task.scaled_layers for row in rows):
+        raise RuntimeError(f"{len(seconds)} passes, but {[len(row) for row in rows]} layers were timed")
+    n_layers, expert_bytes = (
+        len(source.layers),
+        2 * sum(n * k for n, k in source.layout.shapes.values()),
+    )
+    layer_bytes = source.n_experts * expert_bytes
+    room = memory_budget(task) - trunk_bytes_16bit(source)
+    if torch.device(task.device).type == "cuda":
+        room -= layer_bytes  # the layer that runs is copied there whole
+    n_resident = max(0, min(room // layer_bytes, n_layers))
+    full = [
+        total - sum(row) + n_resident * row[0] + (n_layers - n_resident) * statistics.mean(row[1:])
+        for total, row in zip(seconds, rows)
+    ]
+    first, *rest = full
+    middle = [statistics.median(column) for column in zip(*rows[1:])]
+    return {
+        "tokens_per_s": len(rest) / sum(rest), "seconds_per_token": rest, "first_token_s": first,
+        "prompt_tokens": task.prompt, "measured_seconds_per_token": seconds[1:],
+        "resident_layers": n_resident, "layer_s": {"resident": middle[0], "offloaded": middle[1:]},
+        "offloaded_bytes": (n_layers - n_resident) * layer_bytes,
+        "full_size_bytes": trunk_bytes_16bit(source) + n_resident * layer_bytes,
+    }  # fmt: skip
+
+
+def memory_budget(task: Task) -> int:
+    """Bytes for what is not offloaded: RAM on the CPU, the card's memory (or the `vram` option) on CUDA."""
+    if torch.device(task.device).type == "cpu":
+        return task.ram
+    vram = task.options.get("vram")
+    return torch.cuda.mem_get_info(task.device)[1] if vram is None else parse_size(vram)
