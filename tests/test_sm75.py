@@ -1,0 +1,54 @@
+"""What the compiled products become on a T4: Triton kernels that compile for sm_75, without `tl.dot`."""
+
+import os
+
+import pytest
+import torch
+
+from mixtral_offload import packed
+from mixtral_offload.quantization import PAPER, field_specs
+
+if not os.environ.get("REQUIRE_TRITON"):
+    pytest.importorskip("triton")
+SHAPE = (14336, 4096)
+
+
+def kernels(function, quantization, x=None):
+    from tests.sm75 import triton_kernels
+
+    specs = field_specs(SHAPE, quantization)
+    first = [] if x is None else [x]
+    return triton_kernels(
+        lambda *tensors: function(tensors[: len(first)], dict(zip(specs, tensors[len(first) :]))),
+        *first,
+        *specs.values(),
+    )
+
+
+def check(found):
+    from tests.sm75 import compile_for_t4
+
+    for source in found.values():
+        assert "tl.dot" not in source
+        machine_code, assembly = compile_for_t4(source)
+        assert len(machine_code) > 1000 and ".target sm_75" in assembly
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_packed_product_compiles_for_a_t4_as_one_pass_over_the_words(bits):
+    quantization = PAPER[bits]
+    found = kernels(lambda x, fields: [packed.packed_product(x[0], fields, SHAPE, quantization)], quantization,
+                    (torch.float16, (1, SHAPE[1])))  # fmt: skip
+    check(found)
+    readers = [source for source in found.values() if "tl.sum" in source or "triton_helpers" in source]
+    assert len(found) <= 3 and readers
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_planes_compile_for_a_t4(bits):
+    quantization = PAPER[bits]
+    found = kernels(
+        lambda _, fields: packed.planes(fields["W_q"][0], fields, SHAPE, quantization, torch.float16),
+        quantization,
+    )
+    check(found)
