@@ -101,13 +101,17 @@ def sticky_guesses(
     _check(n_guesses=n_guesses, look_aheads=look_aheads)
     n, n_layers, k = trace.experts.shape
     useful = min(n_guesses, k)
-    share = (
-        np.broadcast_to(recall, (n_layers, look_aheads)) * k / useful
-    )  # of the useful guesses that are right
-    if not (share >= 0).all() or not (share <= 1).all() or n_guesses > trace.n_experts:
+    try:
+        share = (
+            np.broadcast_to(recall, (n_layers, look_aheads)) * k / useful
+        )  # of the useful guesses, those right
+    except ValueError:
+        share = np.full(1, np.nan)
+    if n_guesses > trace.n_experts or not ((share >= 0) & (share <= 1)).all():
         raise OptionError(
             "impossible guesses", found=f"{n_guesses} of {trace.n_experts} experts, recall {recall}",
-            expected=f"a recall of 0 to {useful / k:.3g}, all that {n_guesses} guesses for {k} needed experts can have",
+            expected=f"a recall of 0 to {useful / k:.3g}, all that {n_guesses} guesses for {k} needed experts can have,"
+            f" as one number, [{look_aheads}] or [{n_layers}, {look_aheads}]",
         )  # fmt: skip
     random = np.random.default_rng((seed, 1))
     guesses = np.full((n, n_layers, look_aheads, n_guesses), -1, np.int16)

@@ -106,6 +106,8 @@ def test_impossible_numbers_are_refused():
         sticky_guesses(trace, 0.8, 1, 1)  # one guess cannot find .8 of two
     with pytest.raises(OptionError, match="impossible guesses"):
         sticky_guesses(trace, 0.8, 9, 1)
+    with pytest.raises(OptionError, match=r"\[1\] or \[2, 1\]"):
+        sticky_guesses(trace, [0.8, 0.7, 0.6], 2, 1)
     for wrong in ({}, {1: 0.2}, {3: 1.2}):
         with pytest.raises(OptionError, match="impossible hit rates"):
             fit_stay(wrong, 8, 2)
