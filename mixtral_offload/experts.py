@@ -70,10 +70,6 @@ class ExpertLayout:
     def stored_bytes(self) -> int:
         return sum(field.n_bytes for field in self.fields)
 
-    def scratch_bytes(self, item_bytes: int) -> int:
-        """What running one expert needs beside it: the largest matrix dequantized, and half-way there in fp16."""
-        return (2 + item_bytes) * max(prod(shape) for shape in self.shapes.values())
-
     def views(self, buffer: Tensor) -> dict[str, Fields]:
         """matrix -> field -> tensor, as views of `buffer` (uint8 [n_bytes]); nothing is copied."""
         views: dict[str, Fields] = {matrix: {} for matrix in MATRICES}

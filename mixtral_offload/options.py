@@ -9,6 +9,7 @@ import difflib
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from math import prod
 
 import psutil
 import torch
@@ -122,9 +123,16 @@ def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
     sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
     cache_size = checkpoint.recommended_cache_size if options.cache_size is None else options.cache_size
     why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
+    return plan_within(sizes, *budgets(options), trunk_bytes(checkpoint, options), options, cache_size, why)
+
+
+def plan_within(
+    sizes: Sizes, device: int, ram: int, beside: int, options: OffloadOptions, cache_size, why: str = "as asked"
+) -> Plan:  # fmt: skip
+    """The plan within so many bytes on the device and in RAM; beside: device bytes of all that is no expert. A margin on
+    CUDA, and rows for guesses where experts are copied at all, are left free. options: with `prefetch` filled in."""
     on_cpu = options.device.type == "cpu"
-    device, ram = budgets(options)
-    device -= trunk_bytes(checkpoint, options) + (0 if on_cpu else MARGIN_BYTES)
+    device -= beside + (0 if on_cpu else MARGIN_BYTES)
     rest = {"cache_size": cache_size, "store": options.store, "shared_memory": on_cpu, "why": why}
     plan = make_plan(sizes, max(device, 0), ram, **rest)
     if plan.home is None or not options.n_staging:
@@ -149,7 +157,7 @@ def budgets(options: OffloadOptions) -> tuple[int, int]:
 def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, int]:
     """Device bytes beside the experts, by name: the "trunk"; for the context the "KV cache"; and as "scratch" the
     activations of one layer's experts and one dequantized matrix."""
-    config, item = checkpoint.config, options.dtype.itemsize
+    config, layout, item = checkpoint.config, checkpoint.layout, options.dtype.itemsize
     trunk = sum(
         tensor.n_elements * item if tensor.dtype.is_floating_point and ".meta." not in key else tensor.n_bytes
         for key, tensor in checkpoint.trunk.items()
@@ -157,13 +165,15 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     context = min(options.context_length, config.max_position_embeddings)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context * item
-    intermediate, hidden = checkpoint.layout.shapes["gate"]
-    activations = context * item * (4 * checkpoint.top_k * hidden + 3 * intermediate)
-    return {
-        "trunk": trunk,
-        "KV cache": kv,
-        "scratch": activations + checkpoint.layout.scratch_bytes(item),
-    }
+    largest = max(map(prod, layout.shapes.values()))
+    scratch = scratch_bytes(context, item, checkpoint.top_k, *reversed(layout.shapes["gate"]), largest)
+    return {"trunk": trunk, "KV cache": kv, "scratch": scratch}
+
+
+def scratch_bytes(context: int, item: int, top_k: int, hidden: int, intermediate: int, largest: int) -> int:
+    """The activations of one layer's experts for `context` tokens of `item` bytes an element; and the largest matrix of an
+    expert dequantized, with half-way there in fp16."""
+    return context * item * (4 * top_k * hidden + 3 * intermediate) + (2 + item) * largest
 
 
 def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
