@@ -6,12 +6,13 @@ Knows probabilities and measured hit rates. Knows nothing of models: a recorded 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
 
 from .errors import OptionError
+from .plan import Plan
 from .replay import reuse_distances
 from .trace import RoutingTrace
 
@@ -70,10 +71,41 @@ def sticky_trace(
     trace = RoutingTrace.from_routing(experts, weights, n_experts, expert_bytes)
     if recall is None:
         return trace
-    if "guesses" not in {entry.name for entry in fields(RoutingTrace)}:
-        raise OptionError("traces keep no guesses", hint="use sticky_guesses beside the trace")
     guesses = sticky_guesses(trace, recall, n_guesses, look_aheads, seed)
-    return RoutingTrace.from_routing(experts, weights, n_experts, expert_bytes, guesses=guesses)
+    return _with_guesses(trace, guesses)
+
+
+def _with_guesses(trace: RoutingTrace, guesses: np.ndarray) -> RoutingTrace:
+    """The trace with these guesses as its own, but for those that are none (-1)."""
+    run = trace.settings
+    trace = RoutingTrace.from_routing(
+        trace.experts, trace.weights, run["n_experts"], run["expert_bytes"], guesses=np.maximum(guesses, 0)
+    )
+    distance = trace.guess_layer - trace.guess_from
+    there = guesses[trace.guess_pass, trace.guess_layer, distance - 1, trace.guess_rank] >= 0
+    names = [f"guess_{name}" for name in ("pass", "from", "layer", "expert", "rank")]
+    return replace(trace, **{name: getattr(trace, name)[there] for name in names})
+
+
+def as_prompt(trace: RoutingTrace) -> RoutingTrace:
+    """The same tokens as one prompt: a single pass, which needs each of their experts once. Guesses are left out: a
+    prompt needs nearly all experts, and every layer's copies keep the link busy."""
+    layer_expert = np.unique(trace.use_layer.astype(np.int64) * trace.n_experts + trace.use_expert)
+    layer, expert = (part.astype(np.int32) for part in divmod(layer_expert, trace.n_experts))
+    n, zeros, none = len(expert), np.zeros(len(expert)), np.zeros(0, np.int32)
+    guesses = {field.name: none for field in fields(trace) if field.name.startswith("guess_")}
+    return replace(
+        trace, passes=np.zeros_like(trace.passes), use_pass=np.zeros(n, np.int32), use_layer=layer, use_expert=expert,
+        use_outcome=np.zeros(n, np.uint8), use_wait_s=zeros, use_at_s=zeros, use_bytes=np.zeros(n, np.int64),
+        use_copy_s=np.full((n, 2), np.nan), spans=np.zeros((1, trace.n_layers, 2)), **guesses,
+    )  # fmt: skip
+
+
+def with_plan(trace: RoutingTrace, plan: Plan) -> RoutingTrace:
+    """The trace as if it had been recorded under this plan: replays of it have the plan's slots and residents."""
+    slots, resident = list(plan.slots.values()), [list(of) for of in plan.resident.values()]
+    run = {"slots": slots, "resident": resident, "home": plan.home, "expert_bytes": plan.sizes.expert_bytes}
+    return replace(trace, settings={**trace.settings, **run, "policy": "lru", "shared_slots": False})
 
 
 def _sticky(n_tokens: int, n_layers: int, n_experts: int, top_k: int, stay: float, random) -> np.ndarray:
