@@ -75,7 +75,8 @@ def _plan(base: Answer) -> list[str]:
 def _speed(base: Answer) -> list[str]:
     request, found = base.request, base.projection
     card, rate = found.card, min(request.link, request.disk) if found.disk else request.link
-    copies = f"a copy of an expert takes {_time(card.copy_s)} at {rate / 1e9:g} GB/s{' (the disk)' if found.disk else ''}"
+    slow = " (the disk)" if found.disk else ""
+    copies = f"a copy of an expert takes {_time(card.copy_s)} at {rate / 1e9:g} GB/s{slow}"
     lines = [
         "projection (computed from rates and expected routing, not measured):",
         f"  {found.tokens_per_s:.1f} tokens/s: {_time(found.time_per_token_s)} per token, of them "

@@ -19,7 +19,7 @@ from .plan import Plan, gb, parse_size
 from .projection import Projection, project
 from .quantization import PAPER
 from .replay import best_allocation, simulate
-from .routing import CURVES, recall_by_layer, sticky_trace
+from .routing import CURVES, MIXTRAL_RECALL, recall_by_layer, sticky_trace
 from .trace import RoutingTrace
 
 T4_BYTES_PER_S = 320e9
@@ -112,7 +112,7 @@ def answer(request: Request) -> Answer:
         routing += words
     projection = project(
         request.sizes, plan, trace, link_bytes_per_s=request.link, bandwidth_bytes_per_s=request.bandwidth,
-        context=request.context, prefetch=request.prefetch, look_ahead=request.look_ahead, disk_bytes_per_s=request.disk,
+        disk_bytes_per_s=request.disk, context=request.context, prefetch=request.prefetch, look_ahead=request.look_ahead,
     )  # fmt: skip
     return Answer(request, plan, projection, tuple(routing))
 
@@ -169,7 +169,7 @@ def _what_fits(request: Request) -> list[str]:
 
 
 def _expected_trace(request: Request) -> RoutingTrace:
-    """Routing of the request's curve, long enough for a cache to warm up, short enough to be played in a second or so."""
+    """Routing of the request's curve, long enough for a cache to warm up, short enough to be played in a second."""
     sizes = request.sizes
     n_layers, k = len(sizes.layers), sizes.top_k
     n_tokens = max(48, min(max(128, 8 * sizes.n_experts // k), 100_000 // (n_layers * k)))
@@ -189,11 +189,16 @@ def _made_up(numbers: tuple, prefetch: int, look_ahead: int) -> RoutingTrace:
 
 def _curve_words(request: Request) -> list[str]:
     curve = CURVES[request.curve]
-    words = [f'routing like "{request.curve}": a token keeps each expert of the one before with probability {curve.stay:.2f}'
-             f" ({curve.source})"]  # fmt: skip
+    words = [
+        f'routing like "{request.curve}": a token keeps each expert of the one before with probability '
+        f"{curve.stay:.2f} ({curve.source})"
+    ]
     if request.prefetch:
-        words.append(f"{request.prefetch} guesses per layer, each right with probability 0.57, 0.72, 0.79 in layers 1 to 3, then 0.88"
-                     " (AdapMoE's accuracies on Mixtral-8x7B)")  # fmt: skip
+        *first, rest = map(str, MIXTRAL_RECALL[1:])
+        words.append(
+            f"{request.prefetch} guesses per layer, each right with probability {', '.join(first)} in layers 1 to "
+            f"{len(first)}, then {rest} (AdapMoE's accuracies on Mixtral-8x7B)"
+        )
     return words
 
 
@@ -239,7 +244,8 @@ def knobs(request: Request) -> list[tuple[str, Request]]:
     for name, more in (("vram", request.vram + 2e9), ("ram", request.ram + 4e9), ("link", 2 * request.link)):
         text = f"--{name} {more / 1e9:g}GB{'/s' if name == 'link' else ''}"
         found.append((text, replace(request, **{name: int(more)})))
-    found.append(("--prefetch 0", replace(request, prefetch=0)) if request.prefetch else ("--prefetch 2", replace(request, prefetch=2)))  # fmt: skip
+    other = 0 if request.prefetch else 2
+    found.append((f"--prefetch {other}", replace(request, prefetch=other)))
     if request.prefetch and request.look_ahead + 1 < len(sizes.layers):
         further = request.look_ahead + 1
         found.append((f"--look-ahead {further}", replace(request, look_ahead=further)))

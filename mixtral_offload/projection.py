@@ -29,9 +29,12 @@ PROMPT_TOKENS = 500
 
 @dataclass(frozen=True)
 class Projection:
-    """What a plan would do on a card with this trace, its caches warm. hit_rate: of the expert uses; copies_per_token: of
-    guesses and misses; link_use: share of the time; over_floor: time per token over the larger of compute and needed
-    copies; first_token_s: of a prompt of PROMPT_TOKENS, on a cold cache; disk: copies come from a disk."""
+    """What a plan would do on a card with this trace, its caches warm.
+
+    hit_rate: of the expert uses; misses_per_token: copies, guessed in time or not. compute_s: of
+    time_per_token_s. link_use: busy share of the whole replay; over_floor: time per token over the larger of compute and
+    needed copies. first_token_s: of a prompt of PROMPT_TOKENS, on a cold cache. disk: copies come from a disk.
+    """
 
     card: Card
     hit_rate: float

@@ -1,4 +1,4 @@
-"""Made-up routing of a stated locality, for models that nobody has traced: experts that stay, guesses of a stated recall.
+"""Made-up routing for models that nobody has traced: experts that stay as often, guesses right as often as stated.
 
 Knows probabilities and measured hit rates. Knows nothing of models: a recorded trace is always better than these.
 """
@@ -16,17 +16,17 @@ from .plan import Plan
 from .replay import reuse_distances
 from .trace import RoutingTrace
 
-#: share of needed experts among two guesses made one layer before, by layer, the last for all further ones, on
-#: Mixtral-8x7B (AdapMoE, 2408.10284); layer 0 has no layer before it
+#: accuracy of guesses made one layer before, by layer (the last for all further ones), on Mixtral-8x7B (AdapMoE,
+#: 2408.10284); layer 0 has no layer before it
 MIXTRAL_RECALL = (0.0, 0.57, 0.72, 0.79, 0.88)
-#: what each further layer of distance leaves of the recall: .81, .74, .67 at distances 1, 2, 3 on a small trained Mixtral
+#: what each further layer of distance leaves of the recall: .81, .74, .67 at distances 1, 2, 3 on a small Mixtral
 RECALL_FALL = 0.91
 FIT_TOKENS, FIT_LAYERS, FIT_STEPS = 1500, 4, 18
 
 
 @dataclass(frozen=True)
 class Curve:
-    """hit_rates: cache slots per layer -> hit rate of an LRU cache, of a model with 8 experts per layer and 2 per token."""
+    """hit_rates: cache slots per layer -> hit rate of an LRU cache. n_experts, top_k: of the measured model's layers."""
 
     hit_rates: dict[int, float]
     source: str
@@ -109,7 +109,7 @@ def with_plan(trace: RoutingTrace, plan: Plan) -> RoutingTrace:
 
 
 def _sticky(n_tokens: int, n_layers: int, n_experts: int, top_k: int, stay: float, random) -> np.ndarray:
-    """int16 [N, L, k]: those kept get the lowest scores, so the rest of the k lowest is a uniform draw of the others."""
+    """int16 [N, L, k]: those kept get the lowest scores; the rest of the k lowest is a uniform draw of the others."""
     layers = np.arange(n_layers)[:, None]
     experts = np.empty((n_tokens, n_layers, top_k), np.int16)
     for token in range(n_tokens):
