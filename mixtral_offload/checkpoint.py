@@ -137,8 +137,6 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 def read_config(folder: Path):
     """transformers' configuration of the checkpoint; refuses folders without one and dense models."""
-    from transformers import AutoConfig
-
     if not folder.is_dir():
         raise CheckpointError(
             "no such folder", path=folder, hint="check the path, or give a hub repository as owner/name"
@@ -150,13 +148,7 @@ def read_config(folder: Path):
             expected="config.json",
             found="no such file",
         )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds on a damaged file
-        raise CheckpointError(
-            "cannot read the configuration", path=folder / "config.json", expected="a transformers configuration",
-            found=f"{type(error).__name__}: {error}", hint="download this file again",
-        ) from error  # fmt: skip
+    config = load_config(folder / "config.json")
     if n_experts_of(config):
         return config
     if n_experts_of(config.get_text_config()):
@@ -168,6 +160,19 @@ def read_config(folder: Path):
         f"{config.model_type} is a dense model: it has no experts to offload", path=folder / "config.json",
         expected="num_local_experts, num_experts or n_routed_experts", hint="load it with transformers as it is",
     )  # fmt: skip
+
+
+def load_config(path: Path):
+    """transformers' configuration in this file, of any model that this transformers knows."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds on a damaged file
+        raise CheckpointError(
+            "cannot read the configuration", path=path, expected="a transformers configuration",
+            found=f"{type(error).__name__}: {error}", hint="download this file again",
+        ) from error  # fmt: skip
 
 
 def n_experts_of(config) -> int | None:

@@ -1,4 +1,4 @@
-"""The command line: chat, generate, trace, download, info, convert.
+"""The command line: chat, generate, trace, download, info, plan, convert.
 
 Knows the terminal. Everything it does is a function of the package, called with the options given.
 """
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     commands = {
         "chat": run_chat, "generate": run_generate, "trace": run_trace,
-        "download": run_download, "info": run_info, "convert": run_convert,
+        "download": run_download, "info": run_info, "plan": run_plan, "convert": run_convert,
     }  # fmt: skip
     arguments = build_parser(commands).parse_args(argv)
     try:
@@ -120,6 +120,14 @@ def run_info(arguments) -> None:
     from .info import describe
 
     print(describe(arguments.model, arguments.revision, offload_options(arguments)))
+
+
+def run_plan(arguments) -> None:
+    from .plan_text import describe_plan
+
+    names = ("model", "revision", "bits", "attention_bits", "trace", "curve", "vram", "ram", "link", "bandwidth",
+             "disk", "context_length", "cache_size", "prefetch", "look_ahead")  # fmt: skip
+    print(describe_plan(**{name: getattr(arguments, name) for name in names}))
 
 
 def run_convert(arguments) -> None:

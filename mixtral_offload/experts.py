@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .quantization import WORDS, Fields, Quantization, field_specs, infer, matmul
+from .quantization import Fields, Quantization, field_specs, infer, matmul
 
 #: every tensor starts at a multiple of this many bytes, so that kernels may load whole vectors
 ALIGNMENT = 64
@@ -72,14 +72,6 @@ class ExpertLayout:
     @property
     def stored_bytes(self) -> int:
         return sum(field.n_bytes for field in self.fields)
-
-    def scratch_bytes(self, item_bytes: int, compiled: bool = False) -> int:
-        """What running one expert for many tokens needs beside it: the largest matrix dequantized, and half-way there in
-        fp16; compiled, the matrices that one row of words gives (`packed.planes`)."""
-        if not compiled:
-            return (2 + item_bytes) * max(prod(shape) for shape in self.shapes.values())
-        shares = (WORDS[q.bits][0] / q.group_size if q.bits < 16 else 1 for q in self.quantization.values())
-        return item_bytes * max(int(prod(shape) * of) for shape, of in zip(self.shapes.values(), shares))
 
     def views(self, buffer: Tensor) -> dict[str, Fields]:
         """matrix -> field -> tensor, as views of `buffer` (uint8 [n_bytes]); nothing is copied."""

@@ -124,6 +124,15 @@ def resolve(path_or_repo_id, **kwargs) -> Path:
     return local_folder(path_or_repo_id) or download(path_or_repo_id, **kwargs)
 
 
+def fetch_file(repo_id, name, *, revision=None, endpoint=None, token=None) -> Path:
+    """One small file of a repository, in the hub's cache; an earlier copy where the hub does not answer."""
+    try:
+        where = {"revision": revision, "endpoint": endpoint, "token": token}
+        return Path(hf_hub_download(repo_id, name, **where))
+    except Exception as error:
+        raise _explain(error, repo_id, endpoint) from error
+
+
 def local_folder(path_or_repo_id) -> Path | None:
     """The folder of this name, or None for what can only be a repository. Raises CheckpointError for other paths."""
     text = os.fspath(path_or_repo_id)

@@ -137,10 +137,7 @@ def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedMode
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=options.dtype)
     for name, module in _experts_modules(model):
-        plain = (
-            module.has_gate and module.is_concatenated and not module.has_bias and not module.is_transposed
-        )
-        if not plain or getattr(module, "has_post_expert_norm", False):
+        if not has_plain_experts(module):
             raise CheckpointError(
                 f"experts of {checkpoint.config.model_type} are not supported yet", key=name,
                 expected="gated experts without bias or norm, as in Mixtral, Qwen-MoE or OLMoE",
@@ -148,6 +145,13 @@ def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedMode
         for parameter in list(module._parameters):
             module.register_parameter(parameter, None)
     return model
+
+
+def has_plain_experts(module: nn.Module) -> bool:
+    """Whether these are gated experts as `expert_forward` runs them: no bias, no norm, transformers' usual layout."""
+    plain = {"has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False}
+    as_usual = all(getattr(module, name, None) is value for name, value in plain.items())
+    return as_usual and not getattr(module, "has_post_expert_norm", False)
 
 
 def _experts_modules(model: nn.Module):

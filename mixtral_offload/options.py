@@ -16,7 +16,7 @@ import torch
 from .checkpoint import Checkpoint
 from .errors import OptionError
 from .experts import ROWS
-from .packed import choose
+from .packed import choose, dequantized_bytes
 from .plan import Plan, Sizes, make_plan, parse_size
 from .policy import make_policy
 
@@ -128,9 +128,16 @@ def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
     sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
     cache_size = checkpoint.recommended_cache_size if options.cache_size is None else options.cache_size
     why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
+    return plan_within(sizes, *budgets(options), trunk_bytes(checkpoint, options), options, cache_size, why)
+
+
+def plan_within(
+    sizes: Sizes, device: int, ram: int, beside: int, options: OffloadOptions, cache_size, why: str = "as asked"
+) -> Plan:  # fmt: skip
+    """The plan within so many bytes on the device and in RAM; beside: device bytes of all that is no expert. A margin on
+    CUDA, and rows for guesses where experts are copied at all, are left free. options: with `prefetch` filled in."""
     on_cpu = options.device.type == "cpu"
-    device, ram = budgets(options)
-    device -= trunk_bytes(checkpoint, options) + (0 if on_cpu else MARGIN_BYTES)
+    device -= beside + (0 if on_cpu else MARGIN_BYTES)
     rest = {"cache_size": cache_size, "store": options.store, "shared_memory": on_cpu, "why": why}
     plan = make_plan(sizes, max(device, 0), ram, **rest)
     if plan.home is None or not options.n_staging:
@@ -155,7 +162,7 @@ def budgets(options: OffloadOptions) -> tuple[int, int]:
 def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, int]:
     """Device bytes beside the experts, by name: the "trunk"; for the context the "KV cache"; and as "scratch" the
     activations of one layer's experts and one dequantized matrix."""
-    config, item = checkpoint.config, options.dtype.itemsize
+    config, layout, item = checkpoint.config, checkpoint.layout, options.dtype.itemsize
     trunk = sum(
         tensor.n_elements * item if tensor.dtype.is_floating_point and ".meta." not in key else tensor.n_bytes
         for key, tensor in checkpoint.trunk.items()
@@ -163,17 +170,17 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     context = min(options.context_length, config.max_position_embeddings)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context * item
-    intermediate, hidden = checkpoint.layout.shapes["gate"]
-    compiled, _ = choose(options.compile, checkpoint.layout, options.device)
-    # of all tokens: sorted, results, and the product with the weights; of one part of an expert's tokens: gate, up, both
-    activations = item * (
-        2 * checkpoint.top_k * hidden * context + (4 * intermediate + 2 * hidden) * min(context, ROWS)
-    )
-    return {
-        "trunk": trunk,
-        "KV cache": kv,
-        "scratch": activations + checkpoint.layout.scratch_bytes(item, compiled),
-    }
+    compiled, _ = choose(options.compile, layout, options.device)
+    kinds = {(layout.shapes[matrix], layout.quantization[matrix]) for matrix in layout.shapes}
+    dequantized = max(dequantized_bytes(*kind, item, compiled) for kind in kinds)
+    scratch = scratch_bytes(context, item, checkpoint.top_k, *reversed(layout.shapes["gate"])) + dequantized
+    return {"trunk": trunk, "KV cache": kv, "scratch": scratch}
+
+
+def scratch_bytes(context: int, item: int, top_k: int, hidden: int, intermediate: int) -> int:
+    """The activations of one layer's experts for `context` tokens of `item` bytes an element: all results, and their
+    product with the weights; of one expert's tokens at a time gate, up, both together, and their product."""
+    return item * (2 * top_k * hidden * context + (5 * intermediate + 2 * hidden) * min(context, ROWS))
 
 
 def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:

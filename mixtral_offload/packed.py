@@ -104,6 +104,17 @@ def can_pack(shape: tuple[int, int], quantization: Quantization) -> bool:
     return quantization.bits == 16 or shape[0] % quantization.group_size == 0
 
 
+def dequantized_bytes(
+    shape: tuple[int, int], quantization: Quantization, item_bytes: int, compiled: bool
+) -> int:
+    """What multiplying many tokens needs beside the matrix: compiled, the planes of one word; else all of it dequantized,
+    and half-way there in fp16."""
+    n_weights = math.prod(shape)
+    if not compiled or quantization.bits == 16 or not can_pack(shape, quantization):
+        return (2 + item_bytes) * n_weights
+    return item_bytes * WORDS[quantization.bits][0] * n_weights // quantization.group_size
+
+
 def linear(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
     """`x [T, K] @ W.T` -> `[T, N]` by compiled products: token by token where there are few, from planes otherwise."""
     if not can_pack(shape, quantization) or (quantization.bits == 16 and len(x) > PACKED_TOKENS):

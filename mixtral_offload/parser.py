@@ -89,6 +89,36 @@ def add_offload_options(parser) -> None:
     )
 
 
+def add_plan_options(parser) -> None:
+    widths = (16, 8, 4, 3, 2)
+    parser.add_argument(
+        "model", help='folder, config.json or hub repository (only config.json is read), or "demo"'
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument("--vram", required=True, help="device memory that is free, like 15GB")
+    parser.add_argument("--ram", required=True, help="host memory that is free for experts, like 12GB")
+    parser.add_argument(
+        "--link", required=True, help="bytes per second from host to device, like 12GB/s (PCIe 3.0 x16)"
+    )
+    parser.add_argument("--bandwidth", help="the device memory's bytes per second (default: 320GB/s, a T4's)")
+    parser.add_argument("--disk", help="bytes per second from disk, where RAM is too small (default: 1GB/s)")
+    parser.add_argument("--bits", type=int, choices=widths, default=2, help="of the experts (default: 2)")
+    parser.add_argument(
+        "--attention-bits", type=int, choices=widths, default=4, help="of the attention (default: 4)"
+    )
+    parser.add_argument("--context-length", type=int, help="tokens to leave memory for (default: 4096)")
+    parser.add_argument(
+        "--cache-size", type=_cache_size, help='experts per layer on the device (default: "auto")'
+    )
+    routing = parser.add_mutually_exclusive_group()
+    routing.add_argument(
+        "--trace", help="expect the routing of this trace, as `mixtral-offload trace` writes it"
+    )
+    routing.add_argument("--curve", help="expect hit rates like chance, mixtral or demo (default: mixtral)")
+    parser.add_argument("--prefetch", type=int, help="experts of each coming layer to guess (default: 2)")
+    parser.add_argument("--look-ahead", type=int, help="layers ahead to guess for (default: 1)")
+
+
 def add_sampling_options(parser) -> None:
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -155,6 +185,10 @@ COMMANDS = {
         "what a checkpoint holds, what it needs, whether it fits here",
         add_model_options,
         add_offload_options,
+    ),
+    "plan": (
+        "what would go where on a stated card, and how fast it can be: from a model's config.json alone",
+        add_plan_options,
     ),
     "convert": (
         "quantize a checkpoint: one file per expert, readable with safetensors",

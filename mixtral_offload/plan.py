@@ -26,13 +26,13 @@ UNITS = {
 
 
 def parse_size(text: str | int | float) -> int:
-    """Bytes from a number or from text such as `15GB`, `512MiB`."""
+    """Bytes from a number or from text such as `15GB`, `512MiB`; of a rate, like `12GB/s`, those of a second."""
     if isinstance(text, int | float):
         return int(text)
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)(?:/s)?\s*", text)
     if match is None or match[2].upper() not in UNITS:
         raise OptionError(
-            "cannot read a size", expected="a number of bytes, or like 15GB or 512MiB", found=text
+            "cannot read a size", expected="a number of bytes, or like 15GB, 512MiB or 12GB/s", found=text
         )
     return int(float(match[1]) * UNITS[match[2].upper()])
 
@@ -112,7 +112,7 @@ def make_plan(
     """
     room = min(device_bytes // sizes.expert_bytes, sizes.total)
     if isinstance(cache_size, Sequence) and not isinstance(cache_size, str):
-        return _plan_by_layer(sizes, device_bytes, ram_bytes, list(cache_size), store, shared_memory)
+        return _plan_by_layer(sizes, device_bytes, ram_bytes, list(cache_size), store, shared_memory, why)
     _check(sizes, cache_size, store, room // len(sizes.layers), device_bytes)
     if cache_size == sizes.n_experts or (cache_size == "auto" and room == sizes.total):
         reason = f"all {sizes.total} experts fit on the device: none is ever copied"
@@ -160,7 +160,9 @@ def _on_disk(sizes, slots, device_bytes, ram_bytes, store, shared_memory, reason
     return _plan(sizes, 0, slots, "disk", [*reasons, reason])
 
 
-def _plan_by_layer(sizes: Sizes, device_bytes, ram_bytes, wanted: list[int], store, shared_memory) -> Plan:
+def _plan_by_layer(
+    sizes: Sizes, device_bytes, ram_bytes, wanted: list[int], store, shared_memory, why
+) -> Plan:
     """One cache size for each layer, as a trace may say is best (`replay.best_allocation`)."""
     if len(wanted) != len(sizes.layers) or not all(type(n) is int for n in wanted):
         raise OptionError(
@@ -175,7 +177,7 @@ def _plan_by_layer(sizes: Sizes, device_bytes, ram_bytes, wanted: list[int], sto
             expected=gb(used), hint=f"{device_bytes // sizes.expert_bytes} experts fit in all",
         )  # fmt: skip
     ram_bytes = device_bytes - used if shared_memory else ram_bytes
-    reasons = [f"cache of {sum(wanted)} experts, by layer {wanted}: as asked"]
+    reasons = [f"cache of {sum(wanted)} experts, by layer {wanted}: {why}"]
     slots = dict(zip(sizes.layers, wanted))
     if store == "disk":
         return _plan(sizes, 0, slots, "disk", [*reasons, "home on disk: as asked"])

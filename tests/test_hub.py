@@ -384,6 +384,17 @@ def test_one_progress_bar_counts_every_byte_once(server, place, monkeypatch):
     ]
 
 
+def test_one_file_alone(server):
+    path = hub.fetch_file(REPO, "config.json", endpoint=server.endpoint)
+    assert path.read_bytes() == server.files()["config.json"] and set(server.gets) == {"config.json"}
+    with pytest.raises(DownloadError, match="shows no repository someone/else"):
+        hub.fetch_file("someone/else", "config.json", endpoint=server.endpoint)
+    with pytest.raises(DownloadError, match="lacks"):
+        hub.fetch_file(REPO, "nothing.json", endpoint=server.endpoint)
+    server.close()  # an earlier copy serves
+    assert hub.fetch_file(REPO, "config.json", endpoint=server.endpoint) == path
+
+
 def test_resolve(server, tmp_path, monkeypatch):
     assert hub.resolve(tmp_path) == tmp_path and hub.resolve(str(tmp_path)) == tmp_path
     monkeypatch.chdir(tmp_path)

@@ -93,7 +93,8 @@ def test_sizes():
     assert (
         parse_size("15GB") == 15_000_000_000 and parse_size("1.5 GiB") == 1.5 * 2**30 and parse_size(7) == 7
     )
-    for wrong in ("fifteen", "15 parsec", "1.2.3GB"):
+    assert parse_size("12GB/s") == 12_000_000_000 and parse_size("1.5 MiB/s ") == 1.5 * 2**20
+    for wrong in ("fifteen", "15 parsec", "1.2.3GB", "12GB/h", "12/sGB", "12 GB/ s"):
         with pytest.raises(OptionError, match="cannot read a size"):
             parse_size(wrong)
 
