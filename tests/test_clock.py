@@ -1,27 +1,17 @@
-"""A replay with a clock: schedules computed by hand, the live cache on a virtual clock as its twin, and what must hold
-for every trace."""
+"""A replay with a clock: schedules computed by hand, and the shipped model's own trace."""
 
-import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import mixtral_offload.cache
 from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.cache import ExpertCache
-from mixtral_offload.calibrate import _marks, measure_card
 from mixtral_offload.clock import Card, play
-from mixtral_offload.copies import NOW, RUNNING, Copy
 from mixtral_offload.errors import OptionError
 from mixtral_offload.link import NEEDED, RIGHT, WRONG
 from mixtral_offload.offload import DEMO
 from mixtral_offload.played import ATTENTION, BESIDE, EXPERT
-from mixtral_offload.policy import POLICIES
 from mixtral_offload.recorder import record
 from mixtral_offload.replay import simulate
 from mixtral_offload.trace import PREFETCHED, RoutingTrace
@@ -33,6 +23,21 @@ def routed(experts, guesses=None, n_experts=4) -> RoutingTrace:
     """experts [N, L, k], guesses [N, L, D, n]; an expert has 160 bytes, so that a chunk has 10."""
     experts = np.array(experts)
     return RoutingTrace.from_routing(experts, np.ones(experts.shape), n_experts, 160, guesses)
+
+
+def merged(trace, passes) -> RoutingTrace:
+    """The same tokens in fewer passes, with the guesses of each pass's last token."""
+    passes = np.array(passes, np.int32)
+    uses = np.unique(np.stack([passes[trace.use_pass], trace.use_layer, trace.use_expert], 1), axis=0).astype(
+        np.int32
+    )
+    last = np.append(np.flatnonzero(np.diff(passes)), len(passes) - 1)
+    kept = np.isin(trace.guess_pass, last)
+    columns = {name: getattr(trace, name)[kept] for name in vars(trace) if name.startswith("guess_")}
+    columns["guess_pass"] = passes[columns["guess_pass"]]
+    spans = np.zeros((len(last), trace.n_layers, 2))
+    return replace(trace, passes=passes, use_pass=uses[:, 0], use_layer=uses[:, 1], use_expert=uses[:, 2], spans=spans,
+                   **columns)  # fmt: skip
 
 
 def copies(played) -> list[tuple]:
@@ -125,8 +130,8 @@ def test_perfect_guesses_cross_the_end_of_a_token():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"copy_s": 0}, {"attention_s": -1}, {"expert_s": float("nan")}, {"chunks": 1.5}, {"token_s": float("inf")},
-              {"latency_s": -1}, {"host_s": "1"}],
+    "wrong", [{"copy_s": 0}, {"attention_s": -1}, {"expert_s": float("nan")}, {"chunks": 1.5}, {"host_s": "1"},
+              {"token_s": float("inf")}, {"latency_s": -1}],
 )  # fmt: skip
 def test_an_impossible_card_is_refused(wrong):
     with pytest.raises(OptionError, match=f"impossible {next(iter(wrong))}"):
@@ -157,204 +162,6 @@ def test_guesses_that_reach_back_beyond_the_embeddings_are_not_in_the_trace():
     trace = routed([[[0], [1]]], [[[[0], [2]], [[1], [3]]]])
     columns = (trace.guess_pass, trace.guess_from, trace.guess_layer, trace.guess_expert, trace.guess_rank)
     assert np.stack(columns, 1).tolist() == [[0, -1, 0, 0, 0], [0, -1, 1, 3, 0], [0, 0, 1, 1, 0]]
-
-
-# --- the live cache on a virtual clock -------------------------------------------------------------------------------
-
-
-class VirtualEngine:
-    """The copy thread's order of work (`worker.Waiting.pick`, `worker._work`), tick by tick; a chunk takes two ticks."""
-
-    def __init__(self):
-        self.now, self.n_asked, self.waiting, self.under_way, self.left = 0, 0, [], None, 0
-
-    def start(self, copy):
-        self.n_asked += 1
-        copy.asked_s, copy.engine = self.n_asked, self  # only the order matters
-        self.waiting.append(copy)
-
-    def promote(self, copy):
-        copy.due = NOW
-
-    def cancel(self, copy):
-        copy.cancel()
-        if self.under_way is None:
-            self._sort_out()
-
-    def _sort_out(self):
-        for copy in [copy for copy in self.waiting if copy.cancelled]:
-            copy.state = "abandoned"
-            self.waiting.remove(copy)
-
-    def tick(self):
-        if self.under_way is None and self.waiting:
-            self.under_way, self.left = min(self.waiting, key=lambda copy: copy.due), 2
-            self.under_way.state = RUNNING
-            self.under_way.moved_bytes += 10
-        self.now += 1
-        self.left -= 1
-        if self.under_way is not None and self.left == 0:
-            copy, self.under_way = self.under_way, None
-            if copy.moved_bytes == copy.n_bytes and not copy.cancelled:
-                copy.state = "done"
-                self.waiting.remove(copy)
-            self._sort_out()
-
-    def advance(self, ticks):
-        for _ in range(ticks):
-            self.tick()
-
-
-class VirtualCopy(Copy):
-    def wait(self):
-        while self.state != "done":
-            assert not self.cancelled
-            self.engine.tick()
-
-
-def twin(trace, card, slots, policy, shared, prefetch, look_ahead) -> SimpleNamespace:
-    """The trace through the real `ExpertCache`; times in ticks, of which a chunk takes two."""
-    engine = VirtualEngine()
-    layout = SimpleNamespace(n_bytes=160, views=lambda row: row)
-    store = SimpleNamespace(pieces=lambda key: [(0, torch.empty(160, dtype=torch.uint8))])
-    n_staging = prefetch * look_ahead + 1 if prefetch else 0
-    cache = ExpertCache(layout, dict.fromkeys(range(trace.n_layers), (slots, ())), store, engine, torch.device("cpu"),
-                        policy=POLICIES[policy], shared=shared, n_staging=n_staging)  # fmt: skip
-    pass_s = []
-    for number in range(trace.n_passes):
-        begin = engine.now
-        engine.advance(int(card.token_s))
-        guess(trace, cache, number, -1, prefetch, look_ahead)
-        for layer in range(trace.n_layers):
-            engine.advance(int(card.attention_s))
-            needed = trace.use_expert[(trace.use_pass == number) & (trace.use_layer == layer)]
-            for _ in cache.serve(layer, sorted(needed.tolist())):
-                engine.advance(int(card.expert_s))
-            guess(trace, cache, number, layer, prefetch, look_ahead)
-        pass_s.append(engine.now - begin)
-    engine.advance(2)
-    cache.settle()
-    return SimpleNamespace(pass_s=pass_s, stats=cache.stats)
-
-
-def guess(trace, cache, number, made_after, prefetch, look_ahead):
-    for distance in range(1, look_ahead + 1) if prefetch else ():
-        layer = made_after + distance
-        asked = (trace.guess_pass == number) & (trace.guess_from == made_after) & (trace.guess_layer == layer)
-        if asked.any():
-            cache.prefetch(
-                layer, trace.guess_expert[asked & (trace.guess_rank < prefetch)].tolist(), distance
-            )
-
-
-def merged(trace, passes) -> RoutingTrace:
-    """The same tokens in fewer passes, with the guesses of each pass's last token."""
-    passes = np.array(passes, np.int32)
-    uses = np.unique(np.stack([passes[trace.use_pass], trace.use_layer, trace.use_expert], 1), axis=0).astype(
-        np.int32
-    )
-    last = np.append(np.flatnonzero(np.diff(passes)), len(passes) - 1)
-    kept = np.isin(trace.guess_pass, last)
-    columns = {name: getattr(trace, name)[kept] for name in vars(trace) if name.startswith("guess_")}
-    columns["guess_pass"] = passes[columns["guess_pass"]]
-    spans = np.zeros((len(last), trace.n_layers, 2))
-    return replace(trace, passes=passes, use_pass=uses[:, 0], use_layer=uses[:, 1], use_expert=uses[:, 2], spans=spans,
-                   **columns)  # fmt: skip
-
-
-@st.composite
-def traces(draw, n_experts=5, top_k=2):
-    """With a prompt's pass of up to three tokens first; guesses up to 2 experts and 3 layers ahead."""
-    n, n_layers, prompt = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    experts = random.random((n, n_layers, n_experts)).argsort(-1)[..., :top_k]
-    guesses = random.random((n, n_layers, 3, n_experts)).argsort(-1)[..., :2]
-    right = random.random(guesses.shape[:3]) < draw(st.sampled_from((0.0, 0.5, 0.9)))
-    guesses[right] = np.broadcast_to(experts[:, :, None], guesses.shape)[right]
-    return merged(routed(experts, guesses, n_experts), np.maximum(np.arange(n) - prompt + 1, 0))
-
-
-def plays(trace):
-    """Random arguments for `play`."""
-    return st.fixed_dictionaries({
-        "cache_size": st.integers(2, 5), "policy": st.sampled_from(("lru", "lfu")), "shared": st.booleans(),
-        "prefetch": st.integers(0, 2), "look_ahead": st.integers(1, min(3, trace.n_layers)),
-    })  # fmt: skip
-
-
-whole = st.integers(1, 40).map(float)
-cards = st.builds(
-    Card, copy_s=st.just(32.0), attention_s=whole, expert_s=st.integers(1, 9).map(float), token_s=whole
-)
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.data())
-def test_it_is_the_live_cache_on_a_virtual_clock(data):
-    trace, card = data.draw(traces()), data.draw(cards)
-    options = data.draw(plays(trace))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixtral_offload.cache, "Copy", VirtualCopy)
-        live = twin(trace, card, options["cache_size"], options["policy"], options["shared"], options["prefetch"],
-                    options["look_ahead"])  # fmt: skip
-    played = play(trace, card, **options)
-    assert played.pass_s.tolist() == live.pass_s
-    for name in ("hits", "misses", "prefetched", "guesses", "wasted_bytes", "bytes_moved"):
-        assert getattr(played, name) == getattr(live.stats, name), name
-
-
-# --- what must hold for every trace ----------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.data())
-def test_time_counts_and_the_link_are_consistent(data):
-    trace = data.draw(traces())
-    seconds = st.floats(0.01, 30)
-    card = data.draw(st.builds(Card, copy_s=seconds, attention_s=seconds, expert_s=seconds, token_s=st.floats(0, 9),
-                               host_s=st.floats(0, 40), latency_s=st.floats(0, 2), chunks=st.integers(1, 20)))  # fmt: skip
-    options = data.draw(plays(trace))
-    played = play(trace, card, **options, keep_events=True)
-    counts = simulate(trace, **{name: options[name] for name in ("cache_size", "policy", "shared")})
-    assert (played.hits, played.misses) == (counts.hits, counts.misses)
-    assert played.bytes_moved - played.wasted_bytes == counts.bytes_moved
-    assert played.prefetched <= min(played.misses, played.guesses)
-    total, tiny = played.pass_s.sum(), 1e-9 * played.pass_s.sum()
-    assert (played.pass_s >= np.maximum(played.pass_compute_s, played.pass_misses * card.copy_s) - tiny).all()
-    assert not played.decoding.any() or played.over_floor >= 1 - 1e-9
-    events = played.events
-    for spans in (events.copy_span_s, events.part_span_s):
-        assert (spans[1:, 0] >= spans[:-1, 1] - tiny).all() and (spans[:, 1] >= spans[:, 0]).all()
-    assert np.isclose(np.diff(events.copy_span_s).sum(), played.link_busy_s)
-    assert played.link_busy_s <= total + card.copy_s / card.chunks + tiny
-    assert np.isclose(np.diff(events.part_span_s).sum() + played.stall_s.sum(), total)
-    assert set(events.copy_kind.tolist()) <= {
-        NEEDED,
-        RIGHT,
-        WRONG,
-    }  # nothing stays open: guesses are for their own pass
-    runs = events.part_kind == EXPERT
-    for layer, expert in set(zip(events.part_layer[runs].tolist(), events.part_expert[runs].tolist())):
-        here = (events.part_layer == layer) & (events.part_expert == expert)
-        first_s = events.part_span_s[here, 0].min()  # before which a whole copy has crossed the link
-        crossed = [end - begin for *key, kind, begin, end in copies(played)
-                   if key == [layer, expert] and kind != WRONG and end <= first_s + tiny]  # fmt: skip
-        assert sum(crossed) >= card.copy_s - tiny
-    assert play(trace, card, **options).pass_s.tolist() == played.pass_s.tolist()
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.data())
-def test_perfect_guesses_never_cost_time(data):
-    """All misses of each layer, asked for in the order needed: the link carries the same, in the same order, earlier."""
-    trace, card = data.draw(traces()), data.draw(cards)
-    card = replace(card, copy_s=data.draw(st.floats(0.1, 60)), latency_s=data.draw(st.floats(0, 3)))
-    size, look_ahead = data.draw(st.integers(2, 5)), data.draw(st.integers(1, trace.n_layers))
-    without = play(trace, card, cache_size=size)
-    perfect = play(trace, card, cache_size=size, prefetch=5, look_ahead=look_ahead, perfect=True)
-    assert perfect.wasted_bytes == 0 and perfect.prefetched == perfect.misses == without.misses
-    assert (perfect.begins_s <= without.begins_s + 1e-9 * without.begins_s[-1]).all()
-    assert perfect.pass_s.sum() >= max(perfect.compute_s, perfect.misses * card.copy_s) - 1e-6
 
 
 # --- the shipped model -----------------------------------------------------------------------------------------------
@@ -422,22 +229,3 @@ def test_guesses_bring_the_time_down_towards_the_floor(recorded):
         perfect = play(trace, card, cache_size=size, prefetch=2, look_ahead=2, perfect=True)
         assert 1 <= perfect.over_floor < two.over_floor
     assert simulate(trace, 2).timing is None
-
-
-def test_a_card_is_measured_on_the_live_model():
-    model = from_pretrained(cache_size=2, prefetch=2)
-    held, began = model.offload.prefetcher, time.perf_counter()
-    card = measure_card(model)
-    took = time.perf_counter() - began
-    token_s = card.token_s + 6 * (card.attention_s + 2 * card.expert_s)
-    assert 0 < card.copy_s < card.attention_s and 0 < card.expert_s < card.attention_s < token_s / 6
-    assert 0.2 * took < token_s * 2 * 24 < took  # two runs of 24 tokens, and little else
-    _marks(model, 8)
-    assert (model.offload.stats.misses, model.offload.stats.hits) == (12, 7 * 12)  # it repeats itself
-    assert model.offload.prefetcher is held and not model.model.layers[0]._forward_pre_hooks
-    with record(model), pytest.raises(OptionError, match="being recorded"):
-        measure_card(model)
-    with pytest.raises(OptionError, match="n_passes"):
-        measure_card(model, 3)
-    with pytest.raises(OptionError, match="copies nothing"):
-        measure_card(from_pretrained(cache_size=8))
