@@ -64,6 +64,8 @@ class Offload:
     def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
         """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
         with self.cache.lock:
+            if self.recorder is not None:
+                self.recorder.add_guess(layer, experts, distance)
             self.cache.prefetch(layer, experts, distance)
 
     def settings(self) -> dict:

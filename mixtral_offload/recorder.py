@@ -7,7 +7,7 @@ into arrays at the end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -27,6 +27,7 @@ class Recorder:
         self._ids: list[Tensor] = []
         self._parts: list[tuple[int, int, Tensor, Tensor, float, float, int]] = []
         self._journal: list = []
+        self._guesses: list[tuple[int, int, list[int], int]] = []
         self.trace: RoutingTrace | None = None
         self.start()
 
@@ -43,6 +44,11 @@ class Recorder:
         now = time.perf_counter()
         part = len(self._ids) - 1, layer, top_k_index, top_k_weights, began_s, now, len(self._journal)
         self._parts.append(part)
+
+    def add_guess(self, layer: int, experts: Sequence[int], distance: int) -> None:
+        """Experts that `layer`, `distance` layers from now, will probably need, likeliest first: asked for, not yet
+        looked at."""
+        self._guesses.append((len(self._ids) - 1, layer, list(experts), distance))
 
     @property
     def n_tokens(self) -> int:
@@ -93,7 +99,7 @@ class Recorder:
         return RoutingTrace(
             tokens=tokens.astype(np.int64), passes=np.repeat(np.arange(len(ids)), [len(of) for of in ids]).astype(np.int32),
             experts=np.stack(experts, 1).astype(np.int16), weights=np.stack(weights, 1).astype(np.float32),
-            **self._journal_arrays(passes, number), spans=spans.transpose(1, 0, 2) - self._began_s,
+            **self._journal_arrays(passes, number), **self._guess_arrays(passes, number), spans=spans.transpose(1, 0, 2) - self._began_s,
             settings=self._offload.settings(), counters=asdict(self._offload.stats), pieces=pieces,
         )  # fmt: skip
 
@@ -113,6 +119,19 @@ class Recorder:
                 else:
                     wrong.append((number[entry.key[0]], entry.key[1], *row))
         return _columns("use", used, self._began_s) | _columns("wrong", wrong, self._began_s)
+
+    def _guess_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
+        """The columns guess_* of the trace. passes: those to keep -> their number in the trace."""
+        rows = [
+            (passes[in_pass], number[layer] - distance, number[layer], expert, rank)
+            for in_pass, layer, experts, distance in self._guesses if in_pass in passes
+            for rank, expert in enumerate(experts)
+        ]  # fmt: skip
+        columns = np.array(rows, np.int32).reshape(-1, 5).T
+        return {
+            f"guess_{name}": column
+            for name, column in zip(("pass", "from", "layer", "expert", "rank"), columns)
+        }
 
 
 def _columns(kind: str, rows: list[tuple], began_s: float) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,16 +17,20 @@ from .errors import OptionError
 from .policy import LOAD, POLICIES, Belady, Policy, Pool, serve
 from .trace import RoutingTrace
 
+if TYPE_CHECKING:
+    from .clock import Card, Played
+
 BELADY = "belady"
 
 
 @dataclass(frozen=True)
 class Replay:
-    """hit: bool, for each use of the trace. The counts by layer are int64 [L]."""
+    """hit: bool, for each use of the trace. The counts by layer are int64 [L]. timing: if it was played on a card."""
 
     trace: RoutingTrace
     hit: np.ndarray
     settings: dict
+    timing: Played | None = None
 
     @property
     def hits(self) -> int:
@@ -53,13 +58,45 @@ class Replay:
 
 def simulate(
     trace: RoutingTrace, cache_size: int | Sequence[int] | None = None, policy: str | None = None,
-    shared: bool | None = None, watch: Callable[[int, int, Pool], None] | None = None,
+    shared: bool | None = None, watch: Callable[[int, int, Pool], None] | None = None, *,
+    card: Card | None = None, prefetch: int = 0, look_ahead: int = 1,
 ) -> Replay:  # fmt: skip
     """Replay under these settings; what is None stays as it was in the run (residents too, if cache_size is None).
 
     cache_size: slots of each layer, or one number for all. policy: "lru", "lfu", "lrfu" or "belady". shared: one pool
-    for all layers, as large as the layers' slots together. watch: called with (pass, layer, pool) before each. Raises OptionError for what no run could have.
+    for all layers, as large as the layers' slots together. watch: called with (pass, layer, pool) before each. card: play
+    it against time too (`clock.play`); only then do prefetch and look_ahead matter. Raises OptionError for what no run
+    could have.
     """
+    slots, residents, policy, shared = resolve_settings(trace, cache_size, policy, shared)
+    if prefetch and card is None:
+        raise OptionError("guesses change no hits, only times", found=f"prefetch={prefetch} without a card",
+                          hint="simulate(..., card=Card(...), prefetch=...)")  # fmt: skip
+    keys, bounds, uses = ordered_uses(trace)
+    hit = np.zeros(len(keys), bool)
+    pools = make_pools(trace, keys, slots, residents, policy, shared)
+    starts = uses[bounds[:-1]]
+    for number, layer, begin, end in zip(
+        trace.use_pass[starts].tolist(), trace.use_layer[starts].tolist(), bounds, bounds[1:]
+    ):
+        if watch is not None:
+            watch(number, layer, pools[layer])
+        _serve(pools[layer], keys[begin:end], hit, begin)
+    in_order = np.empty_like(hit)
+    in_order[uses] = hit
+    timing = None
+    if card is not None:
+        from .clock import play  # which is built on this file
+
+        timing = play(trace, card, cache_size=cache_size, policy=policy, shared=shared, prefetch=prefetch,
+                      look_ahead=look_ahead)  # fmt: skip
+    return Replay(trace, in_order, {"slots": slots, "policy": policy, "shared_slots": shared}, timing)
+
+
+def resolve_settings(
+    trace: RoutingTrace, cache_size: int | Sequence[int] | None, policy: str | None, shared: bool | None
+) -> tuple[list[int], list[Sequence[int]], str, bool]:
+    """Slots and residents by layer, policy, and whether there is one pool: as given or, where None, as in the run."""
     run = trace.settings
     policy = run["policy"] if policy is None else policy
     shared = run["shared_slots"] if shared is None else shared
@@ -70,22 +107,10 @@ def simulate(
         raise OptionError("impossible cache_size", expected=expected, found=cache_size)
     if policy not in (*POLICIES, BELADY):
         raise OptionError("unknown policy", expected=", ".join((*POLICIES, BELADY)), found=policy)
-    keys, bounds, uses = _passes(trace)
-    hit = np.zeros(len(keys), bool)
-    pools = _pools(trace, keys, slots, residents, policy, shared)
-    starts = uses[bounds[:-1]]
-    for number, layer, begin, end in zip(
-        trace.use_pass[starts].tolist(), trace.use_layer[starts].tolist(), bounds, bounds[1:]
-    ):
-        if watch is not None:
-            watch(number, layer, pools[layer])
-        _serve(pools[layer], keys[begin:end], hit, begin)
-    in_order = np.empty_like(hit)
-    in_order[uses] = hit
-    return Replay(trace, in_order, {"slots": slots, "policy": policy, "shared_slots": shared})
+    return slots, residents, policy, shared
 
 
-def _passes(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]:
+def ordered_uses(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]:
     """Keys (layer * E + expert) in the order in which the live cache is asked, where each pass of a layer begins
     (and the last ends), and the number of the trace's use for each."""
     uses = np.lexsort((trace.use_expert, trace.use_layer, trace.use_pass))
@@ -95,7 +120,15 @@ def _passes(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]:
     return keys.tolist(), [0, *changes.tolist(), len(uses)] if len(uses) else [0], uses
 
 
-def _pools(trace: RoutingTrace, keys, slots, residents, policy: str, shared: bool) -> list[Pool]:
+def make_pools(
+    trace: RoutingTrace,
+    keys: Sequence[int],
+    slots: Sequence[int],
+    residents: Sequence[Sequence[int]],
+    policy: str,
+    shared: bool,
+) -> list[Pool]:
+    """The pool of each layer (one and the same if shared); keys: all uses in their order, which only Belady looks at."""
     n = trace.n_experts
     resident = frozenset(layer * n + expert for layer, of in enumerate(residents) for expert in of)
 
@@ -189,7 +222,7 @@ def reuse_distances(trace: RoutingTrace) -> np.ndarray:
 
     Column d counts uses at distance d (an LRU cache of more than d slots has them); the last one counts first uses.
     """
-    keys, bounds, uses = _passes(trace)
+    keys, bounds, uses = ordered_uses(trace)
     found = np.zeros((trace.n_layers, trace.n_experts + 1), np.int64)
     recent: list[list[int]] = [[] for _ in range(trace.n_layers)]  # most recent first
     layers = trace.use_layer[uses].tolist()

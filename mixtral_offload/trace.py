@@ -17,7 +17,7 @@ from .errors import OptionError
 
 HIT, MISS, PREFETCHED = 0, 1, 2
 OUTCOMES = ("hit", "miss", "prefetched")
-FORMAT = "mixtral_offload.RoutingTrace/1"
+FORMAT = "mixtral_offload.RoutingTrace/2"
 
 
 @dataclass
@@ -31,6 +31,9 @@ class RoutingTrace:
     stood still for it; use_at_s: float64, when it began to run; use_bytes: int64 copied; use_copy_s: float64 [., 2],
     begin and end of the copy, nan if none.
     wrong_*: one entry per guess that was not used: wrong_pass, wrong_layer, wrong_expert, wrong_bytes, wrong_copy_s.
+    guess_*: int32 [G], one entry per guess that was asked for, whether or not a copy came of it: guess_pass, the pass in
+    (and for) which it was made; guess_from, the layer after which (-1: from the embeddings); guess_layer and guess_expert,
+    what was guessed; guess_rank, 0 for the likeliest. In the order in which they were made.
     spans: float64 [P, L, 2], begin and end of the experts' part of each layer.
     Times are the host's: on CUDA with pinned memory, copies end when they are asked for, and nothing is waited for.
     settings: of the run (model, slots by layer, residents, policy, prefetch ...); counters: its CacheStats.
@@ -54,6 +57,11 @@ class RoutingTrace:
     wrong_expert: np.ndarray
     wrong_bytes: np.ndarray
     wrong_copy_s: np.ndarray
+    guess_pass: np.ndarray
+    guess_from: np.ndarray
+    guess_layer: np.ndarray
+    guess_expert: np.ndarray
+    guess_rank: np.ndarray
     spans: np.ndarray
     settings: dict = field(default_factory=dict)
     counters: dict = field(default_factory=dict)
@@ -121,9 +129,14 @@ class RoutingTrace:
 
     @classmethod
     def from_routing(
-        cls, experts: np.ndarray, weights: np.ndarray, n_experts: int, expert_bytes: int = 0, **settings
-    ) -> RoutingTrace:
-        """A trace of known routing, as if generated token by token: experts and weights [N, L, k]; nothing was copied."""
+        cls, experts: np.ndarray, weights: np.ndarray, n_experts: int, expert_bytes: int = 0,
+        guesses: np.ndarray | None = None, **settings,
+    ) -> RoutingTrace:  # fmt: skip
+        """A trace of known routing, as if generated token by token: experts and weights [N, L, k]; nothing was copied.
+
+        guesses: int [N, L, D, n], the n experts guessed for token, layer and look-ahead 1..D, the likeliest first; those
+        of a look-ahead that reaches back beyond the embeddings are not looked at. Raises OptionError for another shape.
+        """
         n, n_layers = experts.shape[:2]
         uses = np.sort(experts, -1).ravel()
         number, layer = (axis.ravel() for axis in np.indices(experts.shape)[:2])
@@ -135,7 +148,8 @@ class RoutingTrace:
             weights=weights.astype(np.float32), use_pass=number.astype(np.int32), use_layer=layer.astype(np.int32),
             use_expert=uses.astype(np.int32), use_outcome=np.zeros(len(uses), np.uint8), use_wait_s=zeros, use_at_s=zeros,
             use_bytes=zeros.astype(np.int64), use_copy_s=none, wrong_pass=nothing, wrong_layer=nothing, wrong_expert=nothing,
-            wrong_bytes=nothing.astype(np.int64), wrong_copy_s=np.zeros((0, 2)), spans=np.zeros((n, n_layers, 2)), settings=run,
+            wrong_bytes=nothing.astype(np.int64), wrong_copy_s=np.zeros((0, 2)),
+            **_guess_columns(guesses, experts.shape, n_experts), spans=np.zeros((n, n_layers, 2)), settings=run,
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
@@ -164,3 +178,22 @@ class RoutingTrace:
             raise OptionError("not a routing trace", path=path, expected=FORMAT, found=metadata.get("format"))
         rest = {name: json.loads(metadata[name]) for name in ("settings", "counters", "pieces")}
         return cls(**arrays, **rest)
+
+
+def _guess_columns(
+    guesses: np.ndarray | None, routed: tuple[int, ...], n_experts: int
+) -> dict[str, np.ndarray]:
+    """The columns guess_* of guesses [N, L, D, n] (see `from_routing`); routed: the shape [N, L, k] of the experts."""
+    guesses = np.zeros((*routed[:2], 0, 0), int) if guesses is None else np.asarray(guesses)
+    if guesses.ndim != 4 or guesses.shape[:2] != routed[:2]:
+        raise OptionError("guesses of another shape", expected=f"[{routed[0]}, {routed[1]}, look-aheads, experts]",
+                          found=list(guesses.shape))  # fmt: skip
+    if guesses.size and not 0 <= guesses.min() <= guesses.max() < n_experts:
+        raise OptionError("impossible guesses", expected=f"experts 0 to {n_experts - 1}",
+                          found=f"{guesses.min()} to {guesses.max()}")  # fmt: skip
+    number, layer, ahead, rank = (axis.ravel() for axis in np.indices(guesses.shape))
+    made_after = layer - ahead - 1
+    order = np.lexsort((rank, layer, made_after, number))
+    order = order[made_after[order] >= -1]
+    columns = {"pass": number, "from": made_after, "layer": layer, "expert": guesses.ravel(), "rank": rank}
+    return {f"guess_{name}": column[order].astype(np.int32) for name, column in columns.items()}

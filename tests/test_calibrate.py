@@ -1,0 +1,44 @@
+"""A card is measured on a live model, part by part, and the model is left as it was."""
+
+import time
+
+import pytest
+
+from mixtral_offload import from_pretrained
+from mixtral_offload.calibrate import (
+    EXPERTS,
+    EXPERTS_END,
+    LAYERS,
+    LAYERS_END,
+    _marks,
+    _token_parts,
+    measure_card,
+)
+from mixtral_offload.errors import OptionError
+from mixtral_offload.recorder import record
+
+
+def test_a_token_is_taken_apart():
+    kinds = [LAYERS, EXPERTS, EXPERTS_END, EXPERTS, EXPERTS_END, LAYERS_END]
+    slow, token = [0, 5, 9, 12, 14, 20], [0, 3, 4, 7, 9, 10]  # the first two warm up; 5 between two tokens
+    times = [25 * number + at for number, of in enumerate([slow, slow, token, token, token]) for at in of]
+    assert _token_parts(list(zip(kinds * 5, times)), 2) == (25 - 10, 10 - 3, 3)
+
+
+def test_a_card_is_measured_on_the_live_model():
+    model = from_pretrained(cache_size=2, prefetch=2)
+    held, began = model.offload.prefetcher, time.perf_counter()
+    card = measure_card(model)
+    took = time.perf_counter() - began
+    token_s = card.token_s + 6 * (card.attention_s + 2 * card.expert_s)
+    assert min(card.copy_s, card.attention_s, card.expert_s, card.token_s) > 0 and card.chunks == 1
+    assert 0.05 * took < token_s * 2 * 24 < 2 * took  # two runs of 24 tokens, and little else
+    _marks(model, 8)
+    assert (model.offload.stats.misses, model.offload.stats.hits) == (12, 7 * 12)  # it repeats itself
+    assert model.offload.prefetcher is held and not model.model.layers[0]._forward_pre_hooks
+    with record(model), pytest.raises(OptionError, match="being recorded"):
+        measure_card(model)
+    with pytest.raises(OptionError, match="n_passes"):
+        measure_card(model, 3)
+    with pytest.raises(OptionError, match="copies nothing"):
+        measure_card(from_pretrained(cache_size=8))

@@ -1,0 +1,231 @@
+"""A replay with a clock: schedules computed by hand, and the shipped model's own trace."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mixtral_offload import from_pretrained, load_tokenizer
+from mixtral_offload.clock import Card, play
+from mixtral_offload.errors import OptionError
+from mixtral_offload.link import NEEDED, RIGHT, WRONG
+from mixtral_offload.offload import DEMO
+from mixtral_offload.played import ATTENTION, BESIDE, EXPERT
+from mixtral_offload.recorder import record
+from mixtral_offload.replay import simulate
+from mixtral_offload.trace import PREFETCHED, RoutingTrace
+
+CARD = Card(copy_s=16, attention_s=8, expert_s=2, token_s=1)  # a chunk takes 1
+
+
+def routed(experts, guesses=None, n_experts=4) -> RoutingTrace:
+    """experts [N, L, k], guesses [N, L, D, n]; an expert has 160 bytes, so that a chunk has 10."""
+    experts = np.array(experts)
+    return RoutingTrace.from_routing(experts, np.ones(experts.shape), n_experts, 160, guesses)
+
+
+def merged(trace, passes) -> RoutingTrace:
+    """The same tokens in fewer passes, with the guesses of each pass's last token."""
+    passes = np.array(passes, np.int32)
+    uses = np.unique(np.stack([passes[trace.use_pass], trace.use_layer, trace.use_expert], 1), axis=0).astype(
+        np.int32
+    )
+    last = np.append(np.flatnonzero(np.diff(passes)), len(passes) - 1)
+    kept = np.isin(trace.guess_pass, last)
+    columns = {name: getattr(trace, name)[kept] for name in vars(trace) if name.startswith("guess_")}
+    columns["guess_pass"] = passes[columns["guess_pass"]]
+    spans = np.zeros((len(last), trace.n_layers, 2))
+    return replace(trace, passes=passes, use_pass=uses[:, 0], use_layer=uses[:, 1], use_expert=uses[:, 2], spans=spans,
+                   **columns)  # fmt: skip
+
+
+def copies(played) -> list[tuple]:
+    """(layer, expert, kind, begin, end) of each stretch on the link."""
+    events = played.events
+    rows = zip(events.copy_layer, events.copy_expert, events.copy_kind, *events.copy_span_s.T)
+    return [tuple(map(float, row)) for row in rows]
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_guesses_each_miss_is_waited_for_from_its_routing_on():
+    played = play(routed([[[0], [1]], [[0], [1]]]), CARD, cache_size=1, keep_events=True)
+    # embedding to 1, attention to 9, copy to 25, expert to 27; attention to 35, copy to 51, expert to 53
+    assert copies(played) == [(0, 0, NEEDED, 9, 25), (1, 1, NEEDED, 35, 51)]
+    assert played.pass_s.tolist() == [53, 1 + 2 * (8 + 2)] and played.stall_s.tolist() == [[16, 16], [0, 0]]
+    assert (played.hits, played.misses, played.prefetched) == (2, 2, 0)
+    assert (played.bytes_moved, played.wasted_bytes, played.link_busy_s) == (320, 0, 32)
+    assert played.time_per_token == 37 and played.floor_s == 21 and played.link_use == 32 / 74
+    spans = played.events.part_span_s[played.events.part_kind == EXPERT]
+    assert spans.tolist() == [[25, 27], [51, 53], [62, 64], [72, 74]]
+
+
+def test_a_right_guess_is_half_way_when_it_is_needed():
+    played = play(routed([[[0], [1]]], [[[[0]], [[1]]]]), CARD, cache_size=1, prefetch=1, keep_events=True)
+    assert copies(played) == [(0, 0, RIGHT, 1, 17), (1, 1, RIGHT, 19, 35)]
+    assert played.pass_s.tolist() == [37] and played.stall_s.tolist() == [[8, 8]]
+    assert (played.prefetched, played.guesses, played.wasted_bytes) == (2, 2, 0)
+
+
+def test_a_wrong_guess_delays_by_no_more_than_the_chunk_under_way():
+    card, trace = replace(CARD, attention_s=8.5), routed([[[0], [1]]], [[[[3]], [[2]]]])
+    played = play(trace, card, cache_size=1, prefetch=1, keep_events=True)
+    assert copies(played) == [
+        (0, 3, WRONG, 1, 10),
+        (0, 0, NEEDED, 10, 26),
+        (1, 2, WRONG, 28, 37),
+        (1, 1, NEEDED, 37, 53),
+    ]
+    assert played.pass_s.tolist() == [55] == play(trace, card, cache_size=1).pass_s + 2 * 0.5
+    assert played.wasted_bytes == 180 and played.bytes_moved == 500 and played.prefetched == 0
+    # cancelled at a chunk's very end, the next one does not begin
+    assert play(trace, CARD, cache_size=1, prefetch=1).pass_s.tolist() == [53]
+    whole = play(
+        trace, replace(card, chunks=1), cache_size=1, prefetch=1
+    )  # waits for all of it: to 17, 33, 35, 51 ...
+    assert whole.pass_s.tolist() == [69] and whole.wasted_bytes == 320
+
+
+def test_a_promoted_guess_goes_before_what_is_asked_for_after_it():
+    trace = routed([[[0, 1]]], [[[[2, 1]]]])
+    played = play(trace, replace(CARD, attention_s=8.5), cache_size=2, prefetch=2, keep_events=True)
+    assert copies(played) == [(0, 2, WRONG, 1, 10), (0, 1, RIGHT, 10, 26), (0, 0, NEEDED, 26, 42)]
+    assert played.events.part_expert.tolist() == [-1, -1, 1, 0] and played.pass_s.tolist() == [44]
+
+
+def test_an_earlier_guess_that_has_not_begun_gives_way_to_a_newer_one():
+    guesses = [
+        [[[0]] * 3, [[1], [1], [0]], [[2], [2], [3]]]
+    ]  # from the embeddings, 3 for layer 2; after layer 0, 2
+    played = play(
+        routed([[[0], [1], [2]]], guesses), CARD, cache_size=1, prefetch=1, look_ahead=3, keep_events=True
+    )
+    assert copies(played) == [(0, 0, RIGHT, 1, 17), (1, 1, RIGHT, 17, 33), (2, 2, RIGHT, 33, 49)]
+    assert played.pass_s.tolist() == [51] and played.guesses == 4 and played.wasted_bytes == 0
+
+
+def test_hits_run_while_misses_are_on_their_way_and_the_host_or_a_long_prompt_takes_its_time():
+    trace = routed([[[0, 1]], [[0, 2]]])
+    assert play(trace, CARD, cache_size=2).stall_s.tolist() == [[16 + 14], [14]]
+    late = play(trace, replace(CARD, latency_s=3), cache_size=2)
+    assert late.stall_s.tolist() == [[33], [17]]
+    slow = play(trace, replace(CARD, host_s=20), cache_size=2, keep_events=True)  # 16 + 2 + 2
+    assert slow.pass_compute_s.tolist() == [21, 21] and slow.stall_s.tolist() == [[30], [14]]
+    assert slow.events.part_kind.tolist() == [BESIDE, ATTENTION, EXPERT, EXPERT] * 2
+    prompt = merged(routed([[[0, 1]], [[0, 2]]]), [0, 0])  # 0 runs for two tokens, 1 and 2 for one
+    card = replace(CARD, prompt_attention_s=0.5, prompt_expert_s=0.25)
+    assert play(prompt, card, cache_size=4).pass_compute_s.tolist() == [1 + 8.5 + 2.25 + 2 + 2]
+    assert np.isnan(play(prompt, card, cache_size=4).time_per_token)
+
+
+def test_perfect_guesses_cross_the_end_of_a_token():
+    played = play(routed([[[0]], [[1]]]), CARD, cache_size=1, prefetch=1, perfect=True, keep_events=True)
+    # 0: 1 to 17, expert to 19; 1: from there to 35, while the next token's head, embedding and attention run to 28
+    assert copies(played) == [(0, 0, RIGHT, 1, 17), (0, 1, RIGHT, 19, 35)] and played.pass_s.tolist() == [
+        19,
+        18,
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"copy_s": 0}, {"attention_s": -1}, {"expert_s": float("nan")}, {"chunks": 1.5}, {"host_s": "1"},
+              {"token_s": float("inf")}, {"latency_s": -1}],
+)  # fmt: skip
+def test_an_impossible_card_is_refused(wrong):
+    with pytest.raises(OptionError, match=f"impossible {next(iter(wrong))}"):
+        replace(CARD, **wrong)
+
+
+def test_impossible_plays_are_refused():
+    trace = routed([[[0], [1]]], [[[[0]], [[1]]]])
+    for options, message in [({"prefetch": 2}, "fewer guesses than this prefetch"), ({"prefetch": -1}, "impossible"),
+                             ({"prefetch": 1, "look_ahead": 2}, "fewer guesses than this look_ahead"),
+                             ({"perfect": True}, "impossible prefetch"), ({"cache_size": 0}, "impossible cache_size"),
+                             ({"prefetch": 1, "perfect": True, "look_ahead": 3}, "at most 2 layers")]:  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            play(trace, CARD, **options)
+    with pytest.raises(OptionError, match="without a card"):
+        simulate(trace, prefetch=1)
+    for guesses in (np.zeros((1, 3, 1, 1), int), np.full((1, 2, 1, 1), 4)):
+        with pytest.raises(OptionError, match="guesses"):
+            routed([[[0], [1]]], guesses)
+    gap = replace(
+        trace, **{name: value[:1] for name, value in vars(trace).items() if name.startswith("use_")}
+    )
+    with pytest.raises(OptionError, match="used nothing in some layer"):
+        play(gap, CARD)
+
+
+def test_guesses_that_reach_back_beyond_the_embeddings_are_not_in_the_trace():
+    trace = routed([[[0], [1]]], [[[[0], [2]], [[1], [3]]]])
+    columns = (trace.guess_pass, trace.guess_from, trace.guess_layer, trace.guess_expert, trace.guess_rank)
+    assert np.stack(columns, 1).tolist() == [[0, -1, 0, 0, 0], [0, -1, 1, 3, 0], [0, 0, 1, 1, 0]]
+
+
+# --- the shipped model -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """(trace, calls of the cache's `prefetch` as they came) of the shipped model at 2 experts per layer."""
+    tokenizer, model = load_tokenizer(DEMO), from_pretrained(cache_size=2, prefetch=2, look_ahead=2)
+    calls, own = [], model.offload.cache.prefetch
+    model.offload.cache.prefetch = lambda *arguments: (calls.append(arguments), own(*arguments))
+    with record(model, tokenizer) as recording, torch.inference_mode():
+        for prompt in ("Tell me a story about a fox.", "What is the capital of Peru?"):
+            ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
+                                                return_dict=True, return_tensors="pt")  # fmt: skip
+            model.generate(**ids, max_new_tokens=32, min_new_tokens=32, do_sample=False)
+    model.offload.cache.close()
+    return recording.trace, calls
+
+
+def test_a_trace_keeps_every_guess_that_was_asked_for(recorded, tmp_path):
+    trace, calls = recorded
+    asked = [(layer, expert, rank, layer - distance) for layer, experts, distance in calls
+             for rank, expert in enumerate(experts)]  # fmt: skip
+    columns = (trace.guess_layer, trace.guess_expert, trace.guess_rank, trace.guess_from)
+    assert list(zip(*(column.tolist() for column in columns))) == asked
+    assert np.bincount(trace.guess_pass).tolist() == [(6 + 5) * 2] * trace.n_passes
+    trace.save(tmp_path / "trace.safetensors")
+    again = RoutingTrace.load(tmp_path / "trace.safetensors")
+    assert all(
+        (getattr(again, name) == value).all()
+        for name, value in vars(trace).items()
+        if name.startswith("guess_")
+    )
+
+
+def test_it_counts_what_the_run_counted(recorded):
+    trace, _ = recorded
+    for options in ({}, {"prefetch": 2}, {"prefetch": 1, "look_ahead": 2}):
+        played = play(trace, Card(5.5, 0.4, 0.3), **options)
+        assert (played.hits, played.misses) == (trace.counters["hits"], trace.counters["misses"])
+    # over a link that nothing waits for, a miss was foreseen if any guess named it, whenever: here and in the run
+    fast = play(trace, Card(1e-3, 1.0, 1.0), prefetch=2)
+    guessed = set(zip(trace.guess_pass[one := trace.guess_layer - trace.guess_from == 1].tolist(),
+                      trace.guess_layer[one].tolist(), trace.guess_expert[one].tolist()))  # fmt: skip
+    hit = simulate(trace).hit
+    missed = set(
+        zip(trace.use_pass[~hit].tolist(), trace.use_layer[~hit].tolist(), trace.use_expert[~hit].tolist())
+    )
+    assert fast.prefetched == len(guessed & missed) > 0.5 * len(missed)
+    both = play(trace, Card(1e-3, 1.0, 1.0), prefetch=2, look_ahead=2)
+    live = (trace.use_outcome == PREFETCHED).sum()
+    assert abs(both.prefetched - live) <= 0.05 * live
+
+
+def test_guesses_bring_the_time_down_towards_the_floor(recorded):
+    trace, _ = recorded
+    for size in (2, 4, 6):
+        card = Card(5.5, 0.4, 0.3)
+        none, one, two = (
+            simulate(trace, size, card=card, prefetch=2 * (n > 0), look_ahead=max(n, 1)).timing
+            for n in range(3)
+        )
+        assert 1 < two.over_floor < one.over_floor < none.over_floor < 2
+        perfect = play(trace, card, cache_size=size, prefetch=2, look_ahead=2, perfect=True)
+        assert 1 <= perfect.over_floor < two.over_floor
+    assert simulate(trace, 2).timing is None
