@@ -144,6 +144,9 @@ def run_ours(task: Task) -> dict:
         model, routing, experts = _forced_model(task)
         offload, built_s = model.offload, time.perf_counter() - began
         log(f"built in {built_s:.1f} s\n{offload.plan}")
+        began = time.perf_counter()
+        offload.cache._slab.zero_()  # a virtual machine's memory may have to be provided first: seconds per GB
+        log(f"touched its slots in {time.perf_counter() - began:.1f} s")
         timed_generate(model, 1, 0)
         routing.reset()
         with offload.cache.lock:

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from .store import Pieces
+from .store import FilePart, Pieces
 
 CREATED, RUNNING, DONE, ABANDONED, FAILED = "created", "running", "done", "abandoned", "failed"
 OVER = (DONE, ABANDONED, FAILED)
@@ -50,11 +50,11 @@ class Copy:
                 self._changed.notify_all()
             return not self.cancelled
 
-    def next_chunk(self, size: int) -> tuple[Tensor, Tensor]:
+    def next_chunk(self, size: int) -> tuple[Tensor | FilePart, Tensor]:
         """The worker's: (source, target) of the next chunk, of at most `size` bytes."""
         offset, piece = self.pieces[self._at[0]]
         start = self._at[1]
-        source = piece[start : start + size]
+        source = piece.part(start, size) if isinstance(piece, FilePart) else piece[start : start + size]
         end = start + source.numel()
         self._at = (self._at[0], end) if end < piece.numel() else (self._at[0] + 1, 0)
         return source, self.slot[offset + start : offset + end]

@@ -1,4 +1,4 @@
-"""Where experts live off the device: one slab in RAM, or the files on disk, memory-mapped.
+"""Where experts live off the device: one slab in RAM, or the files on disk.
 
 Knows bytes and where they lie. Read-only once built: the source of truth never changes, so an eviction only drops.
 Knows nothing of slots, policies or models.
@@ -6,16 +6,20 @@ Knows nothing of slots, policies or models.
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, ExpertId
 
-Pieces = list[tuple[int, Tensor]]  # (byte offset within the expert's buffer, uint8 tensor)
+OPEN_FILES = 64  # at most, of a store on disk
 
 
 class RamStore:
@@ -55,13 +59,13 @@ class RamStore:
 
 
 class FileStore:
-    """Experts where they are: in the checkpoint's files, memory-mapped, read when a copy asks for them."""
+    """Experts where they are: in the checkpoint's files, read when a copy asks for them."""
 
     kind = "disk"
     pinned = False
 
     def __init__(self, checkpoint: Checkpoint, experts: Iterable[ExpertId]):
-        self._maps: dict[Path, Tensor] = {}
+        self._open = functools.lru_cache(OPEN_FILES)(lambda path: open(path, "rb", buffering=0))  # noqa: SIM115
         self._fields = checkpoint.layout.fields
         self._experts = {expert: checkpoint.experts[expert] for expert in experts}
 
@@ -69,21 +73,47 @@ class FileStore:
         return expert in self._experts
 
     def pieces(self, expert: ExpertId) -> Pieces:
-        pieces = []
-        for field in self._fields:
-            stored = self._experts[expert][field.matrix, field.name]
-            pieces.append(
-                (field.offset, self._map(stored.path)[stored.offset : stored.offset + stored.n_bytes])
-            )
+        stored = [(field.offset, self._experts[expert][field.matrix, field.name]) for field in self._fields]
+        first, last = (pick(of.offset for _, of in stored) for pick in (min, max))
+        span = first, last - first  # of one file, as a rule; at worst, some of it is fetched in vain
+        pieces = [(at, FilePart(self._open, of.path, of.offset, of.n_bytes)) for at, of in stored]
+        pieces[0] = pieces[0][0], pieces[0][1]._replace(ahead=span)
         return pieces
 
-    def _map(self, path: Path) -> Tensor:
-        if path not in self._maps:
-            size = path.stat().st_size
-            self._maps[path] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        return self._maps[path]
+
+class FilePart(NamedTuple):
+    """Bytes of a file, with what a copy asks of a tensor: their number, a slice. Read by one thread only.
+
+    ahead: (first byte, number) of what will be read soon: the system fetches it meanwhile.
+    """
+
+    open: Callable[[Path], FileIO]
+    path: Path
+    offset: int
+    n_bytes: int
+    ahead: tuple[int, int] | None = None
+
+    def numel(self) -> int:
+        return self.n_bytes
+
+    def part(self, start: int, size: int) -> FilePart:
+        ahead = None if start else self.ahead
+        return FilePart(self.open, self.path, self.offset + start, min(size, self.n_bytes - start), ahead)
+
+    def read_into(self, target: Tensor) -> None:
+        """Raises OSError where the file cannot be read, or has become shorter."""
+        file, left = self.open(self.path), memoryview(target.numpy())
+        if self.ahead and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), *self.ahead, os.POSIX_FADV_WILLNEED)
+        file.seek(self.offset)
+        while left:
+            n = file.readinto(left)
+            if not n:
+                raise OSError(f"{self.path} has become shorter: {len(left)} bytes are missing")
+            left = left[n:]
 
 
+Pieces = list[tuple[int, Tensor | FilePart]]  # (byte offset within the expert's buffer, its bytes)
 Store = RamStore | FileStore
 
 

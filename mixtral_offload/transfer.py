@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .copies import NOW, RUNNING, Copy
+from .store import FilePart
 from .worker import CHUNKS, SlowLink, Waiting, chunk_bytes, start_worker
 
 
@@ -127,8 +128,11 @@ class StreamEngine:
         self._stream.synchronize()
 
 
-def _copy_chunk(copy: Copy, source: Tensor, target: Tensor) -> None:
-    target.numpy()[:] = source.numpy()
+def _copy_chunk(copy: Copy, source: Tensor | FilePart, target: Tensor) -> None:
+    if isinstance(source, FilePart):
+        source.read_into(target)
+    else:
+        target.numpy()[:] = source.numpy()
 
 
 def _bounce(device: torch.device, size: int):
@@ -136,9 +140,9 @@ def _bounce(device: torch.device, size: int):
     memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     stream = torch.cuda.Stream(device)
 
-    def move(copy: Copy, source: Tensor, target: Tensor) -> None:
+    def move(copy: Copy, source: Tensor | FilePart, target: Tensor) -> None:
         part = memory[: source.numel()]
-        part.copy_(source)
+        _copy_chunk(copy, source, part)
         with torch.cuda.stream(stream):
             stream.wait_event(copy.ready)
             target.copy_(part, non_blocking=True)

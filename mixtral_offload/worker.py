@@ -22,7 +22,7 @@ CHUNK_BYTES = (
     256 << 10,
     4 << 20,
 )  # smaller ones cost more than they save, larger ones make an urgent copy wait
-Move = Callable[[Copy, Tensor, Tensor], None]  # (copy, source, target): one chunk
+Move = Callable[[Copy, "Tensor | FilePart", Tensor], None]  # (copy, source, target): one chunk
 
 
 def chunk_bytes(n_bytes: int) -> int:
