@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList
 
 from .cache import ExpertCache
 from .errors import OffloadError, OptionError
+from .policy import staging_rows
 from .prefetch import MOMENTS
 from .variants import copy_seconds, layer_seconds, make_variants, slow_link, switched
 
@@ -107,7 +108,7 @@ def ablate(
     encoded = [_encode(tokenizer, text).to(model.device) for text in texts]
     with slow_link(model, ratio):
         layer_s, copy_s = layer_seconds(model), copy_seconds(model)
-        caches = make_variants(model, cache_size, prefetch * look_ahead + 1)
+        caches = make_variants(model, cache_size, staging_rows(prefetch, look_ahead))
         seconds, counters = _take_turns(model, resident, caches, encoded, asked | {"moments": tuple(moments)})
     settings = asked | {"moments": [*moments], "ratio": ratio, "n_prompts": len(texts)}
     settings |= {"model": model.offload.checkpoint.folder.name, "device": str(model.offload.options.device)}

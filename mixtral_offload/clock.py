@@ -15,7 +15,7 @@ from .copies import NOW
 from .errors import OptionError
 from .link import Link, Transfer
 from .played import ATTENTION, BESIDE, EXPERT, Events, Played
-from .policy import LOAD, Pool, serve
+from .policy import LOAD, Pool, serve, staging_rows
 from .replay import make_pools, ordered_uses, resolve_settings
 from .trace import RoutingTrace
 
@@ -41,7 +41,7 @@ def play(
     parts = _Parts(trace, card, keys, bounds, uses)
     pools = make_pools(trace, keys, slots, residents, policy, shared)
     guesses = {} if perfect or not prefetch else _recorded_guesses(trace, prefetch, look_ahead)
-    device = _Device(card, pools, trace.n_experts, prefetch * look_ahead + 1 if prefetch else 0, keep_events)
+    device = _Device(card, pools, trace.n_experts, staging_rows(prefetch, look_ahead), keep_events)
     ahead = range(1, look_ahead + 1) if perfect else ()
     begins, stall_s = np.zeros(trace.n_passes + 1), np.zeros((trace.n_passes, trace.n_layers))
     misses = np.zeros(trace.n_passes, np.int64)
@@ -53,11 +53,13 @@ def play(
                 parts.coming(i, ahead, pools, prefetch) if perfect else guesses.get((number, -1), ())
             )
         device.compute(parts.attention_s[i], ATTENTION, layer)
-        stall_s[number, layer], missed = device.run_layer(layer, parts.needed(i), parts.seconds(i))
-        misses[number] += missed
-        device.guess(
-            parts.coming(i + 1, ahead, pools, prefetch) if perfect else guesses.get((number, layer), ())
+        coming = parts.coming(i + 1, ahead, pools, prefetch) if perfect else guesses.get((number, layer), ())
+        streams = not perfect and parts.is_prompt[number]
+        stall_s[number, layer], missed = device.run_layer(
+            layer, parts.needed(i), parts.seconds(i), coming if streams else ()
         )
+        misses[number] += missed
+        device.guess(() if streams else coming)
     begins[-1] = device.now
     pass_s, n_tokens = np.diff(begins), np.bincount(trace.passes, minlength=trace.n_passes)
     return Played(
@@ -81,8 +83,9 @@ def _check_guesses(trace: RoutingTrace, prefetch: int, look_ahead: int, perfect:
         )
     if perfect or not prefetch or not trace.n_passes:
         return
-    most = {"prefetch": int(trace.guess_rank.max(initial=-1)) + 1,
-            "look_ahead": int((trace.guess_layer - trace.guess_from).max(initial=0))}  # fmt: skip
+    ranked = ~_streamed(trace)
+    most = {"prefetch": int(trace.guess_rank[ranked].max(initial=-1)) + 1,
+            "look_ahead": int((trace.guess_layer - trace.guess_from)[ranked].max(initial=0))}  # fmt: skip
     for name, n in (("prefetch", prefetch), ("look_ahead", look_ahead)):
         if n > most[name]:
             raise OptionError(
@@ -96,7 +99,8 @@ def _recorded_guesses(
 ) -> dict[tuple[int, int], list[Guess]]:
     """(pass, layer after which) -> the guesses that a prefetcher of these settings would have asked for."""
     distance = trace.guess_layer - trace.guess_from
-    chosen = np.flatnonzero((trace.guess_rank < prefetch) & (distance <= look_ahead))
+    asked = (trace.guess_rank < prefetch) & (distance <= look_ahead)
+    chosen = np.flatnonzero(asked | _streamed(trace))
     columns = (trace.guess_rank, trace.guess_layer, trace.guess_from, trace.guess_pass)
     chosen = chosen[np.lexsort([column[chosen] for column in columns])]
     keys = trace.guess_layer[chosen] * trace.n_experts + trace.guess_expert[chosen]
@@ -108,6 +112,16 @@ def _recorded_guesses(
             of_moment.append((layer, ahead, []))
         of_moment[-1][2].append(key)
     return found
+
+
+def _prompts(trace: RoutingTrace) -> np.ndarray:
+    """Which passes had so many tokens that they needed about every expert (`Prefetcher.is_prompt`): bool [P]."""
+    return np.bincount(trace.passes, minlength=trace.n_passes) >= trace.n_experts
+
+
+def _streamed(trace: RoutingTrace) -> np.ndarray:
+    """Which guesses were all of a layer's experts, asked for with the copies of the layer before: bool [G]."""
+    return _prompts(trace)[trace.guess_pass] & (trace.guess_from >= 0)
 
 
 class _Parts:
@@ -122,6 +136,7 @@ class _Parts:
         self.order = list(zip(numbers.tolist(), layers.tolist()))
         self._keys, self._bounds, self._n_experts = keys, bounds, trace.n_experts
         n_tokens = np.bincount(trace.passes, minlength=trace.n_passes)
+        self.is_prompt = _prompts(trace).tolist()
         expert_s = card.expert_s + card.prompt_expert_s * (_tokens_of_uses(trace)[uses] - 1)
         in_experts = np.add.reduceat(expert_s, bounds[:-1]) if len(starts) else np.zeros(0)
         attention_s = card.attention_s + card.prompt_attention_s * (n_tokens[numbers] - 1)
@@ -172,8 +187,11 @@ class _Device:
             self._spans.append((kind, layer, expert, self.now, end))
         self.now = end
 
-    def run_layer(self, layer: int, needed: list[int], expert_s: list[float]) -> tuple[float, int]:
-        """Its experts' part, as `ExpertCache.serve` orders it; returns how long it stood still, and the misses."""
+    def run_layer(
+        self, layer: int, needed: list[int], expert_s: list[float], meanwhile: Iterable[Guess] = ()
+    ) -> tuple[float, int]:
+        """Its experts' part, as `ExpertCache.serve` orders it; returns how long it stood still, and the misses.
+        meanwhile: guesses to ask for once the copies that the slots allow are under way."""
         pool, stall, misses = self._pools[layer], 0.0, 0
         seconds = dict(zip(needed, expert_s))
         self._n_served += 1
@@ -183,6 +201,8 @@ class _Device:
             if action is LOAD:
                 pool.loading[key] = self._load(key)
                 continue
+            self.guess(meanwhile)
+            meanwhile = ()
             if not hit:
                 key = min(pool.loading, key=lambda key: pool.loading[key].number) if key is None else key
                 usable = self._link.land(pool.loading[key]) + self._card.latency_s

@@ -18,7 +18,7 @@ from .errors import OptionError
 from .experts import ROWS
 from .packed import choose, dequantized_bytes
 from .plan import Plan, Sizes, make_plan, parse_size
-from .policy import make_policy
+from .policy import make_policy, staging_rows
 
 MARGIN_BYTES = 600_000_000  # CUDA context and allocator rounding
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -93,8 +93,8 @@ class OffloadOptions:
 
     @property
     def n_staging(self) -> int:
-        """Rows for guesses: one more than can be useful at a time, for one whose copy is still being stopped."""
-        return self.prefetch * self.look_ahead + 1 if self.prefetch else 0
+        """Rows for guesses."""
+        return staging_rows(self.prefetch, self.look_ahead)
 
 
 def _size(name: str, value) -> int | None:

@@ -88,6 +88,12 @@ def make_policy(name: str) -> Policy:
     return POLICIES[name]()
 
 
+def staging_rows(prefetch: int, look_ahead: int) -> int:
+    """Rows of memory for guesses on their way: most guesses are in a slot already, so far fewer than could be asked for at
+    once will do (2312.17238, section 3.2, has 4); and one for a copy that is still being stopped."""
+    return min(prefetch * look_ahead, 4) + 1 if prefetch else 0
+
+
 class Pool:
     """Slots that hold some experts, and the policy that says which of them leaves.
 

@@ -138,8 +138,8 @@ def _muted(prefetcher: Prefetcher | None) -> Iterator[None]:
 
 
 @contextmanager
-def slow_link(model, ratio: float | None) -> Iterator[None]:
-    """The model's link slowed down until one expert's copy takes `ratio` times one layer's compute, measured here.
+def slow_link(model, ratio: float | None, layer_s: float | None = None) -> Iterator[None]:
+    """The model's link slowed down until one expert's copy takes `ratio` times one layer's compute: layer_s, or measured here.
 
     None: as it is. Raises OptionError for a ratio that is not above 0.
     """
@@ -150,7 +150,7 @@ def slow_link(model, ratio: float | None) -> Iterator[None]:
     if isinstance(ratio, str) or not 0 < ratio < float("inf"):
         raise OptionError("impossible ratio", expected='more than 0, None or "auto"', found=ratio)
     n_bytes = cache.layout.n_bytes
-    speed = n_bytes / (ratio * layer_seconds(model))
+    speed = n_bytes / (ratio * (layer_s or layer_seconds(model)))
     _empty(cache)
     cache.engine = make_engine(model.offload.options.device, False, n_bytes, speed)
     try:

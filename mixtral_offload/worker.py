@@ -16,13 +16,14 @@ from contextlib import suppress
 from torch import Tensor
 
 from .copies import NOW, RUNNING, Copy
+from .store import FilePart
 
 CHUNKS = 16  # of one expert
 CHUNK_BYTES = (
     256 << 10,
     4 << 20,
 )  # smaller ones cost more than they save, larger ones make an urgent copy wait
-Move = Callable[[Copy, "Tensor | FilePart", Tensor], None]  # (copy, source, target): one chunk
+Move = Callable[[Copy, Tensor | FilePart, Tensor], None]  # (copy, source, target): one chunk
 
 
 def chunk_bytes(n_bytes: int) -> int:

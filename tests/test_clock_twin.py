@@ -1,6 +1,7 @@
 """A replay with a clock has a twin, the live cache on a virtual clock; and what must hold for every trace."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from mixtral_offload.clock import Card, play
 from mixtral_offload.copies import NOW, RUNNING, Copy
 from mixtral_offload.link import NEEDED, RIGHT, WRONG
 from mixtral_offload.played import EXPERT
-from mixtral_offload.policy import POLICIES
+from mixtral_offload.policy import POLICIES, staging_rows
 from mixtral_offload.replay import simulate
 from tests.test_clock import copies, merged, routed
 
@@ -68,6 +69,9 @@ class VirtualEngine:
         for _ in range(ticks):
             self.tick()
 
+    def slots_were_read(self):
+        pass
+
 
 class VirtualCopy(Copy):
     def wait(self):
@@ -81,7 +85,7 @@ def twin(trace, card, slots, policy, shared, prefetch, look_ahead) -> SimpleName
     engine = VirtualEngine(int(card.copy_s / 16))
     layout = SimpleNamespace(n_bytes=160, views=lambda row: row)
     store = SimpleNamespace(pieces=lambda key: [(0, torch.empty(160, dtype=torch.uint8))])
-    n_staging = prefetch * look_ahead + 1 if prefetch else 0
+    n_staging = staging_rows(prefetch, look_ahead)
     cache = ExpertCache(layout, dict.fromkeys(range(trace.n_layers), (slots, ())), store, engine, torch.device("cpu"),
                         policy=POLICIES[policy], shared=shared, n_staging=n_staging)  # fmt: skip
     pass_s, n_full = [], 0
@@ -92,9 +96,12 @@ def twin(trace, card, slots, policy, shared, prefetch, look_ahead) -> SimpleName
         for layer in range(trace.n_layers):
             engine.advance(int(card.attention_s))
             needed = trace.use_expert[(trace.use_pass == number) & (trace.use_layer == layer)]
-            for _ in cache.serve(layer, sorted(needed.tolist())):
+            streams = (trace.passes == number).sum() >= trace.n_experts
+            ask = partial(guess, trace, cache, number, layer, prefetch, look_ahead)
+            for _ in cache.serve(layer, sorted(needed.tolist()), ask if streams else None):
                 engine.advance(int(card.expert_s))
-            guess(trace, cache, number, layer, prefetch, look_ahead)
+            if not streams:
+                ask()
             n_full += len(cache._staged) + len(cache._dropped) == n_staging > 0
         pass_s.append(engine.now - begin)
     engine.advance(engine.chunk)
@@ -103,19 +110,19 @@ def twin(trace, card, slots, policy, shared, prefetch, look_ahead) -> SimpleName
 
 
 def guess(trace, cache, number, made_after, prefetch, look_ahead):
-    for distance in range(1, look_ahead + 1) if prefetch else ():
+    streamed = made_after >= 0 and (trace.passes == number).sum() >= trace.n_experts
+    for distance in range(1, (trace.n_layers if streamed else look_ahead) + 1) if prefetch else ():
         layer = made_after + distance
         asked = (trace.guess_pass == number) & (trace.guess_from == made_after) & (trace.guess_layer == layer)
         if asked.any():
-            cache.prefetch(
-                layer, trace.guess_expert[asked & (trace.guess_rank < prefetch)].tolist(), distance
-            )
+            asked &= streamed | (trace.guess_rank < prefetch)
+            cache.prefetch(layer, trace.guess_expert[asked].tolist(), distance)
 
 
 @st.composite
 def traces(draw, n_experts=5, top_k=2):
-    """With a prompt's pass of up to three tokens first; guesses up to 2 experts and 3 layers ahead."""
-    n, n_layers, prompt = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    """With a prompt's pass of up to six tokens first; guesses up to 2 experts and 3 layers ahead."""
+    n, n_layers, prompt = draw(st.integers(1, 12)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     experts = random.random((n, n_layers, n_experts)).argsort(-1)[..., :top_k]
     guesses = random.random((n, n_layers, 3, n_experts)).argsort(-1)[..., :2]

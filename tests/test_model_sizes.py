@@ -14,6 +14,7 @@ from mixtral_offload.checkpoint import DEMO, load_config, open_checkpoint
 from mixtral_offload.errors import OptionError
 from mixtral_offload.model_sizes import fitting, matrix_bytes, model_sizes
 from mixtral_offload.options import OffloadOptions, device_needs
+from mixtral_offload.planner import Request
 from mixtral_offload.quantization import PAPER, quantize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -68,15 +69,14 @@ def test_a_checkpoint_s_own_sizes(which, published):
         assert which == "demo"  # its groups are others than the paper's
     assert sum(map(prod, checkpoint.layout.shapes.values())) == sizes.expert_parameters
     attention = [key for key in checkpoint.trunk if key.endswith("q_proj.W_q")]
-    options = OffloadOptions.parse({"device": "cpu", "dtype": "float16", "context_length": 100})
+    options = OffloadOptions.parse(
+        {"device": "cpu", "dtype": "float16", "context_length": 100, "compile": True}
+    )
     needs = device_needs(checkpoint, options)
-    planner = pytest.importorskip("mixtral_offload.planner")  # made of the replay with a clock
-    ours = planner.Request(
-        sizes.at(bits, 4 if attention else 16), 10**9, 10**9, 10**9, context_length=100
-    ).needs
-    assert (ours["KV cache"], ours["scratch"]) == (needs["KV cache"], needs["scratch"])
-    if which == "published":
-        assert ours["trunk"] == needs["trunk"]
+    ours = Request(sizes.at(bits, 4 if attention else 16), 10**9, 10**9, 10**9, context_length=100).needs
+    assert ours["KV cache"] == needs["KV cache"]
+    if which == "published":  # in the paper's groups
+        assert (ours["trunk"], ours["scratch"]) == (needs["trunk"], needs["scratch"])
 
 
 def test_every_parameter_is_counted_once_in_every_family():

@@ -4,9 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mixtral_offload.clock")  # the replay that it is made of
-
 from transformers import AutoConfig
 
 from mixtral_offload.errors import OptionError

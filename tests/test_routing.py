@@ -99,7 +99,6 @@ def test_recall_by_layer_as_measured_on_mixtral():
 
 def test_a_trace_holds_its_guesses():
     """Those from the embeddings, before layer 0, are left out: nobody measured them."""
-    pytest.importorskip("mixtral_offload.clock")  # traces have guesses since there is one
     trace = sticky_trace(500, 4, 8, 2, 0.2, recall=[0.9, 0.4], look_aheads=2, seed=2)
     assert (trace.experts == sticky_trace(500, 4, 8, 2, 0.2, seed=2).experts).all()
     distance = trace.guess_layer - trace.guess_from

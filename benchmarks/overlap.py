@@ -1,0 +1,137 @@
+"""How close copies and compute come to the best schedule: measured time per token, its clocked replay, and the floor.
+
+    python benchmarks/overlap.py [--cache-sizes 2 4 6] [--ratio 5.5]
+
+The shipped model behind a link slowed until one expert's copy takes `ratio` times one layer's compute (on the CPU one core
+computes and the other carries the link). The floor of a token is the larger of its compute, measured with everything on
+the device, and of the copies that the same cache needs without guesses. Prints a table, the host's own time per layer, and
+writes benchmarks/results/overlap.json and two pictures: bars over the floor, and one token's timeline as it was recorded.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from mixtral_offload import from_pretrained, load_tokenizer, record
+from mixtral_offload.ablation import PROMPTS, _encode, generate
+from mixtral_offload.calibrate import measure_card
+from mixtral_offload.clock import play
+from mixtral_offload.policy import staging_rows
+from mixtral_offload.variants import make_variants, slow_link, switched
+
+RESULTS = Path(__file__).parent / "results"
+AHEAD = (0, 1, 2, 3)  # layers to guess for; 0: no guesses
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache-sizes", type=int, nargs="+", default=(2, 4, 6))
+    parser.add_argument("--ratio", type=float, default=5.5, help="one expert's copy over one layer's compute")
+    parser.add_argument("--prefetch", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument(
+        "--compile", action="store_true", help="experts by compiled products, small as they are"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overlap.json")
+    return parser.parse_args()
+
+
+def one_size(model, resident, prompts, k: int, card, arguments) -> dict:
+    """Every look-ahead and the model with everything on the device, taking turns: its row of the result."""
+    caches = make_variants(model, k, staging_rows(arguments.prefetch, max(AHEAD)))
+    seconds = {ahead: [] for ahead in (*AHEAD, "resident", "naive")}
+    played, misses, wasted, moved = ({ahead: [] for ahead in AHEAD} for _ in range(4))
+    for _ in range(arguments.repeats):
+        for prompt in prompts:
+            seconds["resident"].append(generate(resident, [prompt], arguments.tokens)[0])
+            with switched(model, caches["naive"]):
+                seconds["naive"].append(generate(model, [prompt], 8)[0])
+            for ahead in AHEAD:
+                guesses = {"n_experts": arguments.prefetch, "look_ahead": ahead} if ahead else None
+                with switched(model, caches["full" if ahead else "without prefetch"], guesses):
+                    with record(model) as recording:
+                        seconds[ahead].append(generate(model, [prompt], arguments.tokens)[0])
+                    again = {"prefetch": arguments.prefetch, "look_ahead": ahead} if ahead else {}
+                    replay = play(recording.trace, card, cache_size=k, **again)
+                    n = replay.decoding.sum()
+                    played[ahead].append(replay.time_per_token)
+                    misses[ahead].append(replay.pass_misses[replay.decoding].sum() / n)
+                    stats = model.offload.stats
+                    wasted[ahead].append(stats.wasted_bytes / replay.pass_tokens.size)
+                    moved[ahead].append(stats.bytes_moved / replay.pass_tokens.size)
+    median = {name: statistics.median(of) for name, of in seconds.items()}
+    floor = max(median["resident"], statistics.mean(misses[0]) * card.copy_s)
+    rows = {
+        ahead: {"s": median[ahead], "replayed_s": statistics.median(played[ahead]),
+                "over_replay": statistics.median(a / b for a, b in zip(seconds[ahead], played[ahead])),
+                "over_floor": statistics.mean(seconds[ahead]) / floor,
+                "replay_over_floor": statistics.mean(played[ahead]) / floor,
+                "moved_bytes": statistics.mean(moved[ahead]), "wasted_bytes": statistics.mean(wasted[ahead])}
+        for ahead in AHEAD
+    }  # fmt: skip
+    return {"floor_s": floor, "resident_s": median["resident"], "misses": statistics.mean(misses[0]), "ahead": rows,
+            "naive_s": median["naive"], "over_naive": median["naive"] / min(median[ahead] for ahead in AHEAD)}  # fmt: skip
+
+
+def plot_over_floor(result: dict) -> tuple[Figure, np.ndarray]:
+    """Time per token over the floor: measured beside replayed, for each cache size and look-ahead [sizes, aheads, 2]."""
+    shown = np.array([[(row["over_floor"], row["replay_over_floor"]) for row in of["ahead"].values()]
+                      for of in result["sizes"].values()])  # fmt: skip
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for axes, size, values in zip(
+        figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], result["sizes"], shown
+    ):
+        for shift, column, label in ((-0.2, 0, "measured"), (0.2, 1, "replayed with a clock")):
+            axes.bar(np.arange(len(AHEAD)) + shift, values[:, column], 0.38, label=label)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(AHEAD)), AHEAD)
+        axes.set(title=f"{size} experts of a layer cached", xlabel="layers guessed ahead")
+    figure.axes[0].set_ylabel("time per token over the floor")
+    figure.axes[-1].legend(loc="lower right")
+    return figure, shown
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
+    tokenizer = load_tokenizer()
+    same = {"device": arguments.device, "compile": arguments.compile}
+    most = {
+        "cache_size": max(arguments.cache_sizes),
+        "prefetch": arguments.prefetch,
+        "look_ahead": max(AHEAD),
+    }
+    model, resident = from_pretrained(store="ram", **most, **same), from_pretrained(cache_size=8, **same)
+    prompts = [_encode(tokenizer, text).to(model.device) for text in PROMPTS]
+    result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}", "sizes": {},
+              "settings": {k: str(v) for k, v in vars(arguments).items() if k != "out"}}  # fmt: skip
+    with ExitStack() as stack:
+        # the ratio is to a layer's share of a token as users generate it, everything on the device
+        layer_s = statistics.median(generate(resident, prompts, arguments.tokens)[0] for _ in range(3)) / 6
+        stack.enter_context(slow_link(model, arguments.ratio, layer_s))
+        card = measure_card(model)
+        result |= {"card": vars(card), "layer_s": layer_s, "copy_over_layer": card.copy_s / layer_s}
+        print(f"{card}\none layer {1e3 * layer_s:.2f} ms, one copy {1e3 * card.copy_s:.2f} ms", flush=True)
+        for k in arguments.cache_sizes:
+            of = result["sizes"][k] = one_size(model, resident, prompts, k, card, arguments)
+            print(f"cache of {k}: {of['misses']:.2f} misses a token, floor {1e3 * of['floor_s']:.1f} ms, everything resident "
+                  f"{1e3 * of['resident_s']:.1f} ms, {of['over_naive']:.1f} times as fast as the naive way")  # fmt: skip
+            for ahead, row in of["ahead"].items():
+                print(f"  {ahead} ahead: {1e3 * row['s']:5.1f} ms, {row['over_replay']:.2f} of its replay, {row['over_floor']:.2f} of the "
+                      f"floor (replay {row['replay_over_floor']:.2f}); {row['wasted_bytes'] / 1e3:.0f} of {row['moved_bytes'] / 1e3:.0f} kB wasted", flush=True)  # fmt: skip
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    plot_over_floor(result)[0].savefig(arguments.out.with_suffix(".png"), dpi=120)
+
+
+if __name__ == "__main__":
+    main()
