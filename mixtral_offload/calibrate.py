@@ -52,8 +52,23 @@ def measure_card(model, n_passes: int = 24) -> Card:
     chunks = CHUNKS if getattr(engine, "_is_slow", False) else -(-n_bytes // chunk_bytes(n_bytes))
     return Card(
         copy_s=copy_seconds(model), attention_s=attention_s / len(slots), token_s=token_s, chunks=chunks,
-        expert_s=experts_s / len(slots) / offload.checkpoint.top_k,
+        expert_s=experts_s / len(slots) / offload.checkpoint.top_k, guess_s=guess_seconds(model),
     )  # fmt: skip
+
+
+@torch.inference_mode()
+def guess_seconds(model, n_guesses: int = 40) -> float:
+    """How long the model's prefetcher needs to guess for the layers after the first one; 0 where it has none."""
+    prefetcher, times = model.offload.prefetcher, []
+    if prefetcher is None:
+        return 0.0
+    hidden = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    for _ in range(n_guesses):
+        begin = _now(model)
+        ranked = prefetcher.rank(0, hidden)
+        _ = ranked is None or ranked.tolist()
+        times.append(_now(model) - begin)
+    return statistics.median(times)
 
 
 def _token_parts(marks: list[tuple[int, float]], n_layers: int) -> tuple[float, float, float]:

@@ -21,6 +21,7 @@ class Card:
     of the token before, the host's own work, embedding), before layer 0 and before any guess.
     prompt_attention_s, prompt_expert_s: what each token after a pass's (or an expert's) first one adds. 0: a prompt's
     pass costs what one token's does, as where reading weights is the limit and not arithmetic.
+    guess_s: making the guesses after a layer, or from the embedding.
     host_s: the host's own time for a layer; a layer's compute takes no less (the difference lies before its routing).
     latency_s: from a copy's last byte to when the device may use the expert; costs nothing where nobody waits.
     Raises OptionError for a time that is negative or not finite, and for 0 where something has to last.
@@ -35,6 +36,7 @@ class Card:
     chunks: int = CHUNKS
     host_s: float = 0.0
     latency_s: float = 0.0
+    guess_s: float = 0.0
 
     def __post_init__(self):
         for name in (field.name for field in fields(self)):

@@ -12,7 +12,7 @@ from .errors import DownloadError, OffloadError, OptionError
 from .parser import DEMO, build_parser
 
 OPTIONS = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length", "link", "prefetch", "look_ahead",
-           "policy", "shared_slots")  # fmt: skip
+           "policy", "shared_slots", "compile")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,14 @@ def load(arguments):
     OffloadOptions.parse(options)  # what is wrong with them is said before anything is fetched
     tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
     model = from_pretrained(source, hub=hub, progress=sys.stderr.isatty(), **options)
-    print(f"{model.offload.plan}\n", file=sys.stderr)
+    print(model.offload.plan, file=sys.stderr)
+    if model.offload.compile_s:
+        how = "--no-compile does without, and is slower"
+        print(
+            f"  - compiled in {model.offload.compile_s:.0f} s (kept for the next start; {how})",
+            file=sys.stderr,
+        )
+    print(file=sys.stderr)
     return model, tokenizer
 
 

@@ -31,7 +31,7 @@ def play(
     """The trace's passes one after the other on `card`; cache_size, policy, shared: as for `replay.simulate`.
 
     prefetch: how many experts to ask for, of those that the trace's guesses name for each of the next `look_ahead`
-    layers; 0: none. A guess takes the device no time. perfect: ask, in place of the trace's guesses, for what those
+    layers; 0: none. perfect: ask, in place of the trace's guesses, for what those
     layers will really need and not have, also across the end of a token: the bound for any predictor. keep_events: for
     a timeline. Raises OptionError for what no run could have, and for more guesses than the trace has.
     """
@@ -42,13 +42,14 @@ def play(
     pools = make_pools(trace, keys, slots, residents, policy, shared)
     guesses = {} if perfect or not prefetch else _recorded_guesses(trace, prefetch, look_ahead)
     device = _Device(card, pools, trace.n_experts, staging_rows(prefetch, look_ahead), keep_events)
-    ahead = range(1, look_ahead + 1) if perfect else ()
+    ahead, guess_s = range(1, look_ahead + 1) if perfect else (), card.guess_s if prefetch else 0.0
     begins, stall_s = np.zeros(trace.n_passes + 1), np.zeros((trace.n_passes, trace.n_layers))
     misses = np.zeros(trace.n_passes, np.int64)
     for i, (number, layer) in enumerate(parts.order):
         if layer == 0:
             begins[number] = device.now
             device.compute(card.token_s, BESIDE)
+            device.compute(guess_s, BESIDE)
             device.guess(
                 parts.coming(i, ahead, pools, prefetch) if perfect else guesses.get((number, -1), ())
             )
@@ -59,7 +60,9 @@ def play(
             layer, parts.needed(i), parts.seconds(i), coming if streams else ()
         )
         misses[number] += missed
-        device.guess(() if streams else coming)
+        if not streams:
+            device.compute(guess_s if layer < trace.n_layers - 1 else 0.0, BESIDE, layer)
+            device.guess(coming)
     begins[-1] = device.now
     pass_s, n_tokens = np.diff(begins), np.bincount(trace.passes, minlength=trace.n_passes)
     return Played(

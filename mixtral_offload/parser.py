@@ -87,6 +87,10 @@ def add_offload_options(parser) -> None:
     parser.add_argument(
         "--shared-slots", action="store_true", default=None, help="one pool of slots for all layers"
     )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="products from packed bytes through torch.compile (default: where experts are large)",
+    )  # fmt: skip
 
 
 def add_plan_options(parser) -> None:

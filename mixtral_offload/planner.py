@@ -16,7 +16,7 @@ from .errors import CapacityError, OptionError
 from .model_sizes import ModelSizes
 from .options import MARGIN_BYTES, OffloadOptions, plan_within, scratch_bytes
 from .plan import Plan, gb, parse_size
-from .projection import Projection, project
+from .projection import HOST_S, Projection, project
 from .quantization import PAPER
 from .replay import best_allocation, simulate
 from .routing import CURVES, MIXTRAL_RECALL, recall_by_layer, sticky_trace
@@ -32,7 +32,8 @@ MOST_STEPS = 3_000_000
 @dataclass(frozen=True)
 class Request:
     """A model (its bit widths among its sizes), a card, and the routing to expect: a recorded trace or a curve of
-    `routing.CURVES`. vram, ram: bytes; link, bandwidth, disk: bytes per second; the rest as in `OffloadOptions`."""
+    `routing.CURVES`. vram, ram: bytes; link, bandwidth, disk: bytes per second; host_s: the host's seconds
+    for a layer; the rest as in `OffloadOptions`."""
 
     sizes: ModelSizes
     vram: int
@@ -46,6 +47,7 @@ class Request:
     look_ahead: int = 1
     curve: str = "mixtral"
     trace: RoutingTrace | None = None
+    host_s: float = HOST_S
 
     @classmethod
     def parse(cls, sizes: ModelSizes, **given) -> Request:
@@ -113,6 +115,7 @@ def answer(request: Request) -> Answer:
     projection = project(
         request.sizes, plan, trace, link_bytes_per_s=request.link, bandwidth_bytes_per_s=request.bandwidth,
         disk_bytes_per_s=request.disk, context=request.context, prefetch=request.prefetch, look_ahead=request.look_ahead,
+        host_s=request.host_s,
     )  # fmt: skip
     return Answer(request, plan, projection, tuple(routing))
 

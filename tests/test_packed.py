@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mixtral_offload import packed
+from mixtral_offload import from_pretrained, packed
+from mixtral_offload.cli import main
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experts import ExpertLayout, expert_forward
 from mixtral_offload.quantization import PAPER, Quantization, dequantize, matmul, quantize
@@ -104,3 +105,25 @@ def test_when_to_compile(monkeypatch):
     assert not chosen and "no-such-compiler" in why
     with pytest.raises(OptionError, match="no-such-compiler"):
         packed.choose(True, small, cpu)
+
+
+def test_a_compiled_model_answers_alike_at_every_cache_size(capsys):
+    """Bit for bit, for a prompt and token by token; and next to the same as its plain twin, here and as a command."""
+    ids = torch.arange(5, 37).view(1, -1)
+    found, plain = [], from_pretrained(cache_size=8)
+    for options in ({"cache_size": 2, "store": "disk"}, {"cache_size": 3, "prefetch": 2}, {"cache_size": 8}):
+        model = from_pretrained(compile=True, **options)
+        assert model.offload.compiled == (True, "products from packed bytes") and model.offload.compile_s > 0
+        with torch.no_grad():
+            out = model.generate(
+                ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+            found.append((model(ids).logits, out.sequences, torch.stack(out.logits)))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+    with torch.no_grad():
+        assert relative(found[0][0], plain(ids).logits) < 5e-3
+    words = ["generate", "What is the capital of France?", "--cache-size", "2"]
+    assert main([*words, "--compile"]) == 0
+    compiled = capsys.readouterr()
+    assert main(words) == 0
+    assert compiled.out == capsys.readouterr().out and "--no-compile does without" in compiled.err
