@@ -24,7 +24,7 @@ from .errors import CapacityError
 from .experts import ExpertLayout
 from .policy import LOAD, LRU, Policy, Pool, serve
 from .quantization import Fields
-from .store import Store
+from .store import Store, host_slab
 from .trace import HIT, MISS, PREFETCHED
 
 Views = dict[str, Fields]
@@ -274,8 +274,10 @@ class ExpertCache:
 
 def _allocate(n_rows: int, n_bytes: int, device: torch.device) -> torch.Tensor:
     try:
+        if torch.device(device).type == "cpu":
+            return host_slab(n_rows, n_bytes)
         return torch.empty(n_rows, n_bytes, dtype=torch.uint8, device=device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, RuntimeError, OSError) as error:
         raise CapacityError(
             f"no memory on {device} for {n_rows} experts", expected=f"{n_rows * n_bytes / 1e9:.2f} GB", found=error,
             hint="choose a smaller cache_size, or a shorter context_length",

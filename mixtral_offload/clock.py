@@ -49,7 +49,7 @@ def play(
         if layer == 0:
             begins[number] = device.now
             device.compute(card.token_s, BESIDE)
-            device.compute(guess_s, BESIDE)
+            device.compute_guess(guess_s)
             device.guess(
                 parts.coming(i, ahead, pools, prefetch) if perfect else guesses.get((number, -1), ())
             )
@@ -61,7 +61,7 @@ def play(
         )
         misses[number] += missed
         if not streams:
-            device.compute(guess_s if layer < trace.n_layers - 1 else 0.0, BESIDE, layer)
+            device.compute_guess(guess_s if layer < trace.n_layers - 1 else 0.0)
             device.guess(coming)
     begins[-1] = device.now
     pass_s, n_tokens = np.diff(begins), np.bincount(trace.passes, minlength=trace.n_passes)
@@ -189,6 +189,10 @@ class _Device:
         if self._spans is not None:
             self._spans.append((kind, layer, expert, self.now, end))
         self.now = end
+
+    def compute_guess(self, seconds: float) -> None:
+        if seconds:
+            self.compute(seconds, BESIDE)
 
     def run_layer(
         self, layer: int, needed: list[int], expert_s: list[float], meanwhile: Iterable[Guess] = ()

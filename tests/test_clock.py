@@ -233,3 +233,12 @@ def test_guesses_bring_the_time_down_towards_the_floor(recorded):
         perfect = play(trace, card, cache_size=size, prefetch=2, look_ahead=2, perfect=True)
         assert 1 <= perfect.over_floor < two.over_floor
     assert simulate(trace, 2).timing is None
+
+
+def test_guessing_takes_its_time():
+    """After every layer that has one to guess for, and from the embeddings; only where there are guesses."""
+    trace = routed([[[0], [1]]] * 3, [[[[0], [2]], [[1], [3]]]] * 3)
+    free, dear = (Card(8.0, 1.0, 2.0, guess_s=seconds) for seconds in (0.0, 0.5))
+    assert play(trace, dear).pass_s.tolist() == play(trace, free).pass_s.tolist()
+    spent = play(trace, dear, prefetch=1).pass_compute_s - play(trace, free, prefetch=1).pass_compute_s
+    assert np.allclose(spent, 2 * 0.5)  # two layers: from the embeddings, and after the first one
