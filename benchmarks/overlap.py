@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from mixtral_offload import from_pretrained, load_tokenizer, record
 from mixtral_offload.ablation import PROMPTS, _encode, generate
 from mixtral_offload.calibrate import measure_card
+from mixtral_offload.card import Card
 from mixtral_offload.clock import play
 from mixtral_offload.policy import staging_rows
 from mixtral_offload.variants import make_variants, slow_link, switched
@@ -45,6 +47,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def paced(card: Card, token_s: float, n_layers: int = 6, top_k: int = 2) -> Card:
+    """The card with its compute as fast as it was a moment ago: the machine's pace changes within minutes."""
+    scale = token_s / (card.token_s + n_layers * (card.attention_s + top_k * card.expert_s))
+    return replace(
+        card,
+        **{name: scale * getattr(card, name) for name in ("token_s", "attention_s", "expert_s", "guess_s")},
+    )
+
+
 def one_size(model, resident, prompts, k: int, card, arguments) -> dict:
     """Every look-ahead and the model with everything on the device, taking turns: its row of the result."""
     caches = make_variants(model, k, staging_rows(arguments.prefetch, max(AHEAD)))
@@ -53,6 +64,7 @@ def one_size(model, resident, prompts, k: int, card, arguments) -> dict:
     for _ in range(arguments.repeats):
         for prompt in prompts:
             seconds["resident"].append(generate(resident, [prompt], arguments.tokens)[0])
+            now = paced(card, seconds["resident"][-1])
             with switched(model, caches["naive"]):
                 seconds["naive"].append(generate(model, [prompt], 8)[0])
             for ahead in AHEAD:
@@ -61,7 +73,7 @@ def one_size(model, resident, prompts, k: int, card, arguments) -> dict:
                     with record(model) as recording:
                         seconds[ahead].append(generate(model, [prompt], arguments.tokens)[0])
                     again = {"prefetch": arguments.prefetch, "look_ahead": ahead} if ahead else {}
-                    replay = play(recording.trace, card, cache_size=k, **again)
+                    replay = play(recording.trace, now, cache_size=k, **again)
                     n = replay.decoding.sum()
                     played[ahead].append(replay.time_per_token)
                     misses[ahead].append(replay.pass_misses[replay.decoding].sum() / n)
