@@ -8,6 +8,8 @@ _HOMES = {
     "from_pretrained": "offload",
     "load_tokenizer": "tokenizer",
     "ChatSession": "chat",
+    "generate_batch": "batch",
+    "Request": "batch",
     "memory_use": "memory",
     "record": "recorder",
     "RoutingTrace": "trace",

@@ -22,9 +22,46 @@ def offloaded_experts(
     """transformers' experts function: `hidden_states [T, H]`, `top_k_index, top_k_weights [T, k]` -> `[T, H]`.
 
     Tokens are sorted by expert once; each expert comes once and runs for all of its tokens. Results are summed in the
-    order of the router's choice, whatever order the experts came in, so that no cache size changes a single bit.
+    order of the router's choice, whatever order the experts came in, so that no cache size changes a single bit. Padding
+    costs nothing: it gets zeros (see `skip_padding`).
     """
-    offload, layer = module.offload, module.layer
+    real = module.offload.real_tokens
+    if real is None:
+        return _experts(module.offload, module.layer, hidden_states, top_k_index, top_k_weights)
+    y = torch.zeros_like(hidden_states)
+    y[real] = _experts(
+        module.offload, module.layer, hidden_states[real], top_k_index[real], top_k_weights[real]
+    )
+    return y
+
+
+def skip_padding(base_model: nn.Module, offload) -> None:
+    """From now on, tokens that the attention mask `[sequences, columns]` calls padding use no experts. The host waits for
+    the mask, once for each prompt of more than one sequence."""
+
+    def find(module, arguments: tuple, named: dict) -> None:
+        ids = named.get("input_ids", arguments[0] if arguments else named.get("inputs_embeds"))
+        mask = named.get("attention_mask", arguments[1] if len(arguments) > 1 else None)
+        offload.real_tokens = _real_tokens(ids.shape[:2], mask)
+
+    def forget(*_) -> None:
+        offload.real_tokens = None
+
+    base_model.register_forward_pre_hook(find, with_kwargs=True)
+    base_model.register_forward_hook(forget, always_call=True)
+
+
+def _real_tokens(shape: tuple[int, int], mask: Tensor | None) -> Tensor | None:
+    """Which of the pass's tokens, all sequences after each other, are no padding: int64 [n]; None where all are real."""
+    if 1 in shape or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    mask = mask[:, -shape[1] :].reshape(-1).bool()
+    return None if mask.all() else mask.nonzero()[:, 0]
+
+
+def _experts(
+    offload, layer: int, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     serve = _serve_token if len(top_k_index) == 1 else _serve_tokens
     y = serve(offload, layer, hidden_states, top_k_index, top_k_weights)  # [T, k, H]
     return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)

@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from . import forward  # noqa: F401 - registers "offloaded" with transformers
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout
+from .forward import skip_padding
 from .hub import resolve
 from .options import OffloadOptions, plan_for
 from .packed import PACKED_TOKENS, Run, choose, linear, make_run
@@ -51,6 +51,9 @@ class Offload:
     compiled: tuple[bool, str]  # whether it is compiled, and why
     prefetcher: Prefetcher | None = None
     recorder: Recorder | None = None
+    real_tokens: Tensor | None = (
+        None  # of the pass under way: int64 [n], those that are no padding; None: all
+    )
     compile_s: float = 0.0  # what compiling took while building
 
     @property
@@ -233,5 +236,6 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
         module = model.get_submodule(name)
         module.offload, module.layer = offload, layer
     model.set_experts_implementation("offloaded")
+    skip_padding(model.base_model, offload)
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(model, gates, offload.prefetch, options.prefetch, options.look_ahead)

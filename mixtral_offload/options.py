@@ -32,8 +32,8 @@ class OffloadOptions:
     default: float16 on CUDA, float32 on the CPU. cache_size: experts per layer on the device (one number, or one for each layer),
     or "auto" for all that fit; default: what the checkpoint asks for, or "auto". store: home of the other experts, "ram", "disk" or "auto".
     vram, ram: bytes (or text like "15GB") that may be used; default: what is free. On the CPU both are one memory, and
-    the smaller of those given counts. context_length: tokens to leave room for; a chat goes no further. link: slow
-    copies down to so many bytes (or "12GB") per second, for experiments. prefetch: experts of each coming layer to
+    the smaller of those given counts. context_length: tokens to leave room for; a chat goes no further. batch_size: how
+    many such contexts to leave room for (`generate_batch` shares them among its sequences). link: slow copies down to so many bytes (or "12GB") per second, for experiments. prefetch: experts of each coming layer to
     copy ahead, guessed from the hidden state of now; default: 2 where there is a link to hide (CUDA, or `link`), else
     0. look_ahead: how many layers ahead to guess. policy: which expert leaves, "lru", "lfu" or "lrfu". shared_slots:
     one pool of slots for all layers instead of one for each. compile: products straight from packed bytes through
@@ -47,6 +47,7 @@ class OffloadOptions:
     vram: int | str | None = None
     ram: int | str | None = None
     context_length: int = 4096
+    batch_size: int = 1
     link: float | str | None = None
     prefetch: int | None = None
     look_ahead: int = 1
@@ -73,7 +74,7 @@ class OffloadOptions:
                 "unknown dtype", expected="float16, bfloat16 or float32", found=options["dtype"]
             )
         parsed = cls(**{**options, "device": device, "dtype": dtype})
-        for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1)):
+        for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1), ("batch_size", 1)):
             value = getattr(parsed, name)
             if value is not None and (type(value) is not int or value < least):
                 raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=value)
@@ -169,7 +170,15 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     context = min(options.context_length, config.max_position_embeddings)
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context * item
+    kv = (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * head_dim
+        * context
+        * item
+        * options.batch_size
+    )
     compiled, _ = choose(options.compile, layout, options.device)
     kinds = {(layout.shapes[matrix], layout.quantization[matrix]) for matrix in layout.shapes}
     dequantized = max(dequantized_bytes(*kind, item, compiled) for kind in kinds)

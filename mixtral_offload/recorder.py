@@ -37,7 +37,8 @@ class Recorder:
         self._offload.cache.journal, self._offload.recorder = self._journal, self
 
     def _new_pass(self, module, arguments: tuple) -> None:
-        self._ids.append(arguments[0])
+        ids, real = arguments[0].reshape(-1), self._offload.real_tokens
+        self._ids.append(ids if real is None else ids[real])
 
     def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
         """One pass through one layer's experts, whose uses are all in the journal."""
@@ -81,7 +82,7 @@ class Recorder:
         number = {layer: i for i, layer in enumerate(self._offload.checkpoint.layers)}
         last = self._offload.checkpoint.layers[-1]
         passes = {old: new for new, old in enumerate(part[0] for part in self._parts if part[1] == last)}
-        ids = [self._ids[old].reshape(-1).cpu().numpy() for old in passes]
+        ids = [self._ids[old].cpu().numpy() for old in passes]
         tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         n_layers, top_k = len(number), self._offload.checkpoint.top_k
         by_layer = [

@@ -1,0 +1,201 @@
+"""Many sequences at once: what each gets is what it would get alone."""
+
+import json
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixtral_offload import load_tokenizer, record
+from mixtral_offload.batch import Request, generate_batch
+from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.errors import OptionError
+from mixtral_offload.options import device_needs
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    """32 prompts of 8 to some 60 tokens; answers end by themselves, after 1 token, or after up to 64."""
+    rng, tokenizer = random.Random(0), load_tokenizer()
+    lines = (DEMO.parent / "heldout.jsonl").read_text().splitlines()
+    questions = [message for line in lines for message in json.loads(line)["messages"][::2]]
+    ids = [
+        tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"]
+        for message in rng.sample(questions, 32)
+    ]
+    return [Request(of, rng.choice((1, 3, 16, 64))) for of in ids]
+
+
+@pytest.fixture(scope="module")
+def alone(requests) -> list[list[int]]:
+    """Each request's answer from transformers' own `generate`, everything on the device."""
+    from mixtral_offload import from_pretrained
+
+    model = from_pretrained(cache_size=8, device="cpu")
+    return [greedy(model, request) for request in requests]
+
+
+def greedy(model, request: Request) -> list[int]:
+    ids = torch.tensor([request.ids])
+    return model.generate(ids, max_new_tokens=request.max_new_tokens, do_sample=False)[
+        0, ids.shape[1] :
+    ].tolist()
+
+
+def by_number(answers) -> list[list[int]]:
+    found = {answer.number: answer.ids for answer in answers}
+    assert sorted(found) == list(range(len(found)))
+    return [found[number] for number in range(len(found))]
+
+
+def passes(model, monkeypatch) -> list[tuple[int, int]]:
+    """Fills with (sequences, columns of the mask) of each pass."""
+    seen, forward = [], model.base_model.forward
+
+    def spy(*arguments, **named):
+        seen.append(tuple(named["attention_mask"].shape))
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(model.base_model, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("cache_size", [2, 8])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_batch_gives_what_each_gets_alone(offloaded, requests, alone, cache_size, prefetch):
+    model = offloaded(cache_size=cache_size, prefetch=prefetch, batch_size=32)
+    for batch_size in (32, 5):  # all at once, and with a queue
+        assert by_number(generate_batch(model, requests, batch_size=batch_size)) == alone
+
+
+def test_each_needed_expert_comes_at_most_once_for_a_pass_of_a_layer(offloaded, requests):
+    model, tokenizer = offloaded(cache_size=2, batch_size=32), load_tokenizer()
+    with record(model, tokenizer) as run:
+        by_number(generate_batch(model, requests))
+    trace = run.trace
+    uses = [*zip(trace.use_pass.tolist(), trace.use_layer.tolist(), trace.use_expert.tolist())]
+    assert len(set(uses)) == len(uses) and trace.n_tokens > 32
+    needed = {
+        (p, layer, e) for p, of in zip(trace.passes, trace.experts) for layer, es in enumerate(of) for e in es
+    }
+    assert {*uses} == needed
+
+
+def test_padding_uses_no_experts_and_is_in_no_trace(offloaded, requests, alone):
+    """Also in a batch of transformers' own `generate`, padded on the left."""
+    model, some = offloaded(cache_size=8), [request for request in requests if request.max_new_tokens > 3][:4]
+    width = max(len(request.ids) for request in some)
+    ids = torch.tensor([[0] * (width - len(request.ids)) + request.ids for request in some])
+    mask = torch.tensor([[0] * (width - len(request.ids)) + [1] * len(request.ids) for request in some])
+    assert not mask.all()
+    with record(model) as run:
+        found = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)[:, width:]
+    expected = [alone[requests.index(request)][:3] for request in some]
+    assert found.tolist() == expected
+    assert run.trace.n_tokens == sum(len(request.ids) for request in some) + 4 * 2
+    assert run.trace.tokens[: mask.sum()].tolist() == [token for request in some for token in request.ids]
+    assert model.offload.real_tokens is None
+
+
+def test_padding_is_forgotten_after_a_pass_that_failed(offloaded, monkeypatch):
+    model, mask = offloaded(cache_size=8), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    monkeypatch.setattr(model.base_model.norm, "forward", lambda hidden: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=torch.tensor([[0, 5, 6], [7, 8, 9]]), attention_mask=mask)
+    assert model.offload.real_tokens is None
+
+
+def test_sequences_leave_and_others_are_admitted(offloaded, requests, monkeypatch):
+    model = offloaded(cache_size=8, batch_size=8)
+    seen = passes(model, monkeypatch)
+    limits = [2, 4, 8, 16] * 4
+    some = [Request(request.ids, limit) for request, limit in zip(requests, limits)]
+    answers = list(generate_batch(model, some, batch_size=8))
+    rows = [n for n, _ in seen]
+    assert max(rows) == 8 and sum(rows) == sum(
+        len(answer.ids) for answer in answers
+    )  # nothing computed for the ended
+    assert len(rows) < 2 * 16  # two batches, each as long as its longest
+    longest = max(len(request.ids) + request.max_new_tokens for request in some)
+    assert max(columns for _, columns in seen) < longest  # columns that were padding for all are gone
+
+
+def test_the_longest_sequence_takes_its_columns_with_it(offloaded, requests, alone, monkeypatch):
+    story = next(request for request, answer in zip(requests, alone) if len(answer) > 6)
+    model = offloaded(cache_size=8, batch_size=2)
+    seen = passes(model, monkeypatch)
+    list(generate_batch(model, [Request([7] * 100, 2), Request(story.ids, 6)], batch_size=2))
+    n = len(story.ids)
+    assert [columns for _, columns in seen] == [100, 101, n + 2, n + 3, n + 4, n + 5]
+
+
+def test_requests_are_taken_as_places_become_free(offloaded, requests):
+    taken = []
+
+    def lazily():
+        for request in requests:
+            taken.append(request)
+            yield Request(request.ids, 4)
+
+    answers = generate_batch(offloaded(cache_size=8, batch_size=4), lazily(), batch_size=4)
+    next(answers)
+    assert len(taken) == 4
+    assert len(list(answers)) == 31 and len(taken) == 32
+
+
+def test_the_plans_kv_cache_is_never_outgrown(offloaded, requests, alone, monkeypatch):
+    model = offloaded(cache_size=8, context_length=128, batch_size=2)
+    seen = passes(model, monkeypatch)
+    with pytest.warns(UserWarning, match=r"256 tokens holds \d of 16 sequences.*batch_size=16"):
+        assert by_number(generate_batch(model, requests, batch_size=16)) == alone
+    assert max(rows * columns for rows, columns in seen) <= 256 and max(rows for rows, _ in seen) > 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(generate_batch(offloaded(cache_size=8, batch_size=4), requests[:4], batch_size=4))
+
+
+def test_why_an_answer_ended(offloaded, requests, alone):
+    model = offloaded(cache_size=8, context_length=64)
+    eos = model.generation_config.eos_token_id
+    fits = next(n for n, of in enumerate(alone) if of[-1] == eos and len(requests[n].ids) + len(of) < 64)
+    wanted = [Request(requests[fits].ids, 64), Request([5] * 10, 1), Request([5] * 60, 64)]
+    answers = {answer.number: answer for answer in generate_batch(model, wanted, batch_size=1)}
+    assert [answers[n].ended for n in range(3)] == ["complete", "max_new_tokens", "context"]
+    assert answers[0].ids == alone[fits] and len(answers[2].ids) == 4
+
+
+def test_sampling_depends_on_the_seed_alone(offloaded, requests):
+    model = offloaded(cache_size=4, batch_size=8)
+    some = [Request(request.ids, 24, seed=number) for number, request in enumerate(requests[:8])]
+    sampled = {"temperature": 1.5, "top_p": 0.95}
+    together = by_number(generate_batch(model, some, batch_size=8, **sampled))
+    assert together == by_number(generate_batch(model, some, batch_size=3, **sampled))
+    other = [Request(request.ids, 24, seed=request.seed + 100) for request in some]
+    assert together != by_number(generate_batch(model, other, batch_size=8, **sampled))
+
+
+@pytest.mark.parametrize(
+    "request_", [Request([]), Request([1] * 64), Request([1], 0)], ids=["empty", "long", "none"]
+)
+def test_what_cannot_be_answered_is_named(offloaded, request_):
+    model = offloaded(cache_size=8, context_length=64)
+    with pytest.raises(OptionError, match="request 1 cannot be answered"):
+        list(generate_batch(model, [Request([5], 1), request_]))
+
+
+def test_an_impossible_batch_size_is_refused(offloaded):
+    with pytest.raises(OptionError, match="batch_size"):
+        list(generate_batch(offloaded(cache_size=8), [], batch_size=0))
+    with pytest.raises(OptionError, match="batch_size"):
+        offloaded(cache_size=8, batch_size=0)
+
+
+def test_the_plan_leaves_room_for_every_context(offloaded):
+    model = offloaded(cache_size=8, context_length=512)
+    checkpoint, options = model.offload.checkpoint, model.offload.options
+    one, many = (device_needs(checkpoint, replace(options, batch_size=n)) for n in (1, 8))
+    config = model.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert many["KV cache"] == 8 * one["KV cache"] == 8 * 512 * token_bytes
