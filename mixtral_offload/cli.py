@@ -12,7 +12,7 @@ from .errors import DownloadError, OffloadError, OptionError
 from .parser import DEMO, build_parser
 
 OPTIONS = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length", "link", "prefetch", "look_ahead",
-           "policy", "shared_slots", "compile")  # fmt: skip
+           "policy", "shared_slots", "compile", "unpack")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .quantization import Fields, Quantization, field_specs, infer, matmul
+from .quantization import Fields, Quantization, dequantize, field_specs, infer, matmul
 
 #: every tensor starts at a multiple of this many bytes, so that kernels may load whole vectors
 ALIGNMENT = 64
@@ -69,6 +69,15 @@ class ExpertLayout:
                 offset += -(-n_bytes // ALIGNMENT) * ALIGNMENT
         return cls(shapes, quantization, tuple(fields), offset)
 
+    def dequantized(self, dtype: torch.dtype) -> ExpertLayout:
+        """The same expert with plain matrices of `dtype`."""
+        fields, offset = [], 0
+        for matrix, shape in self.shapes.items():
+            n_bytes = prod(shape) * dtype.itemsize
+            fields.append(Field(matrix, "weight", dtype, shape, offset, n_bytes))
+            offset += -(-n_bytes // ALIGNMENT) * ALIGNMENT
+        return ExpertLayout(self.shapes, dict.fromkeys(self.shapes, Quantization(16)), tuple(fields), offset)
+
     @property
     def stored_bytes(self) -> int:
         return sum(field.n_bytes for field in self.fields)
@@ -80,6 +89,14 @@ class ExpertLayout:
             flat = buffer[field.offset : field.offset + field.n_bytes]
             views[field.matrix][field.name] = flat.view(field.dtype).view(field.shape)
         return views
+
+
+def dequantize_expert(source: Tensor, layout: ExpertLayout, target: Tensor, plain: ExpertLayout) -> None:
+    """Fill `target` (uint8 [plain.n_bytes], of the layout `plain`) with what `source` (uint8 [layout.n_bytes]) holds."""
+    views = layout.views(source)
+    for matrix, fields in plain.views(target).items():
+        weight, shape = fields["weight"], layout.shapes[matrix]
+        weight.copy_(dequantize(views[matrix], shape, layout.quantization[matrix], weight.dtype))
 
 
 def expert_forward(

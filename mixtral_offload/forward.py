@@ -86,15 +86,19 @@ def _serve_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_wei
     order = flat.argsort(stable=True)
     counts = flat.new_zeros(offload.checkpoint.n_experts).scatter_add_(0, flat, torch.ones_like(flat))
     counts, meanwhile = _read(offload, layer, counts, n_tokens)
-    rows = dict(enumerate(order.split(counts)))  # expert -> where its results go
-    y = x.new_empty(n_tokens * top_k, x.shape[-1])
+    grouped = x[
+        order // top_k
+    ]  # [T * k, H], expert by expert: each one's results take the place of its tokens
+    rows = grouped.split(counts)
     began_s = time.perf_counter()
     with offload.cache.lock:
         needed = [expert for expert, n in enumerate(counts) if n]
         for expert, views in offload.cache.serve(layer, needed, meanwhile):
             for part in rows[expert].split(ROWS):
-                y[part] = offload.run(x[part // top_k], views)
+                part.copy_(offload.run(part, views))
         _record(offload, layer, top_k_index, top_k_weights, began_s)
+    y = torch.empty_like(grouped)
+    y[order] = grouped
     return y.view(n_tokens, top_k, -1)
 
 

@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError, OptionError
-from .experts import ExpertLayout
+from .experts import ExpertLayout, dequantize_expert
 from .forward import skip_padding
 from .hub import resolve
-from .options import OffloadOptions, plan_for
-from .packed import PACKED_TOKENS, Run, choose, linear, make_run
+from .options import OffloadOptions, compile_choice, device_layout, plan_for
+from .packed import PACKED_TOKENS, Run, linear, make_run
 from .plan import Plan
 from .policy import POLICIES
 from .prefetch import Gate, Prefetcher, find_gates
@@ -62,7 +62,7 @@ class Offload:
 
     @property
     def layout(self) -> ExpertLayout:
-        return self.checkpoint.layout
+        return self.cache.layout
 
     def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
         """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
@@ -96,13 +96,14 @@ def from_pretrained(
     checkpoint = open_checkpoint(folder)
     model, modules, gates, options = build_skeleton(checkpoint, options)
     plan = plan_for(checkpoint, options)
-    compiled = choose(options.compile, checkpoint.layout, options.device)
-    load_trunk(model, checkpoint, options.device, options.dtype, linear if compiled[0] else matmul)
+    compiled = compile_choice(checkpoint, options)
+    product = None if options.unpack else linear if compiled[0] else matmul
+    load_trunk(model, checkpoint, options.device, options.dtype, product)
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
     # a copy that knows nothing of the model, which would otherwise hold itself
     gated = copy.copy(model.get_submodule(next(iter(modules))))
-    run = make_run(checkpoint.layout, gated._apply_gate, compiled[0])
+    run = make_run(cache.layout, gated._apply_gate, compiled[0])
     model.offload = Offload(checkpoint, options, plan, cache, modules, run, compiled)
     _attach(model, gates)
     if compiled[0]:
@@ -167,7 +168,7 @@ def _experts_modules(model: nn.Module):
 
 
 def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) -> ExpertCache:
-    layout, device = checkpoint.layout, options.device
+    layout, device = device_layout(checkpoint, options), options.device
     roaming = [expert for expert in sorted(checkpoint.experts) if expert[1] not in plan.resident[expert[0]]]
     bar = tqdm(
         total=len(checkpoint.experts) * layout.n_bytes, unit="B", unit_scale=True, desc="experts",
@@ -192,13 +193,17 @@ def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) ->
 
 def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.device) -> Iterator[ExpertId]:
     """Read the resident experts, on CUDA through a buffer of one expert; yields each once it is there."""
-    if device.type == "cpu":
+    stored = checkpoint.layout
+    if device.type == "cpu" and cache.layout is stored:
         yield from checkpoint.read_experts(cache.resident_slots())
         return
-    buffer = torch.empty(checkpoint.layout.n_bytes, dtype=torch.uint8)
+    buffer = torch.empty(stored.n_bytes, dtype=torch.uint8)
     for expert, slot in cache.resident_slots():
         checkpoint.read_expert(expert, buffer)
-        slot.copy_(buffer)
+        if cache.layout is stored:
+            slot.copy_(buffer)
+        else:
+            dequantize_expert(buffer.to(device), stored, slot, cache.layout)
         yield expert
 
 

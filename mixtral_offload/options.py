@@ -14,10 +14,11 @@ import psutil
 import torch
 
 from .checkpoint import Checkpoint
-from .errors import OptionError
-from .experts import ROWS
+from .errors import CapacityError, OptionError
+from .experts import ROWS, ExpertLayout
+from .headers import StoredTensor
 from .packed import choose, dequantized_bytes
-from .plan import Plan, Sizes, make_plan, parse_size
+from .plan import Plan, Sizes, gb, make_plan, parse_size
 from .policy import make_policy, staging_rows
 
 MARGIN_BYTES = 600_000_000  # CUDA context and allocator rounding
@@ -37,7 +38,8 @@ class OffloadOptions:
     copy ahead, guessed from the hidden state of now; default: 2 where there is a link to hide (CUDA, or `link`), else
     0. look_ahead: how many layers ahead to guess. policy: which expert leaves, "lru", "lfu" or "lrfu". shared_slots:
     one pool of slots for all layers instead of one for each. compile: products straight from packed bytes through
-    torch.compile; "auto": where experts are large enough and there is a compiler.
+    torch.compile; "auto": where experts are large enough and there is a compiler. unpack: everything on the device, and
+    dequantized once, while building: as fast as a model that never was quantized, and as large.
     """
 
     device: str | torch.device | None = None
@@ -54,6 +56,7 @@ class OffloadOptions:
     policy: str = "lru"
     shared_slots: bool = False
     compile: bool | str = "auto"
+    unpack: bool = False
     progress: bool = False
 
     @classmethod
@@ -80,6 +83,11 @@ class OffloadOptions:
                 raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=value)
         if parsed.compile not in (True, False, "auto"):
             raise OptionError("unknown compile", expected='True, False or "auto"', found=parsed.compile)
+        if parsed.unpack not in (True, False) or (parsed.unpack and parsed.compile is True):
+            found = f"unpack={parsed.unpack!r}, compile={parsed.compile!r}"
+            raise OptionError(
+                "unknown unpack", expected="True (and nothing to compile) or False", found=found
+            )
         make_policy(parsed.policy)
         return replace(
             parsed, **{name: _size(name, getattr(parsed, name)) for name in ("vram", "ram", "link")}
@@ -126,10 +134,34 @@ def parse_device(name: str | torch.device) -> torch.device:
 def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
     """The plan for a checkpoint on this machine, as it is now."""
     options = options.with_prefetch()
-    sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
+    n_bytes = device_layout(checkpoint, options).n_bytes
+    sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, n_bytes)
     cache_size = checkpoint.recommended_cache_size if options.cache_size is None else options.cache_size
     why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
+    if options.unpack:
+        return _unpacked_plan(sizes, checkpoint, options)
     return plan_within(sizes, *budgets(options), trunk_bytes(checkpoint, options), options, cache_size, why)
+
+
+def _unpacked_plan(sizes: Sizes, checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
+    """Everything on the device; raises CapacityError where it does not fit or was not asked for."""
+    if options.cache_size not in (None, "auto", sizes.n_experts):
+        expected = f"cache_size={sizes.n_experts}, or none"
+        raise CapacityError(
+            "unpack needs every expert on the device", expected=expected, found=options.cache_size
+        )
+    beside = trunk_bytes(checkpoint, options)
+    plan = plan_within(sizes, *budgets(options), beside, options, sizes.n_experts)
+    packed = gb(checkpoint.layout.n_bytes)
+    return replace(
+        plan,
+        reasons=(*plan.reasons, f"dequantized once: an expert of {packed} takes {gb(sizes.expert_bytes)}"),
+    )
+
+
+def device_layout(checkpoint: Checkpoint, options: OffloadOptions) -> ExpertLayout:
+    """How an expert lies on the device: as it is stored, or dequantized."""
+    return checkpoint.layout.dequantized(options.dtype) if options.unpack else checkpoint.layout
 
 
 def plan_within(
@@ -164,10 +196,7 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     """Device bytes beside the experts, by name: the "trunk"; for the context the "KV cache"; and as "scratch" the
     activations of one layer's experts and one dequantized matrix."""
     config, layout, item = checkpoint.config, checkpoint.layout, options.dtype.itemsize
-    trunk = sum(
-        tensor.n_elements * item if tensor.dtype.is_floating_point and ".meta." not in key else tensor.n_bytes
-        for key, tensor in checkpoint.trunk.items()
-    )
+    trunk = sum(_trunk_bytes(key, tensor, options) for key, tensor in checkpoint.trunk.items())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     context = min(options.context_length, config.max_position_embeddings)
     kv = (
@@ -179,17 +208,33 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
         * item
         * options.batch_size
     )
-    compiled, _ = choose(options.compile, layout, options.device)
+    compiled, _ = compile_choice(checkpoint, options)
     kinds = {(layout.shapes[matrix], layout.quantization[matrix]) for matrix in layout.shapes}
     dequantized = max(dequantized_bytes(*kind, item, compiled) for kind in kinds)
     scratch = scratch_bytes(context, item, checkpoint.top_k, *reversed(layout.shapes["gate"])) + dequantized
     return {"trunk": trunk, "KV cache": kv, "scratch": scratch}
 
 
+def _trunk_bytes(key: str, stored: StoredTensor, options: OffloadOptions) -> int:
+    """Device bytes of one tensor beside the experts; of a packed one to be unpacked, as many as it could hold at most."""
+    item = options.dtype.itemsize
+    if options.unpack and key.endswith(".W_q"):
+        return stored.n_elements * item * (4 if stored.dtype == torch.uint8 else 10)  # values in a word
+    is_plain = stored.dtype.is_floating_point and ".meta." not in key
+    return stored.n_elements * item if is_plain else stored.n_bytes
+
+
 def scratch_bytes(context: int, item: int, top_k: int, hidden: int, intermediate: int) -> int:
     """The activations of one layer's experts for `context` tokens of `item` bytes an element: all results, and their
     product with the weights; of one expert's tokens at a time gate, up, both together, and their product."""
     return item * (2 * top_k * hidden * context + (5 * intermediate + 2 * hidden) * min(context, ROWS))
+
+
+def compile_choice(checkpoint: Checkpoint, options: OffloadOptions) -> tuple[bool, str]:
+    """(whether to compile, why): see `packed.choose`."""
+    if options.unpack:
+        return False, "unpacked: the library's products"
+    return choose(options.compile, checkpoint.layout, options.device)
 
 
 def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:

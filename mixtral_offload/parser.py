@@ -91,6 +91,12 @@ def add_offload_options(parser) -> None:
         "--compile", action=argparse.BooleanOptionalAction, default=None,
         help="products from packed bytes through torch.compile (default: where experts are large)",
     )  # fmt: skip
+    parser.add_argument(
+        "--unpack",
+        action="store_true",
+        default=None,
+        help="everything on the device, dequantized once: fast and large",
+    )
 
 
 def add_plan_options(parser) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .headers import StoredTensor, in_threads
-from .quantization import QuantizedLinear, infer, matmul
+from .quantization import Fields, Quantization, QuantizedLinear, dequantize, field_specs, infer, matmul
 
 QUANTIZED = (".W_q", ".meta.")
 
@@ -35,7 +35,7 @@ def load_trunk(
 ) -> None:
     """Fill `model` (meta device) tensor by tensor; quantized linear layers stay quantized.
 
-    product: multiplies with them (see `QuantizedLinear`). Raises CheckpointError for a key that the model does not have, a wrong shape, or a parameter left without value.
+    product: multiplies with them (see `QuantizedLinear`); None: they are dequantized once. Raises CheckpointError for a key that the model does not have, a wrong shape, or a parameter left without value.
     """
     tasks, quantized = [], {}
     for key, stored in checkpoint.trunk.items():
@@ -97,11 +97,24 @@ def _set_quantized(
         )
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}", path=first.path) from error
+    fields = {field: stored.read(device=device) for field, stored in tensors.items()}
+    if product is None:
+        linear._parameters["weight"] = nn.Parameter(
+            _plain(fields, shape, quantization, linear.weight.dtype), False
+        )
+        return
     layer = QuantizedLinear(shape, quantization, product)
-    for field, stored in tensors.items():
-        layer.set_field(field, stored.read(device=device))
+    for field, value in fields.items():
+        layer.set_field(field, value)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
+
+
+def _plain(fields: Fields, shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype) -> Tensor:
+    specs = field_specs(shape, quantization)
+    return dequantize(
+        {name: value.view(specs[name][1]) for name, value in fields.items()}, shape, quantization, dtype
+    )
 
 
 def _fill_buffers(model: nn.Module, device: torch.device) -> None:

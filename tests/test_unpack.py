@@ -1,0 +1,66 @@
+"""Everything on the device and dequantized once: the same numbers, without the work of dequantizing."""
+
+import pytest
+import torch
+
+from mixtral_offload import memory_use, record
+from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.errors import CapacityError, OptionError
+from mixtral_offload.quantization import QuantizedLinear
+
+IDS = torch.arange(3, 43).view(1, 40)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 40])
+def test_unpacked_logits_are_those_of_packed_experts(offloaded, n_tokens):
+    packed, unpacked = offloaded(cache_size=2), offloaded(unpack=True)
+    with torch.inference_mode():
+        assert torch.equal(packed(IDS[:, :n_tokens]).logits, unpacked(IDS[:, :n_tokens]).logits)
+
+
+def test_16_bits_become_the_dtype_of_the_products_once(offloaded):
+    stored, unpacked = (offloaded(DEMO.parent / "fp16", cache_size=8, **of) for of in ({}, {"unpack": True}))
+    with torch.inference_mode():
+        assert torch.equal(stored(IDS).logits, unpacked(IDS).logits)
+    assert next(iter(unpacked.offload.cache.resident_slots()))[1].numel() == 2 * stored.offload.layout.n_bytes
+
+
+def test_nothing_packed_is_left(offloaded, published, expected):
+    model = offloaded(published, unpack=True)
+    assert not [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    with torch.inference_mode():
+        logits = model(expected["input_ids"]).logits
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_says_so_and_counts_it(offloaded):
+    plan = offloaded(unpack=True).offload.plan
+    n_weights = 3 * 192 * 256
+    assert plan.home is None and plan.device_bytes == 48 * 4 * n_weights
+    assert "dequantized once: an expert of 79 kB takes 590 kB" in str(plan)
+    packed, unpacked = memory_use(cache_size=8, device="cpu"), memory_use(unpack=True, device="cpu")
+    assert unpacked.device["resident experts"] == plan.device_bytes
+    more = 4 * 6 * (2 * 192 * 192 + 2 * 64 * 192)  # attention in fp32
+    assert unpacked.device["trunk"] >= packed.device["trunk"] + more - 6 * 1e5
+
+
+def test_traces_are_recorded_as_always(offloaded):
+    model = offloaded(unpack=True)
+    with record(model) as run, torch.inference_mode():
+        model(IDS)
+        model(IDS[:, :1])
+    assert run.trace.n_tokens == 41 and model.offload.stats.hit_rate == 1.0
+
+
+@pytest.mark.parametrize("options", [{"cache_size": 3}, {"vram": 20_000_000}], ids=["cache", "memory"])
+def test_what_does_not_fit_is_refused(offloaded, options):
+    with pytest.raises(CapacityError, match=r"every expert on the device|too little memory"):
+        offloaded(unpack=True, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"unpack": "yes"}, {"unpack": True, "compile": True}], ids=["word", "compile"]
+)
+def test_what_means_nothing_is_refused(offloaded, options):
+    with pytest.raises(OptionError, match="unpack"):
+        offloaded(**options)
