@@ -57,6 +57,30 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
             raise OptionError(f"impossible {name}", expected=expected, found=value)
 
 
+def context_length(config, options) -> int:
+    """Tokens that a model can look back on, and that these `OffloadOptions` leave room for."""
+    return min(config.max_position_embeddings, options.context_length)
+
+
+def encode(
+    tokenizer,
+    messages: list[dict[str, str]],
+    system_prompt: str | None = None,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """The token ids of a conversation, as the tokenizer's chat template puts it."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = [{**message, "content": whole(message["content"])} for message in (*system, *messages)]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, return_dict=True
+    )["input_ids"]
+
+
+def whole(text: str) -> str:
+    """Without halves of characters, which no tokenizer takes: a shell or a JSON file may hand them over."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
 class ChatSession:
     """Keeps a conversation; each answer is streamed.
 
@@ -93,7 +117,7 @@ class ChatSession:
     @property
     def context_length(self) -> int:
         """Tokens that the model can look back on, and that its plan has left room for."""
-        return min(self.model.config.max_position_embeddings, self.model.offload.options.context_length)
+        return context_length(self.model.config, self.model.offload.options)
 
     def stop(self) -> None:
         """End the answer under way after its current token. Safe from any thread."""
@@ -168,10 +192,7 @@ class ChatSession:
         return ids
 
     def _encode(self, messages, add_generation_prompt: bool = True) -> list[int]:
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return self.tokenizer.apply_chat_template(
-            [*system, *messages], add_generation_prompt=add_generation_prompt, return_dict=True
-        )["input_ids"]
+        return encode(self.tokenizer, messages, self.system_prompt, add_generation_prompt)
 
     def _generate(self, ids: list[int], streamer, result: dict, stop: threading.Event) -> None:
         """On the worker thread, so that Ctrl-C never lands inside the model."""
@@ -253,10 +274,7 @@ class ChatSession:
 
 
 def _said_by_user(text: str) -> dict[str, str]:
-    text = text.encode("utf-8", "surrogatepass").decode(
-        "utf-8", "replace"
-    )  # a shell may hand over broken bytes
-    return {"role": "user", "content": text}
+    return {"role": "user", "content": whole(text)}
 
 
 def _join(thread: threading.Thread) -> None:

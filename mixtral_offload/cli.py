@@ -87,12 +87,14 @@ def run_chat(arguments) -> None:
 
 
 def run_generate(arguments) -> None:
+    from .tokenizer import RAW_TEMPLATE
+
     if arguments.raw and arguments.system:
         arguments.refuse("--system has no place in a --raw prompt")
     chat = session(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if arguments.raw:
-        chat.tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+        chat.tokenizer.chat_template = RAW_TEMPLATE
     for piece in chat.send(prompt):
         print(piece, end="", flush=True)
     print()

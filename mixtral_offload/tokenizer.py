@@ -22,6 +22,8 @@ INSTRUCT_TEMPLATE = (
     "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %}[INST] {{ m.content }} [/INST]{{ eos_token }}{% endif %}{% endfor %}"
 )
+#: continues a text as it is
+RAW_TEMPLATE = "{{ bos_token }}{{ messages[0].content }}"
 
 
 def load_tokenizer(
