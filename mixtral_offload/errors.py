@@ -35,3 +35,7 @@ class CapacityError(OffloadError, ValueError):
 
 class OptionError(OffloadError, ValueError):
     """An option that does not exist or has an impossible value."""
+
+
+class JobError(OffloadError):
+    """A job's input, output or journal that cannot be used, or does not belong to it."""
