@@ -47,17 +47,30 @@ def offload_options(arguments) -> dict:
 
 def load(arguments):
     """(model, tokenizer) as the options ask; prints the plan to standard error."""
-    from .checkpoint import DEMO as demo_folder
-    from .offload import from_pretrained
     from .options import OffloadOptions
     from .tokenizer import load_tokenizer
 
-    source = demo_folder if arguments.model == DEMO else arguments.model
-    hub = {"revision": arguments.revision} if arguments.revision else None
-    options = offload_options(arguments)
-    OffloadOptions.parse(options)  # what is wrong with them is said before anything is fetched
+    OffloadOptions.parse(
+        offload_options(arguments)
+    )  # what is wrong with them is said before anything is fetched
+    source, hub = source_of(arguments)
     tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
-    model = from_pretrained(source, hub=hub, progress=sys.stderr.isatty(), **options)
+    return load_model(arguments), tokenizer
+
+
+def source_of(arguments):
+    """(folder or hub repository, arguments for the hub) of the model."""
+    from .checkpoint import DEMO as demo_folder
+
+    hub = {"revision": arguments.revision} if arguments.revision else None
+    return demo_folder if arguments.model == DEMO else arguments.model, hub
+
+
+def load_model(arguments):
+    from .offload import from_pretrained
+
+    source, hub = source_of(arguments)
+    model = from_pretrained(source, hub=hub, progress=sys.stderr.isatty(), **offload_options(arguments))
     print(model.offload.plan, file=sys.stderr)
     if model.offload.compile_s:
         how = "--no-compile does without, and is slower"
@@ -66,7 +79,7 @@ def load(arguments):
             file=sys.stderr,
         )
     print(file=sys.stderr)
-    return model, tokenizer
+    return model
 
 
 def session(arguments):
@@ -89,8 +102,9 @@ def run_chat(arguments) -> None:
 def run_generate(arguments) -> None:
     from .tokenizer import RAW_TEMPLATE
 
-    if arguments.raw and arguments.system:
-        arguments.refuse("--system has no place in a --raw prompt")
+    refuse_contradictions(arguments)
+    if arguments.input is not None:
+        return run_job(arguments)
     chat = session(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if arguments.raw:
@@ -99,6 +113,74 @@ def run_generate(arguments) -> None:
         print(piece, end="", flush=True)
     print()
     print(chat.total, file=sys.stderr)
+
+
+def refuse_contradictions(arguments) -> None:
+    """What `generate` cannot do at once."""
+    if arguments.raw and arguments.system:
+        arguments.refuse("--system has no place in a --raw prompt")
+    if arguments.prompt is not None and arguments.input is not None:
+        arguments.refuse("give a prompt or --input, not both")
+    if arguments.input is None:
+        if arguments.prompt is None:
+            arguments.refuse("give a prompt, or --input and --output")
+        for name in ("output", "batch_size", "bad_lines", "restart"):
+            if getattr(arguments, name) is not None:
+                arguments.refuse(f"--{name.replace('_', '-')} belongs to --input")
+    elif "-" in (arguments.input, arguments.output):
+        arguments.refuse("--input and --output are files: an interrupted job goes on from them")
+    elif arguments.output is None:
+        arguments.refuse("--input needs --output, the file for the answers")
+
+
+def run_job(arguments) -> None:
+    """Answer a file of prompts. The input and the journal are looked at before anything is fetched or loaded."""
+    from pathlib import Path
+
+    from .hub import resolve
+    from .jobs import Job, JobOptions
+    from .options import OffloadOptions
+    from .tokenizer import load_tokenizer
+
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "system",
+        "raw",
+        "batch_size",
+        "bad_lines",
+        "restart",
+    )
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    options = OffloadOptions.parse(offload_options(arguments))
+    with Job(JobOptions(Path(arguments.input), Path(arguments.output), **given)) as job:
+        source, hub = source_of(arguments)
+        tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
+        job.prepare(tokenizer, resolve(source, **(hub or {})), options)
+        if job.bad:
+            print(job.skipped, file=sys.stderr)
+        try:
+            answer(job, arguments)
+            job.finish()
+        except BaseException:
+            print(f"\n{job.how_to_go_on}", file=sys.stderr)
+            raise
+    print(job.summary, file=sys.stderr)
+
+
+def answer(job, arguments) -> None:
+    """The lines that have no answer yet; without them, no model is needed."""
+    from tqdm import tqdm
+
+    if not job.pending:
+        return
+    model, n_lines = load_model(arguments), len(job.lines) - len(job.bad)
+    with tqdm(
+        total=n_lines, initial=job.n_kept, unit="line", desc="generate", disable=not sys.stderr.isatty()
+    ) as bar:
+        job.answer(model, bar.update)
 
 
 def run_trace(arguments) -> None:

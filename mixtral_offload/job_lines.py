@@ -5,6 +5,7 @@ Knows JSON Lines and the tokenizer. Knows nothing of models, answers or how a jo
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -55,9 +56,8 @@ def read_lines(path: Path, raw: bool = False) -> tuple[str, list[Line | BadLine]
         content = path.read_bytes()
     except OSError as error:
         raise JobError("cannot read the input", path=path, found=error.strerror or error) from error
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(
-        b"\n"
-    )  # not splitlines: JSON may hold other line ends
+    # not splitlines: JSON may hold other line ends
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     found = [_read(number, line, raw) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise JobError(

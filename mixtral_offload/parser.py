@@ -30,9 +30,26 @@ def build_parser(commands: dict[str, Callable]) -> argparse.ArgumentParser:
 
 
 def add_generate_options(parser) -> None:
-    parser.add_argument("prompt", help="the prompt; - reads it from standard input")
+    parser.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
     parser.add_argument(
         "--raw", action="store_true", help="continue the text as it is, without chat template"
+    )
+    parser.add_argument(
+        "--input", metavar="FILE",
+        help='answer a file instead: lines like {"prompt": "..."} or {"messages": [...]}, with system, max_tokens, '
+        "seed, id where wanted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", metavar="FILE",
+        help="where the answers go, in the same order; interrupted, the same command goes on",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, metavar="N", help="lines at a time (default: 32)")
+    parser.add_argument(
+        "--bad-lines", choices=("refuse", "skip"),
+        help="lines that cannot be answered: do not start (refuse, the default), or answer the others",
+    )  # fmt: skip
+    parser.add_argument(
+        "--restart", action="store_true", default=None, help="begin anew, whatever is in the output already"
     )
 
 
@@ -178,7 +195,7 @@ COMMANDS = {
         add_sampling_options,
     ),
     "generate": (
-        "answer one prompt",
+        "answer one prompt, or a file of them",
         add_generate_options,
         add_model_options,
         add_offload_options,

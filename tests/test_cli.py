@@ -143,6 +143,9 @@ def test_a_chat_outlives_an_unexpected_error(capsys, monkeypatch):
         (["generate", "hi", "--temperature", "-1"], "impossible temperature"),
         (["generate", "hi", "--seed", str(2**70)], "impossible seed"),
         (["generate", "hi", "--tokenizer", "/usr"], "cannot read the tokenizer"),
+        (["generate", "--input", "nowhere", "--output", "x"], "cannot read the input"),
+        (["generate", "--input", "x", "--output", "x"], "write over its input"),
+        (["generate", "--input", "x", "--output", "y", "--batch-size", "0"], "impossible batch_size"),
         (["convert", "demo", "x", "--device", "banana"], "unknown device"),
         (["convert", str(DEMO), "x", "--default-cache-size", "99"], "impossible default cache size"),
     ],
@@ -156,7 +159,11 @@ def test_errors_are_one_message(capsys, arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [["chat", "--cache-sizes", "4"], ["generate"], ["fly"], ["generate", "hi", "--cache-size", "x"],
-     ["generate", "hi", "--raw", "--system", "Be brief."], ["convert", str(DEMO), "x", "--group-size", "32"]],
+     ["generate", "hi", "--raw", "--system", "Be brief."], ["generate", "hi", "--input", "a", "--output", "b"],
+     ["generate", "--input", "a"], ["generate", "--output", "b"], ["generate", "hi", "--output", "b"],
+     ["generate", "hi", "--batch-size", "4"], ["generate", "hi", "--bad-lines", "skip"], ["generate", "hi", "--restart"],
+     ["generate", "--input", "-", "--output", "b"], ["generate", "--input", "a", "--output", "-"],
+     ["generate", "--input", "a", "--output", "b", "--raw", "--system", "Be brief."], ["convert", str(DEMO), "x", "--group-size", "32"]],
 )  # fmt: skip
 def test_unknown_options_are_refused(capsys, arguments):
     with pytest.raises(SystemExit) as caught:

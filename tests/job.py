@@ -1,0 +1,66 @@
+"""What the tests of jobs share: a job on the shipped model's tokenizer, and an engine that answers out of order."""
+
+import json
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from mixtral_offload.batch import Answer
+from mixtral_offload.cache import CacheStats
+from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.jobs import Job, JobOptions
+from mixtral_offload.options import OffloadOptions
+from mixtral_offload.tokenizer import load_tokenizer
+
+MODEL = SimpleNamespace(
+    offload=SimpleNamespace(stats=CacheStats()), generation_config=SimpleNamespace(eos_token_id=1)
+)
+
+
+@dataclass
+class Engine:
+    """Stands in for `generate_batch`: every third request first. An answer follows from its prompt and seed alone.
+
+    dies_after: raise `error` after so many answers. seen: the requests that came.
+    """
+
+    dies_after: int | None = None
+    error: BaseException = field(default_factory=KeyboardInterrupt)
+    seen: list = field(default_factory=list)
+
+    def __call__(self, model, requests, *, batch_size, temperature, top_p):
+        requests = list(requests)
+        self.seen += requests
+        order = [number for first in range(3) for number in range(first, len(requests), 3)]
+        for done, number in enumerate(order):
+            if done == self.dies_after:
+                raise self.error
+            ids, seed = requests[number].ids, requests[number].seed or 0
+            yield Answer(number, [*ids[2:-2], 100 + seed % 1000, 1], "complete")
+
+
+def write(path, *lines):
+    """Objects as JSON, bytes as they are."""
+    lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def run(monkeypatch, folder, engine=None, *, model=MODEL, offload=None, **options):
+    """`in.jsonl` to `out.jsonl`; returns the job. engine None: the real one."""
+    options = {"input": folder / "in.jsonl", "output": folder / "out.jsonl", **options}
+    with monkeypatch.context() as patch, Job(JobOptions(**options)) as job:
+        if engine is not None:
+            patch.setattr("mixtral_offload.jobs.generate_batch", engine)
+        offload = OffloadOptions.parse({"device": "cpu", **(offload or {})})
+        job.prepare(load_tokenizer(DEMO), DEMO, offload)
+        job.answer(model)
+        job.finish()
+    return job
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())

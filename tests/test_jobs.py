@@ -1,0 +1,226 @@
+"""Jobs as a user runs them: the shipped model, processes, SIGKILL and Ctrl-C. The files alone: test_journal.py."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mixtral_offload import ChatSession
+from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.cli import main
+from mixtral_offload.errors import JobError, OptionError
+from mixtral_offload.jobs import JobOptions
+from mixtral_offload.tokenizer import load_tokenizer
+
+from .job import Engine, names, read, run, write
+
+COMMAND = [sys.executable, "-m", "mixtral_offload", "generate", "--device", "cpu", "--cache-size", "4"]
+QUESTIONS = [
+    "What is the capital of France?", "What is 47 + 38?", "Tell me a story about a fox.", "What is 47 + 38?", "How do I sort a list in Python?",
+]  # fmt: skip
+STORIES = [{"prompt": f"Tell me a story about a {who}.", "id": who} for who in
+           ("fox", "bird", "boy named Tom", "mirror", "king", "cat", "girl named Ana", "tree", "river", "dog")]  # fmt: skip
+
+
+def test_answers_are_those_of_a_chat(monkeypatch, tmp_path, offloaded):
+    """The same prompt says the same, here and in `generate`; also the second time."""
+    model = offloaded(DEMO, cache_size=4)
+    write(tmp_path / "in.jsonl", *({"prompt": text} for text in QUESTIONS))
+    for settings in ({}, {"system": "You are a pirate."}, {"max_tokens": 7}):
+        job = run(monkeypatch, tmp_path, model=model, restart=True, **settings)
+        answers = read(tmp_path / "out.jsonl")
+        for text, answer in zip(QUESTIONS, answers, strict=True):
+            chat = ChatSession(
+                model, load_tokenizer(DEMO), system_prompt=settings.get("system"),
+                max_new_tokens=settings.get("max_tokens", 512),
+            )  # fmt: skip
+            assert "".join(chat.send(text)) == answer["answer"] and chat.ended == answer["ended"]
+            assert (chat.last.n_prompt, chat.last.n_tokens) == (answer["n_prompt"], answer["n_tokens"])
+        n_tokens = sum(answer["n_tokens"] for answer in answers)
+        told = rf"5 answers: {n_tokens} tokens, [\d.]+ tokens/s, \d+% of expert uses were hits, [\d.]+ MB moved per token"
+        assert re.fullmatch(told, job.summary), job.summary
+
+
+def test_a_conversation_is_answered_as_in_a_chat(monkeypatch, tmp_path, offloaded):
+    model = offloaded(DEMO, cache_size=4)
+    chat = ChatSession(model, load_tokenizer(DEMO))
+    for text in ("My name is Priya.", "What is my name?"):
+        last = "".join(chat.send(text))
+    write(tmp_path / "in.jsonl", {"messages": chat.messages[:-1]})
+    run(monkeypatch, tmp_path, model=model)
+    assert read(tmp_path / "out.jsonl")[0]["answer"].strip() == last.strip() and "Priya" in last
+
+
+def test_lines_have_lengths_of_their_own(monkeypatch, tmp_path, offloaded):
+    model = offloaded(DEMO, cache_size=4, context_length=64)
+    story = {"prompt": "Tell me a story about a fox."}
+    write(tmp_path / "in.jsonl", {**story, "max_tokens": 3}, story, {"prompt": "What is 2 + 2?"})
+    run(monkeypatch, tmp_path, model=model, max_tokens=60, offload={"context_length": 64})
+    short, long, complete = read(tmp_path / "out.jsonl")
+    assert (short["ended"], short["n_tokens"]) == ("max_new_tokens", 3)
+    assert (long["ended"], long["n_prompt"] + long["n_tokens"]) == ("context", 64)
+    assert complete["ended"] == "complete" and complete["answer"].strip() == "2 + 2 = 4."
+
+
+def test_a_seed_is_the_lines_or_follows_from_the_jobs(monkeypatch, tmp_path):
+    write(
+        tmp_path / "in.jsonl",
+        {"prompt": "a"},
+        {"prompt": "a", "seed": 3},
+        {"prompt": "a"},
+        {"prompt": "a", "seed": 0},
+    )
+    seeds = []
+    for seed in (1, 1, 2, None):
+        engine = Engine()
+        run(monkeypatch, tmp_path, engine, seed=seed, restart=True)
+        seeds.append([request.seed for request in engine.seen])
+    assert seeds[0] == seeds[1] and seeds[0][1::2] == [3, 0] and seeds[3] == [None, 3, None, 0]
+    assert len({*seeds[0], *seeds[2]}) == 6  # no two lines, no two jobs
+    engine = Engine()
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path, Engine(dies_after=1), seed=1, restart=True)
+    run(monkeypatch, tmp_path, engine, seed=1)
+    assert [request.seed for request in engine.seen] == seeds[0][1:]  # as if nothing had happened
+
+
+def test_a_seed_that_was_drawn_is_kept(monkeypatch, tmp_path):
+    """Or a resumed job would end with other answers than it began with."""
+    write(tmp_path / "in.jsonl", *({"prompt": f"a {n}"} for n in range(4)))
+    first, second, anew = Engine(dies_after=2), Engine(), Engine()
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path, first, temperature=1.0)
+    run(monkeypatch, tmp_path, second, temperature=1.0)
+    run(monkeypatch, tmp_path, anew, temperature=1.0, restart=True)
+    drawn = [request.seed for request in first.seen]
+    assert None not in drawn and len(set(drawn)) == 4
+    assert [request.seed for request in second.seen] == [drawn[1], drawn[2]]  # 0 and 3 were answered first
+    assert not {*drawn} & {request.seed for request in anew.seen}
+
+
+def test_each_answer_is_kept_before_the_next_is_taken(monkeypatch, tmp_path):
+    write(tmp_path / "in.jsonl", *({"prompt": f"a {n}"} for n in range(4)))
+
+    def engine(*arguments, **options):
+        for n, answer in enumerate(Engine()(*arguments, **options), 1):
+            assert len(read(tmp_path / "out.jsonl.partial")) == n
+            yield answer
+
+    run(monkeypatch, tmp_path, engine)
+
+
+def test_an_engine_that_forgets_a_line_writes_no_output(monkeypatch, tmp_path):
+    write(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    with pytest.raises(JobError, match="1 of 2"):
+        run(monkeypatch, tmp_path, lambda *arguments, **options: list(Engine()(*arguments, **options))[:1])
+    assert names(tmp_path) == ["in.jsonl", "out.jsonl.partial"]
+
+
+def test_options(tmp_path):
+    for options, message in (({"batch_size": 0}, "batch_size"), ({"bad_lines": "x"}, "bad_lines"), ({"temperature": -1}, "temperature"),
+                             ({"raw": True, "system": "a"}, "system prompt")):  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            JobOptions(tmp_path / "in", tmp_path / "out", **options)
+
+
+def test_a_job_without_anything_to_generate_loads_no_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("mixtral_offload.cli.load_model", None)
+    write(tmp_path / "in.jsonl", {"promt": "a"}, "b")
+    paths = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main(["generate", *paths]) == 1
+    assert "error: 2 of 2 lines cannot be answered" in capsys.readouterr().err
+    assert main(["generate", *paths, "--bad-lines", "skip"]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "skipped, 2 bad lines of 2:\nline 1: unknown key" in told and "0 answers, 2 bad lines skipped" in told
+    )
+    assert [answer["line"] for answer in read(tmp_path / "out.jsonl")] == [1, 2]
+
+
+def rows(path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def start(folder, name, *options):
+    paths = ["--input", folder / "in.jsonl", "--output", folder / name, "--batch-size", "3"]
+    process = subprocess.Popen([*COMMAND, *paths, *options], stderr=subprocess.PIPE, text=True)
+    return process, folder / f"{name}.partial"
+
+
+def wait_for(process, journal, n_rows):
+    """Until the journal has so many lines, or the process has ended."""
+    deadline = time.time() + 120
+    while rows(journal) < n_rows and process.poll() is None:
+        assert time.time() < deadline, f"{rows(journal)} of {n_rows} lines"
+        time.sleep(0.002)
+
+
+def test_killed_again_and_again_a_job_ends_as_if_nothing_had_happened(tmp_path):
+    """SIGKILL at random moments, JOB_KILLS of them; some before the journal is there, some while it is written."""
+    lines = [
+        *STORIES,
+        {"prompt": "What is 2 + 2?", "seed": 4},
+        {"promt": "bad"},
+        {"prompt": "What is 2 + 2?"},
+    ]
+    write(tmp_path / "in.jsonl", *lines)
+    options = ["--max-tokens", "40", "--temperature", "0.8", "--seed", "5", "--bad-lines", "skip"]
+    process, _ = start(tmp_path, "undisturbed.jsonl", *options)
+    assert process.wait(120) == 0, process.stderr.read()
+    seed, kept, n_kills = random.randrange(10**6), 0, int(os.environ.get("JOB_KILLS", "4"))
+    dice = random.Random(seed)
+    for kill in range(n_kills):
+        process, journal = start(tmp_path, "out.jsonl", *options)
+        wait_for(process, journal, kept + dice.randint(0, 1 + len(lines) // n_kills))
+        time.sleep(dice.random() * (0.2 if kept else 1))
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:  # done before the blow
+            break
+        assert rows(journal) >= kept, f"dice {seed}, kill {kill}: answers are lost"
+        kept = rows(journal)
+    if process.returncode != 0:
+        process, _ = start(tmp_path, "out.jsonl", *options)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+        assert kept <= 1 or f"12 answers, {kept - 1} of them from before, 1 bad line skipped" in told
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes(), (
+        f"dice {seed}"
+    )
+    assert names(tmp_path) == ["in.jsonl", "out.jsonl", "undisturbed.jsonl"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_a_second_process_is_refused(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", *STORIES)
+    options = ["--max-tokens", "30"]
+    process, journal = start(tmp_path, "out.jsonl", *options, "--link", "5MB")
+    try:
+        wait_for(process, journal, 3)
+        paths = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+        command = ["generate", *paths, *options, "--device", "cpu", "--cache-size", "4"]
+        assert main(command) == 1
+        assert "another process is at work on this output" in capsys.readouterr().err
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in told, told
+    n_kept = int(
+        re.search(rf"(\d+) of 10 answers are kept in {journal}; the same command goes on from there", told)[1]
+    )
+    assert 2 <= n_kept == rows(journal) - 1 < 10
+    assert main(command) == 0
+    assert f"10 answers, {n_kept} of them from before: " in capsys.readouterr().err
+    assert [answer["id"] for answer in read(tmp_path / "out.jsonl")] == [story["id"] for story in STORIES]
+    assert main(command) == 1
+    assert "--restart" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["ended"] == "max_new_tokens"
