@@ -165,7 +165,8 @@ def run_job(arguments) -> None:
             answer(job, arguments)
             job.finish()
         except BaseException:
-            print(f"\n{job.how_to_go_on}", file=sys.stderr)
+            if job.journal.places:
+                print(f"\n{job.how_to_go_on}", file=sys.stderr)
             raise
     print(job.summary, file=sys.stderr)
 

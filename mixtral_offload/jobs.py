@@ -1,7 +1,7 @@
 """A job: a file of prompts in, a file of answers out, interrupted at any moment and gone on with.
 
-Knows the input's lines, the journal, and what decides an answer. Of models it knows `generate_batch` and the tokenizer
-alone; nothing of terminals.
+Knows the input's lines, the journal, and what decides an answer. Of models it knows `generate_batch`, counters and the
+tokenizer; nothing of how answers come about, or of terminals.
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ class Journal:
 
         numbers: the lines that get an answer. keep: more for the header of a new journal.
         """
-        if self.header is not None:
+        if not self.places:  # nothing to lose, whatever job it was
+            self.header, self._end = None, 0
+        else:
             self._compare(job)
             if strange := sorted(self.places.keys() - set(numbers)):
                 raise self._damaged(f"line {strange[0]} of the input", "an answer, though it gets none")

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from mixtral_offload import journal
+from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.errors import JobError, OptionError
 from mixtral_offload.journal import Journal
 
@@ -150,10 +151,17 @@ def test_another_job_is_refused_by_what_differs(monkeypatch, tmp_path, undisturb
     assert (tmp_path / "out.jsonl.partial").read_bytes() == kept
 
 
+def test_a_journal_without_answers_is_in_nobodys_way(monkeypatch, tmp_path, undisturbed):
+    """Left by a model that could not be loaded, say; the next try may have other options."""
+    interrupt(monkeypatch, tmp_path, 0)
+    job = run(monkeypatch, tmp_path, Engine(), max_tokens=3)
+    assert job.n_kept == 0 and (tmp_path / "out.jsonl").read_bytes() == undisturbed
+
+
 def test_another_model_is_refused(monkeypatch, tmp_path, undisturbed):
     interrupt(monkeypatch, tmp_path)
     other = tmp_path / "other"
-    shutil.copytree(journal.Path(__file__).parent.parent / "mixtral_offload" / "demo" / "4bit", other)
+    shutil.copytree(DEMO, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": 9.0}))
     monkeypatch.setattr("tests.job.DEMO", other)
