@@ -79,13 +79,15 @@ def test_a_journal_cut_at_any_byte(monkeypatch, tmp_path, undisturbed):
         (tmp_path / "out.jsonl").unlink()
 
 
-def test_a_cut_line_is_gone_before_anything_follows_it(monkeypatch, tmp_path, undisturbed):
+def test_what_was_cut_or_forgotten_is_gone_before_anything_is_written(monkeypatch, tmp_path, undisturbed):
+    """Or a shorter line would be followed by the rest of a longer one, and a new header by old answers."""
     kept = interrupt(monkeypatch, tmp_path)
-    (tmp_path / "out.jsonl.partial").write_bytes(kept[:-9])
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, tmp_path, Engine(dies_after=1))
-    rows = read(tmp_path / "out.jsonl.partial")
-    assert len(rows) == 5 and len({row["line"] for row in rows[1:]}) == 4
+    (tmp_path / "out.jsonl.partial").write_bytes(kept + b'{"line": 9, "answer": "' + 500 * b"x")
+    for restart, n_rows in ((False, 6), (True, 2)):
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, tmp_path, Engine(dies_after=1), restart=restart)
+        rows = read(tmp_path / "out.jsonl.partial")
+        assert len(rows) == n_rows == len({row.get("line") for row in rows})
 
 
 def test_a_last_line_that_the_disk_never_got(monkeypatch, tmp_path, undisturbed):
@@ -113,7 +115,7 @@ def test_killed_at_the_very_end(monkeypatch, tmp_path, undisturbed, end):
 @pytest.mark.parametrize("damage", ["garbage", "twice", "an answer to no line", "no line number"])
 def test_a_damaged_journal_is_refused_and_left_alone(monkeypatch, tmp_path, undisturbed, damage):
     rows = interrupt(monkeypatch, tmp_path).splitlines(keepends=True)
-    rows[2:2] = {"garbage": [b"\0\0\0\n"], "twice": [rows[3]], "no line number": [b'{"line": true}\n'],
+    rows[2:2] = {"garbage": [b"\0\0\0\n"], "twice": [rows[3]], "no line number": [b'{"line": []}\n'],
                  "an answer to no line": [b'{"line": 99, "answer": ""}\n']}[damage]  # fmt: skip
     (tmp_path / "out.jsonl.partial").write_bytes(b"".join(rows))
     with pytest.raises(JobError, match=r"(?s)journal is damaged.*out.jsonl.partial.*line .*--restart"):
