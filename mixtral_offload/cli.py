@@ -66,11 +66,13 @@ def source_of(arguments):
     return demo_folder if arguments.model == DEMO else arguments.model, hub
 
 
-def load_model(arguments):
+def load_model(arguments, **options):
     from .offload import from_pretrained
 
     source, hub = source_of(arguments)
-    model = from_pretrained(source, hub=hub, progress=sys.stderr.isatty(), **offload_options(arguments))
+    model = from_pretrained(
+        source, hub=hub, progress=sys.stderr.isatty(), **options, **offload_options(arguments)
+    )
     print(model.offload.plan, file=sys.stderr)
     if model.offload.compile_s:
         how = "--no-compile does without, and is slower"
@@ -177,7 +179,7 @@ def answer(job, arguments) -> None:
 
     if not job.pending:
         return
-    model, n_lines = load_model(arguments), len(job.lines) - len(job.bad)
+    model, n_lines = load_model(arguments, batch_size=job.n_contexts), len(job.lines) - len(job.bad)
     with tqdm(
         total=n_lines, initial=job.n_kept, unit="line", desc="generate", disable=not sys.stderr.isatty()
     ) as bar:

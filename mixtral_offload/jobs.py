@@ -87,12 +87,21 @@ class Job:
         done = self.journal.places
         return [line for line in self.lines if isinstance(line, Line) and line.number not in done]
 
+    @property
+    def n_contexts(self) -> int:
+        """How many whole contexts the plan must leave room for, so that the longest pending lines can be in one batch."""
+        options = self.options
+        longest = max(
+            (len(line.ids) + (line.max_tokens or options.max_tokens) for line in self.pending), default=1
+        )
+        return -(-options.batch_size * min(longest, self.context) // self.context)
+
     def prepare(self, tokenizer, folder: Path, offload: OffloadOptions) -> None:
         """Check every line, and that the journal is of this job. folder: the model's. offload: how it will be run."""
         options = self.options
         if options.raw:
             tokenizer.chat_template = RAW_TEMPLATE
-        context = context_length(read_config(folder), offload)
+        self.context = context = context_length(read_config(folder), offload)
         self.lines, self.tokenizer = encode_lines(self.lines, tokenizer, context, options.system), tokenizer
         if self.bad and options.bad_lines == "refuse":
             raise JobError(
@@ -197,6 +206,7 @@ class Job:
             "device": offload.device.type,
             "dtype": str(offload.dtype).removeprefix("torch."),
             "compile": offload.compile,
+            "unpack": offload.unpack,
             "sha256 of the prompts' tokens": tokens.hexdigest(),  # tokenizer and chat template
         }
 

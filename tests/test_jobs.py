@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -30,7 +31,7 @@ STORIES = [{"prompt": f"Tell me a story about a {who}.", "id": who} for who in
 
 def test_answers_are_those_of_a_chat(monkeypatch, tmp_path, offloaded):
     """The same prompt says the same, here and in `generate`; also the second time."""
-    model = offloaded(DEMO, cache_size=4)
+    model = offloaded(DEMO, cache_size=4, batch_size=32)
     write(tmp_path / "in.jsonl", *({"prompt": text} for text in QUESTIONS))
     for settings in ({}, {"system": "You are a pirate."}, {"max_tokens": 7}):
         job = run(monkeypatch, tmp_path, model=model, restart=True, **settings)
@@ -48,7 +49,7 @@ def test_answers_are_those_of_a_chat(monkeypatch, tmp_path, offloaded):
 
 
 def test_a_conversation_is_answered_as_in_a_chat(monkeypatch, tmp_path, offloaded):
-    model = offloaded(DEMO, cache_size=4)
+    model = offloaded(DEMO, cache_size=4, batch_size=32)
     chat = ChatSession(model, load_tokenizer(DEMO))
     for text in ("My name is Priya.", "What is my name?"):
         last = "".join(chat.send(text))
@@ -58,7 +59,7 @@ def test_a_conversation_is_answered_as_in_a_chat(monkeypatch, tmp_path, offloade
 
 
 def test_lines_have_lengths_of_their_own(monkeypatch, tmp_path, offloaded):
-    model = offloaded(DEMO, cache_size=4, context_length=64)
+    model = offloaded(DEMO, cache_size=4, batch_size=32, context_length=64)
     story = {"prompt": "Tell me a story about a fox."}
     write(tmp_path / "in.jsonl", {**story, "max_tokens": 3}, story, {"prompt": "What is 2 + 2?"})
     run(monkeypatch, tmp_path, model=model, max_tokens=60, offload={"context_length": 64})
@@ -226,3 +227,22 @@ def test_ctrl_c_keeps_what_is_finished_and_a_second_process_is_refused(tmp_path,
     assert main(command) == 1
     assert "--restart" in capsys.readouterr().err
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["ended"] == "max_new_tokens"
+
+
+def test_the_plan_leaves_room_for_the_whole_batch(monkeypatch, tmp_path):
+    """Ten stories of up to 300 tokens at once need more than the one context that a chat has."""
+    from mixtral_offload.batch import _Batch
+
+    sizes, step = [], _Batch.step
+
+    def spy(batch):
+        sizes.append(len(batch.rows))
+        step(batch)
+
+    monkeypatch.setattr(_Batch, "step", spy)
+    write(tmp_path / "in.jsonl", *STORIES)
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main(["generate", *files, "--device", "cpu", "--max-tokens", "300"]) == 0
+    assert max(sizes) == len(STORIES)
