@@ -127,6 +127,11 @@ class ExpertCache:
         for key, row in self._resident.items():
             yield key, self._slab[row]
 
+    def resident_rows(self, layer: int) -> torch.Tensor:
+        """The memory of a layer's resident experts, after each other: uint8 [residents, layout.n_bytes]."""
+        rows = [row for (of, _), row in self._resident.items() if of == layer]
+        return self._slab[rows[0] : rows[-1] + 1]
+
     def contents(self, layer: int) -> list[int]:
         """Experts of `layer` on the device: residents, then those in slots, the next to be evicted first."""
         pool = self._pools[layer]
@@ -170,6 +175,12 @@ class ExpertCache:
                 key = self._land(pool, key)
             row = self._resident.get(key)
             yield key[1], self._views[pool.held[key] if row is None else row]
+
+    def count_residents(self, layer: int, experts: Sequence[int]) -> None:
+        """Uses of resident experts that were run without `serve`."""
+        at_s = time.perf_counter()
+        for expert in experts:
+            self._count(Use(layer, expert, HIT, 0.0, at_s, None))
 
     def prefetch(self, layer: int, experts: Sequence[int], distance: int = 1) -> None:
         """Start copies of the experts that `layer`, `distance` layers from now, will probably need, likeliest first.

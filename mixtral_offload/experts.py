@@ -70,13 +70,13 @@ class ExpertLayout:
         return cls(shapes, quantization, tuple(fields), offset)
 
     def dequantized(self, dtype: torch.dtype) -> ExpertLayout:
-        """The same expert with plain matrices of `dtype`."""
+        """The same expert with plain matrices of `dtype`, after each other as transformers has them."""
         fields, offset = [], 0
         for matrix, shape in self.shapes.items():
-            n_bytes = prod(shape) * dtype.itemsize
-            fields.append(Field(matrix, "weight", dtype, shape, offset, n_bytes))
-            offset += -(-n_bytes // ALIGNMENT) * ALIGNMENT
-        return ExpertLayout(self.shapes, dict.fromkeys(self.shapes, Quantization(16)), tuple(fields), offset)
+            fields.append(Field(matrix, "weight", dtype, shape, offset, prod(shape) * dtype.itemsize))
+            offset += fields[-1].n_bytes
+        n_bytes = -(-offset // ALIGNMENT) * ALIGNMENT
+        return ExpertLayout(self.shapes, dict.fromkeys(self.shapes, Quantization(16)), tuple(fields), n_bytes)
 
     @property
     def stored_bytes(self) -> int:

@@ -27,11 +27,9 @@ def offloaded_experts(
     """
     real = module.offload.real_tokens
     if real is None:
-        return _experts(module.offload, module.layer, hidden_states, top_k_index, top_k_weights)
+        return _experts(module, hidden_states, top_k_index, top_k_weights)
     y = torch.zeros_like(hidden_states)
-    y[real] = _experts(
-        module.offload, module.layer, hidden_states[real], top_k_index[real], top_k_weights[real]
-    )
+    y[real] = _experts(module, hidden_states[real], top_k_index[real], top_k_weights[real])
     return y
 
 
@@ -59,12 +57,23 @@ def _real_tokens(shape: tuple[int, int], mask: Tensor | None) -> Tensor | None:
     return None if mask.all() else mask.nonzero()[:, 0]
 
 
-def _experts(
-    offload, layer: int, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    offload, layer = module.offload, module.layer
+    if offload.options.unpack:
+        return _grouped(module, hidden_states, top_k_index, top_k_weights)
     serve = _serve_token if len(top_k_index) == 1 else _serve_tokens
     y = serve(offload, layer, hidden_states, top_k_index, top_k_weights)  # [T, k, H]
     return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
+def _grouped(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Everything is on the device and as transformers has it: its own grouped product, one for all experts."""
+    offload, began_s = module.offload, time.perf_counter()
+    y = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
+    with offload.cache.lock:
+        offload.cache.count_residents(module.layer, sorted({*top_k_index.flatten().tolist()}))
+        _record(offload, module.layer, top_k_index, top_k_weights, began_s)
+    return y
 
 
 def _serve_token(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

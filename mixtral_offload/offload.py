@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -240,7 +241,22 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
     for name, layer in offload.modules.items():
         module = model.get_submodule(name)
         module.offload, module.layer = offload, layer
+        if options.unpack:
+            _lend_weights(module, offload.cache, layer)
     model.set_experts_implementation("offloaded")
     skip_padding(model.base_model, offload)
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(model, gates, offload.prefetch, options.prefetch, options.look_ahead)
+
+
+def _lend_weights(module: nn.Module, cache: ExpertCache, layer: int) -> None:
+    """The cache's memory of one layer, every expert resident and dequantized, as transformers' parameters
+    `gate_up_proj [experts, 2 * intermediate, hidden]` and `down_proj [experts, hidden, intermediate]`."""
+    rows = cache.resident_rows(layer)  # uint8 [experts, n_bytes]
+    gate, up, down = cache.layout.fields
+    for name, first, shape in (
+        ("gate_up_proj", gate, (gate.shape[0] + up.shape[0], gate.shape[1])), ("down_proj", down, down.shape),
+    ):  # fmt: skip
+        n_bytes = prod(shape) * first.dtype.itemsize
+        weights = rows[:, first.offset : first.offset + n_bytes].view(first.dtype).unflatten(1, shape)
+        setattr(module, name, nn.Parameter(weights, requires_grad=False))
