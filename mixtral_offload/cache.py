@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .checkpoint import ExpertId
-from .copies import CREATED, Copy
+from .copies import Copy
 from .errors import CapacityError
 from .experts import ExpertLayout
 from .policy import LOAD, LRU, Policy, Pool, serve
@@ -190,7 +190,7 @@ class ExpertCache:
         """
         pool = self._pools[layer]
         for key in [key for key in self._staged if key[0] == layer and key[1] not in experts]:
-            if self._staged[key].copy.state == CREATED:
+            if not self._staged[key].copy.has_begun:
                 self._drop_guess(key)
         for expert in experts:
             key = (layer, expert)

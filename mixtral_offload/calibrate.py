@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList
 from .cache import ExpertCache
 from .card import Card
 from .errors import OptionError
+from .slow_link import SlowEngine
 from .variants import _borrow, _now, _rows, _slots, copy_seconds, switched
 from .worker import CHUNKS, chunk_bytes
 
@@ -49,7 +50,7 @@ def measure_card(model, n_passes: int = 24) -> Card:
     scale = statistics.median(b - a for a, b in pairwise(begins[2:])) / sum(parts)
     token_s, attention_s, experts_s = (scale * part for part in parts)
     n_bytes, engine = offload.cache.layout.n_bytes, offload.cache.engine
-    chunks = CHUNKS if getattr(engine, "_is_slow", False) else -(-n_bytes // chunk_bytes(n_bytes))
+    chunks = CHUNKS if isinstance(engine, SlowEngine) else -(-n_bytes // chunk_bytes(n_bytes))
     return Card(
         copy_s=copy_seconds(model), attention_s=attention_s / len(slots), token_s=token_s, chunks=chunks,
         expert_s=experts_s / len(slots) / offload.checkpoint.top_k, guess_s=guess_seconds(model),

@@ -38,6 +38,7 @@ class Copy:
         self.cancelled = False
         self.was_guess = False  # started before anybody needed it
         self.asked_s = 0.0
+        self.carrier = None  # an engine without a thread: whoever waits does the work (`slow_link.py`)
         self._at = (0, 0)  # the next chunk: number of the piece, byte within it
         self._changed = threading.Condition()
 
@@ -76,6 +77,8 @@ class Copy:
         """Return when the calling thread (on CUDA: its current stream) may read the slot."""
         if self.cancelled:
             raise RuntimeError("waited for a copy that was cancelled")
+        if self.carrier is not None:
+            self.carrier.land(self)
         with self._changed:
             while self.state not in OVER:
                 self._changed.wait()
@@ -93,6 +96,10 @@ class Copy:
         self.cancelled = True
 
     @property
+    def has_begun(self) -> bool:
+        return self.state != CREATED or (self.carrier is not None and self.carrier.has_begun(self))
+
+    @property
     def is_good(self) -> bool:
         """Whether a guess may be waited for."""
         return self.was_guess and not self.cancelled and self.state not in (ABANDONED, FAILED)
@@ -105,6 +112,8 @@ class Copy:
     def abandon(self) -> None:
         """Return when the slot is certain not to be written any more."""
         self.cancel()
+        if self.carrier is not None:
+            self.carrier.cancel(self)
         with self._changed:
             while self.state == RUNNING:
                 self._changed.wait()

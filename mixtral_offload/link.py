@@ -1,4 +1,5 @@
-"""The link of a replay with a clock: copies in chunks, the most urgent first, as `worker.py` does it.
+"""A link on which time passes: copies in chunks, the most urgent first, as `worker.py` does it. For a replay with a clock, and
+for experiments with a link of a stated speed (`slow_link.py`).
 
 Knows transfers and time. Knows nothing of experts or of who asks.
 """
@@ -18,14 +19,15 @@ SLACK = 1e-9  # of a chunk: sums of times that should meet at a chunk's end miss
 @dataclass(slots=True, eq=False)
 class Transfer:
     """One copy. due: as in `copies.Copy`; number: in the order asked. kind: what it was for, as known by now; an open
-    guess is neither right nor wrong yet. chunks: across the link, that under way included. end_s: of the last one, as
-    soon as it has begun."""
+    guess is neither right nor wrong yet. chunks: across the link, that under way included. begin_s: of the first one, end_s:
+    of the last one, as soon as it has begun."""
 
     key: int
     due: int
     number: int
     kind: int
     chunks: int = 0
+    begin_s: float | None = None
     end_s: float | None = None
 
 
@@ -80,12 +82,15 @@ class Link:
     def _carry(self, most: int) -> None:
         transfer = min(self._waiting, key=_urgency)
         n, begin = min(most, self._n_chunks - transfer.chunks), self.free_s
-        transfer.chunks += n
+        if transfer.chunks == 0:
+            transfer.begin_s = begin
+        # in this order, an interrupt in between leaves nothing that is carried for ever
         self.moved += n
         self.free_s = begin + n * self._chunk_s
-        if transfer.chunks == self._n_chunks:
+        if transfer.chunks + n == self._n_chunks:
             transfer.end_s = self.free_s
             self._waiting.remove(transfer)
+        transfer.chunks += n
         if self.stretches is None:
             return
         if self.stretches and self.stretches[-1][0] is transfer and self.stretches[-1][2] == begin:

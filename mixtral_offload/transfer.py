@@ -15,9 +15,10 @@ import time
 import torch
 from torch import Tensor
 
-from .copies import NOW, RUNNING, Copy
+from .copies import NOW, Copy
+from .slow_link import SlowEngine
 from .store import FilePart
-from .worker import CHUNKS, SlowLink, Waiting, chunk_bytes, start_worker
+from .worker import Waiting, chunk_bytes, start_worker
 
 
 class FreeSince:
@@ -39,18 +40,13 @@ class FreeSince:
 
 
 class ThreadEngine:
-    """Copies on a worker thread: for the CPU, and for CUDA where the home is not pinned memory.
+    """Copies on a worker thread: for the CPU, and for CUDA where the home is not pinned memory."""
 
-    link_bytes_per_s: slow the copies down to a link of this speed, for experiments (None: as fast as it goes).
-    """
-
-    def __init__(self, device: torch.device, n_bytes: int, link_bytes_per_s: float | None = None):
+    def __init__(self, device: torch.device, n_bytes: int):
         self._device, self._waiting, self._free_since = device, Waiting(), FreeSince(device)
         size = chunk_bytes(n_bytes)
         move = _bounce(device, size) if device.type == "cuda" else _copy_chunk
-        link = None if link_bytes_per_s is None else SlowLink(link_bytes_per_s, max(n_bytes // CHUNKS, 1))
-        self._is_slow = link is not None
-        self.close = start_worker(self, self._waiting, move, size, link)
+        self.close = start_worker(self, self._waiting, move, size)
 
     def start(self, copy: Copy) -> None:
         if self._device.type == "cuda":
@@ -64,17 +60,10 @@ class ThreadEngine:
     def promote(self, copy: Copy) -> None:
         """A guess has become a need."""
         copy.due = NOW
-        self._look_again()  # something less urgent may be on the link, also where this one has begun
 
     def cancel(self, copy: Copy) -> None:
         """No more of it; returns at once (see `Copy.cancel`)."""
         copy.cancel()
-        if copy.state == RUNNING:
-            self._look_again()
-
-    def _look_again(self) -> None:
-        if self._is_slow:  # else the worker does so soon enough
-            self._waiting.nudge()
 
 
 class StreamEngine:
@@ -96,7 +85,7 @@ class StreamEngine:
                 arrived = guesses.record_event()
             arrived.synchronize()
 
-        self._end = start_worker(self, self._waiting, move, chunk_bytes(n_bytes), None)
+        self._end = start_worker(self, self._waiting, move, chunk_bytes(n_bytes))
 
     def start(self, copy: Copy) -> None:
         if copy.due != NOW:
@@ -152,7 +141,9 @@ def _bounce(device: torch.device, size: int):
 
 
 def make_engine(device: torch.device, pinned: bool, n_bytes: int, link_bytes_per_s: float | None = None):
-    """The engine for a device and a home: a stream for pinned memory, a worker thread otherwise."""
-    if device.type == "cuda" and pinned and link_bytes_per_s is None:
-        return StreamEngine(device, n_bytes)
-    return ThreadEngine(device, n_bytes, link_bytes_per_s)
+    """The engine for a device and a home: a stream for pinned memory, a worker thread otherwise; or a link of a stated speed."""
+    if link_bytes_per_s is not None:
+        return SlowEngine(device, n_bytes, link_bytes_per_s)
+    return (
+        StreamEngine(device, n_bytes) if device.type == "cuda" and pinned else ThreadEngine(device, n_bytes)
+    )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mixtral_offload.cache import ExpertCache
 from mixtral_offload.experts import ExpertLayout
-from mixtral_offload.transfer import ThreadEngine
+from mixtral_offload.transfer import ThreadEngine, make_engine
 
 CPU = torch.device("cpu")
 N_EXPERTS = 8
@@ -22,7 +22,10 @@ LAYOUT = ExpertLayout.build(
 )  # fmt: skip
 
 
-INTERRUPTED = tuple(f"offload/{name}.py" for name in ("cache", "transfer", "copies", "worker", "policy"))
+INTERRUPTED = tuple(
+    f"offload/{name}.py" for name in ("cache", "transfer", "copies", "worker", "policy", "slow_link", "link")
+)
+FAST = LAYOUT.n_bytes / 1e-5  # bytes per second, of a link in an experiment
 ENGINE = ThreadEngine(CPU, LAYOUT.n_bytes)  # for tests that make thousands of caches
 
 
@@ -75,7 +78,7 @@ class UnorderedEngine:
 
 
 def make_cache(n_slots=2, n_layers=2, resident=(), link=None, engine=None, **options):
-    home, engine = Home(), engine or ThreadEngine(CPU, LAYOUT.n_bytes, link)
+    home, engine = Home(), engine or make_engine(CPU, False, LAYOUT.n_bytes, link)
     layers = dict.fromkeys(range(n_layers), (n_slots, resident))
     cache = ExpertCache(LAYOUT, layers, home, engine, CPU, **options)
     for (layer, expert), slot in cache.resident_slots():
@@ -297,14 +300,14 @@ def interrupted_at(line_number: int, run) -> bool:
     return False
 
 
-@pytest.mark.parametrize("unordered", [False, True])
+@pytest.mark.parametrize("kind", ["thread", "unordered", "slow"])
 @pytest.mark.parametrize("experts", [[0, 1], [1, 2], [4, 5, 6, 7]])
-def test_an_interrupt_at_any_line_leaves_no_wrong_expert_and_no_lost_slot(experts, unordered):
+def test_an_interrupt_at_any_line_leaves_no_wrong_expert_and_no_lost_slot(experts, kind):
     """An interrupt at one in five points once left the original cache with an expert's bytes under another's name."""
-    line = 1
+    line, unordered = 1, kind == "unordered"
     while True:
         engine = UnorderedEngine() if unordered else None
-        cache, _ = make_cache(n_slots=3, n_layers=1, link=LAYOUT.n_bytes / 0.0005, engine=engine)
+        cache, _ = make_cache(n_slots=3, n_layers=1, link=FAST if kind == "slow" else None, engine=engine)
         serve(cache, 0, [0, 1])
         if unordered:
             engine.delay_s = 0.002
@@ -325,8 +328,9 @@ def test_an_interrupt_at_any_line_leaves_no_wrong_expert_and_no_lost_slot(expert
     assert line > 20
 
 
+@pytest.mark.parametrize("link", [None, FAST], ids=["thread", "slow"])
 @pytest.mark.parametrize("guesses", [[2], [3, 4], [1, 5]])
-def test_an_interrupt_while_guessing_leaves_no_wrong_expert_and_no_lost_row(guesses):
+def test_an_interrupt_while_guessing_leaves_no_wrong_expert_and_no_lost_row(guesses, link):
     """Interrupted anywhere in a pass that takes over a guess, starts others and drops them in the next pass."""
 
     def run(cache):
@@ -337,7 +341,7 @@ def test_an_interrupt_while_guessing_leaves_no_wrong_expert_and_no_lost_row(gues
 
     line = 1
     while True:
-        cache, _ = make_cache(n_slots=2, n_layers=2, n_staging=2, link=LAYOUT.n_bytes / 0.0005)
+        cache, _ = make_cache(n_slots=2, n_layers=2, n_staging=2, link=link)
         serve(cache, 0, [0, 1])
         cache.prefetch(0, [2, 6])
         was_interrupted = interrupted_at(line, lambda cache=cache: run(cache))

@@ -11,6 +11,7 @@ from mixtral_offload.errors import OptionError
 from mixtral_offload.offload import DEMO
 from mixtral_offload.prefetch import FoldedRouters, Prefetcher, find_gates, next_router
 from mixtral_offload.recorder import record
+from mixtral_offload.slow_link import SlowEngine
 from mixtral_offload.transfer import ThreadEngine
 
 PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?", "How do I sort a list in Python?"]
@@ -105,23 +106,6 @@ def copy_of(n_bytes, value, due):
     return Copy([(0, source)], torch.zeros(n_bytes, dtype=torch.uint8), due)
 
 
-def test_a_needed_copy_waits_for_one_chunk_of_a_guess_at_most():
-    """The guess goes on afterwards, from where it was."""
-    n_bytes = 16 * 4096
-    engine = ThreadEngine(torch.device("cpu"), n_bytes, link_bytes_per_s=n_bytes / 0.64)  # 40 ms a chunk
-    guess, needed = copy_of(n_bytes, 1, 3), copy_of(n_bytes, 2, -1)
-    engine.start(guess)
-    time.sleep(0.1)  # two chunks and a half
-    engine.start(needed)
-    needed.wait()
-    assert (needed.slot == 2).all()
-    assert 3 * 4096 <= guess.moved_bytes <= 4 * 4096  # one more, and one for the clock's sake
-    guess.wait()
-    assert guess.state == DONE and (guess.slot == 1).all()
-    assert guess.ended_s - guess.asked_s >= 1.28  # both went over one link
-    engine.close()
-
-
 def test_a_needed_copy_overtakes_a_guess_at_full_speed():
     n_bytes = 256 << 20  # 64 chunks
     engine = ThreadEngine(torch.device("cpu"), n_bytes)
@@ -139,7 +123,7 @@ def test_a_needed_copy_overtakes_a_guess_at_full_speed():
 
 def test_a_cancelled_guess_leaves_the_link_at_once():
     n_bytes = 16 * 4096
-    engine = ThreadEngine(torch.device("cpu"), n_bytes, link_bytes_per_s=n_bytes / 0.64)
+    engine = SlowEngine(torch.device("cpu"), n_bytes, n_bytes / 0.64)
     wrong, right = copy_of(n_bytes, 1, 3), copy_of(n_bytes, 2, 4)
     engine.start(wrong)
     engine.start(right)
@@ -153,7 +137,7 @@ def test_a_cancelled_guess_leaves_the_link_at_once():
 
 def test_guesses_go_in_the_order_in_which_their_layers_come():
     device, n_bytes = torch.device("cpu"), 4096
-    engine = ThreadEngine(device, n_bytes, link_bytes_per_s=n_bytes / 0.02)
+    engine = SlowEngine(device, n_bytes, n_bytes / 0.02)
     copies = {
         due: Copy([(0, torch.ones(n_bytes, dtype=torch.uint8))], torch.zeros(n_bytes, dtype=torch.uint8), due)
         for due in (1, 4, 3, 2)
