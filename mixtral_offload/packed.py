@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from .errors import OptionError
 from .experts import MATRICES, ExpertLayout, expert_forward
-from .quantization import WORDS, Fields, Quantization, matmul
+from .quantization import WORDS, Fields, Quantization, matmul, parts
 
 #: from more tokens on, a matrix is dequantized, part by part, for a library product: the packed one costs the same for
 #: each token, dequantizing about as much as ten tokens (LOG.md)
@@ -43,32 +43,46 @@ Run = Callable[[Tensor, dict[str, Fields]], Tensor]  # (x [T, hidden], an expert
 
 def packed_product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
     """`x [1, K] @ W.T` -> `[1, N]` in x's dtype, in fp32 within; for N divisible by the group size."""
-    bits, (per_word, _) = quantization.bits, WORDS[quantization.bits]
     scale, zero = _scale_and_zero(fields, shape, quantization)  # [G, K/c, c]
     scaled = scale * x.float().view(scale.shape[1:])
-    words = fields["W_q"]
-    together = max(
-        n for n in range(1, len(words) + 1) if len(words) % n == 0 and n * per_word <= max(SUMS, per_word)
-    )
-    words = words.view(-1, together, *scale.shape)  # [words/together, together, G, K/c, c]
+    rows = [part.weight * _row_sums(fields[part.name], part.bits, scaled) for part in parts(quantization)]
+    y = sum(rows[1:], rows[0])[: quantization.group_size] - (zero * scaled).sum((-1, -2))
+    return y.view(1, -1).to(x.dtype)
+
+
+def _row_sums(words: Tensor, bits: int, scaled: Tensor) -> Tensor:
+    """`sum_k q[r, g, k] * scaled[g, k]` -> `[rows, G]`, for words `[n_words, G * K]` and scaled `[G, K/c, c]`."""
+    per_word, n_words = WORDS[bits][0], len(words)
+    together = max(n for n in range(1, n_words + 1) if n_words % n == 0 and n * per_word <= max(SUMS, per_word))
+    words = words.view(-1, together, *scaled.shape)  # [words/together, together, G, K/c, c]
     sums = []
     for shift in _shifts(bits):
         for word in words.unbind(1):
             q = (word & ((2**bits - 1) << shift)).float()
             sums.append((q * scaled).sum((-1, -2)) * 2.0**-shift)
-    y = torch.stack(sums).view(per_word, together, len(words), -1).transpose(1, 2)  # rows by value, then word
-    y = y.reshape(-1, scale.shape[0])[: quantization.group_size] - (zero * scaled).sum((-1, -2))
-    return y.view(1, -1).to(x.dtype)
+    by_value = torch.stack(sums).view(per_word, together, len(words), -1).transpose(1, 2)  # rows by value, then word
+    return by_value.reshape(per_word * n_words, -1)
 
 
-def planes(
-    word: Tensor, fields: Fields, shape, quantization: Quantization, dtype: torch.dtype
-) -> list[Tensor]:
-    """`word [G * K]`, one row of W_q, dequantized: a matrix `[G, K]` for each value in a word, the highest bits first."""
+def n_steps(quantization: Quantization) -> int:
+    """In how many steps `planes` dequantizes a matrix: the words of its part with the fewest."""
+    return min(-(-quantization.group_size // WORDS[part.bits][0]) for part in parts(quantization))
+
+
+def step_words(fields: Fields, quantization: Quantization, step: int) -> list[Tensor]:
+    """The words `[n, G * K]` that hold rows step, step + n_steps, ... of the view [group_size, G * K], part by part."""
+    return [fields[part.name][step :: n_steps(quantization)] for part in parts(quantization)]
+
+
+def planes(words: list[Tensor], fields: Fields, shape, quantization: Quantization, dtype: torch.dtype) -> list[Tensor]:
+    """The rows that these words hold (see `step_words`), dequantized: a matrix `[G, K]` for each, in order."""
     scale, zero = _scale_and_zero(fields, shape, quantization)
-    mask, word = 2**quantization.bits - 1, word.view(scale.shape)
-    values = [((word >> shift) & mask).float() for shift in _shifts(quantization.bits)]
-    return [((q - zero) * scale).to(dtype).view(-1, shape[1]) for q in values]
+    rows = None
+    for part, of_part in zip(parts(quantization), words):
+        mask, of_part = 2**part.bits - 1, of_part.view(-1, *scale.shape)
+        q = [part.weight * ((word >> shift) & mask).float() for shift in _shifts(part.bits) for word in of_part]
+        rows = q if rows is None else [a + b for a, b in zip(rows, q)]
+    return [((q - zero) * scale).to(dtype).view(-1, shape[1]) for q in rows]
 
 
 def _shifts(bits: int) -> list[int]:
@@ -107,12 +121,12 @@ def can_pack(shape: tuple[int, int], quantization: Quantization) -> bool:
 def dequantized_bytes(
     shape: tuple[int, int], quantization: Quantization, item_bytes: int, compiled: bool
 ) -> int:
-    """What multiplying many tokens needs beside the matrix: compiled, the planes of one word; else all of it dequantized,
+    """What multiplying many tokens needs beside the matrix: compiled, the planes of one step; else all of it dequantized,
     and half-way there in fp16."""
     n_weights = math.prod(shape)
     if not compiled or quantization.bits == 16 or not can_pack(shape, quantization):
         return (2 + item_bytes) * n_weights
-    return item_bytes * WORDS[quantization.bits][0] * n_weights // quantization.group_size
+    return item_bytes * n_weights // n_steps(quantization)
 
 
 def linear(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
@@ -123,13 +137,12 @@ def linear(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quan
     if len(x) <= PACKED_TOKENS:
         product = _compiled_product(shape, quantization)
         return torch.cat([product(row, fields) for row in x.split(1)])
-    words, rest = fields["W_q"], {name: value for name, value in fields.items() if name != "W_q"}
     y = x.new_empty(len(x), quantization.group_size, shape[0] // quantization.group_size)
-    dequantize = _compiled_planes(shape, quantization)
-    for number, word in enumerate(words):
-        for row, plane in zip(
-            range(number, quantization.group_size, len(words)), dequantize(word, rest, x.dtype)
-        ):
+    rest = {name: value for name, value in fields.items() if name.startswith("meta.")}
+    dequantize, steps = _compiled_planes(shape, quantization), n_steps(quantization)
+    for step in range(steps):
+        rows = range(step, quantization.group_size, steps)
+        for row, plane in zip(rows, dequantize(step_words(fields, quantization, step), rest, x.dtype)):
             y[:, row] = F.linear(x, plane)
     return y.view(len(x), -1)
 
@@ -168,7 +181,7 @@ def _widened(fields: Fields, quantization: Quantization) -> Fields:
     if (
         quantization.bits == 16
         or fields["W_q"].device.type != "cpu"
-        or (quantization.bits != 3 and quantization.scale_group_size is None)
+        or ((quantization.bits != 3 or quantization.split) and quantization.scale_group_size is None)
     ):
         return fields
     return {name: value.float() if value.dtype == torch.float16 else value for name, value in fields.items()}
@@ -181,7 +194,7 @@ def _compiled_product(shape: tuple[int, int], quantization: Quantization):
 
 @functools.cache
 def _compiled_planes(shape: tuple[int, int], quantization: Quantization):
-    return _compile(lambda word, fields, dtype: planes(word, fields, shape, quantization, dtype))
+    return _compile(lambda words, fields, dtype: planes(words, fields, shape, quantization, dtype))
 
 
 def _compile(function: Callable) -> Callable:

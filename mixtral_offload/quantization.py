@@ -22,7 +22,7 @@ Fields = dict[str, Tensor]
 FieldSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 #: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py)
-WORDS = {8: (1, torch.uint8), 4: (2, torch.uint8), 3: (10, torch.int32), 2: (4, torch.uint8)}
+WORDS = {8: (1, torch.uint8), 4: (2, torch.uint8), 3: (10, torch.int32), 2: (4, torch.uint8), 1: (8, torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,22 @@ class Quantization:
     bits: 16 (plain fp16), 8, 4, 3 or 2. group_size: weights that share a scale and a zero.
     scale_group_size: scales that share an 8-bit quantization of their own, or None for fp16 scales.
     quantize_zero: zeros in 8 bits with one scale and zero for the matrix, or fp16 zeros.
+    split: of 3 bits only: the lower two in W_q and the highest in W_high, 3 bits a weight; else ten values in 32 bits as
+    hqq has them, with groups of 64 padded to 70: 3.5 bits a weight.
     """
 
     bits: int
     group_size: int = 0
     scale_group_size: int | None = None
     quantize_zero: bool = False
+    split: bool = False
 
     def __post_init__(self):
-        if self.bits != 16 and self.bits not in WORDS:
+        if self.bits not in (16, 8, 4, 3, 2):
             raise OptionError("unknown bit width", expected="16, 8, 4, 3 or 2", found=self.bits)
+        if self.split and (self.bits != 3 or self.group_size % 8):
+            found = f"{self.bits} bits in groups of {self.group_size}"
+            raise OptionError("this cannot be split", expected="3 bits in groups of a multiple of 8", found=found)
         # smaller groups would not fill a word: larger than 16 bits, and not to be told from another width
         least = {16: 0, 8: 1, 4: 2, 3: 1, 2: 4}[self.bits]
         if self.group_size < least:
@@ -58,10 +64,24 @@ class Quantization:
         return f"{self.bits}-bit, group {self.group_size}, {scale}"
 
 
-#: the settings of the published checkpoint (2312.17238, section 4.2)
+@dataclass(frozen=True)
+class Part:
+    """Some bits of every value, packed into words of their own: the value is the sum of `weight` times each part."""
+
+    name: str
+    bits: int
+    weight: int = 1
+
+
+def parts(quantization: Quantization) -> tuple[Part, ...]:
+    """The parts of a matrix's values; of those with more than one, the one with the fewest words comes last."""
+    return (Part("W_q", 2), Part("W_high", 1, 4)) if quantization.split else (Part("W_q", quantization.bits),)
+
+
+#: the settings of the published checkpoint (2312.17238, section 4.2); 3 bits are stored as our own checkpoints have them
 PAPER = {
     2: Quantization(2, 16, 128, True),
-    3: Quantization(3, 64, 128, True),
+    3: Quantization(3, 64, 128, True, split=True),
     4: Quantization(4, 64, 256, True),
     8: Quantization(8, 64),
     16: Quantization(16),
@@ -79,8 +99,10 @@ def field_specs(shape: tuple[int, int], quantization: Quantization) -> FieldSpec
             "group size does not divide the matrix", expected=f"a divisor of {n * k} = {n}x{k}", found=group
         )
     groups = n * k // group
-    per_word, word = WORDS[quantization.bits]
-    specs: FieldSpecs = {"W_q": (word, (math.ceil(group / per_word), groups))}
+    specs: FieldSpecs = {}
+    for part in parts(quantization):
+        per_word, word = WORDS[part.bits]
+        specs[part.name] = word, (math.ceil(group / per_word), groups)
     scale_group = quantization.scale_group_size
     if scale_group is None:
         specs["meta.scale"] = (torch.float16, (1, groups))
@@ -134,7 +156,8 @@ def _infer_packed(shape, sizes) -> Quantization:
             found=", ".join(f"{name}: {_describe(size)}" for name, size in sizes.items()) or "nothing",
         )
     group = n_weights // groups
-    words = {bits: (word, math.ceil(group / per_word) * groups) for bits, (per_word, word) in WORDS.items()}
+    split = "W_high" in sizes and group % 8 == 0
+    words = {bits: (WORDS[bits][1], math.ceil(group / WORDS[bits][0]) * groups) for bits in (8, 4, 3, 2)}
     bits = next((bits for bits, size in words.items() if size == sizes["W_q"]), None)
     if bits is None:
         raise CheckpointError(
@@ -145,7 +168,9 @@ def _infer_packed(shape, sizes) -> Quantization:
         )
     meta = sizes.get("meta.meta_scale.scale")
     scale_group = groups // max(meta[1], 1) if meta else None
-    return Quantization(bits, group, scale_group, "meta.zero_q" in sizes)
+    if split and bits == 2:
+        bits = 3
+    return Quantization(bits, group, scale_group, "meta.zero_q" in sizes, split and bits == 3)
 
 
 def _describe(size) -> str:
@@ -185,10 +210,19 @@ def dequantize(
     """The matrix `[N, K]` in `dtype`. The arithmetic is fp16, as in hqq, and bit-identical to it."""
     if quantization.bits == 16:
         return fields["weight"].view(shape).to(dtype)
-    q = unpack(fields["W_q"], quantization.bits, quantization.group_size, torch.float16)
+    q = values(fields, quantization, torch.float16)
     q -= zero_of(fields)
     q *= scale_of(fields)
     return q.view(shape).to(dtype)
+
+
+def values(fields: Fields, quantization: Quantization, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """The unpacked integers `[group_size, G]`, from 0 to 2**bits - 1."""
+    first, *rest = parts(quantization)
+    q = unpack(fields[first.name], first.bits, quantization.group_size, dtype)
+    for part in rest:
+        q += unpack(fields[part.name], part.bits, quantization.group_size, dtype) * part.weight
+    return q
 
 
 def scale_of(fields: Fields) -> Tensor:
@@ -227,7 +261,9 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
         bitpack=False,
         device=device,
     )
-    fields = {"W_q": pack(q.to(torch.uint8), quantization.bits)}
+    fields, q = {}, q.to(torch.uint8)
+    for part in parts(quantization):  # the lowest bits first
+        fields[part.name] = pack((q // part.weight) & (2**part.bits - 1), part.bits)
     if quantization.scale_group_size is None:
         fields["meta.scale"] = meta["scale"]
     else:
