@@ -1,4 +1,4 @@
-"""HQQ-quantized matrices: solve, pack, unpack, dequantize, multiply.
+"""HQQ-quantized matrices: solve, store, recognise, dequantize, multiply.
 
 Knows one matrix at a time, as a dict of tensors. Knows nothing of experts, files or caches.
 
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bitpack import WORDS, pack, unpack
 from .errors import CheckpointError, OptionError
 
 Fields = dict[str, Tensor]
 FieldSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-#: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py)
-WORDS = {8: (1, torch.uint8), 4: (2, torch.uint8), 3: (10, torch.int32), 2: (4, torch.uint8), 1: (8, torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class Quantization:
     bits: 16 (plain fp16), 8, 4, 3 or 2. group_size: weights that share a scale and a zero.
     scale_group_size: scales that share an 8-bit quantization of their own, or None for fp16 scales.
     quantize_zero: zeros in 8 bits with one scale and zero for the matrix, or fp16 zeros.
-    split: of 3 bits only: the lower two in W_q and the highest in W_high, 3 bits a weight; else ten values in 32 bits as
-    hqq has them, with groups of 64 padded to 70: 3.5 bits a weight.
+    split: of 3 bits only: the two lower ones in W_q and the highest in W_high, 3 bits a weight; else ten values in 32 bits
+    as hqq packs them, groups of 64 padded to 70, 3.5 bits a weight.
     """
 
     bits: int
@@ -47,7 +45,9 @@ class Quantization:
             raise OptionError("unknown bit width", expected="16, 8, 4, 3 or 2", found=self.bits)
         if self.split and (self.bits != 3 or self.group_size % 8):
             found = f"{self.bits} bits in groups of {self.group_size}"
-            raise OptionError("this cannot be split", expected="3 bits in groups of a multiple of 8", found=found)
+            raise OptionError(
+                "this cannot be split", expected="3 bits in groups of a multiple of 8", found=found
+            )
         # smaller groups would not fill a word: larger than 16 bits, and not to be told from another width
         least = {16: 0, 8: 1, 4: 2, 3: 1, 2: 4}[self.bits]
         if self.group_size < least:
@@ -61,7 +61,8 @@ class Quantization:
         scale = (
             f"8-bit scales in groups of {self.scale_group_size}" if self.scale_group_size else "fp16 scales"
         )
-        return f"{self.bits}-bit, group {self.group_size}, {scale}"
+        parts = " in two parts" if self.split else ""
+        return f"{self.bits}-bit{parts}, group {self.group_size}, {scale}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Part:
 
 
 def parts(quantization: Quantization) -> tuple[Part, ...]:
-    """The parts of a matrix's values; of those with more than one, the one with the fewest words comes last."""
+    """What the values of a packed matrix are the sum of, the lowest bits first."""
     return (Part("W_q", 2), Part("W_high", 1, 4)) if quantization.split else (Part("W_q", quantization.bits),)
 
 
@@ -156,7 +157,6 @@ def _infer_packed(shape, sizes) -> Quantization:
             found=", ".join(f"{name}: {_describe(size)}" for name, size in sizes.items()) or "nothing",
         )
     group = n_weights // groups
-    split = "W_high" in sizes and group % 8 == 0
     words = {bits: (WORDS[bits][1], math.ceil(group / WORDS[bits][0]) * groups) for bits in (8, 4, 3, 2)}
     bits = next((bits for bits, size in words.items() if size == sizes["W_q"]), None)
     if bits is None:
@@ -168,40 +168,14 @@ def _infer_packed(shape, sizes) -> Quantization:
         )
     meta = sizes.get("meta.meta_scale.scale")
     scale_group = groups // max(meta[1], 1) if meta else None
-    if split and bits == 2:
-        bits = 3
-    return Quantization(bits, group, scale_group, "meta.zero_q" in sizes, split and bits == 3)
+    split = bits == 2 and "W_high" in sizes and group % 8 == 0
+    return Quantization(3 if split else bits, group, scale_group, "meta.zero_q" in sizes, split)
 
 
 def _describe(size) -> str:
     return (
         "no such tensor" if size is None else f"{size[1]} elements of {str(size[0]).removeprefix('torch.')}"
     )
-
-
-def pack(q: Tensor, bits: int) -> Tensor:
-    """Pack integers `q [rows, M]` (0 .. 2**bits - 1) along dim 0, the first rows in the highest bits.
-
-    Returns `[ceil(rows / per_word), M]`, uint8 (int32 at 3 bits). Equal to hqq's `BitPack`, and defined for every
-    number of rows (the last word is padded with zeros).
-    """
-    per_word, word = WORDS[bits]
-    n_words = math.ceil(q.shape[0] / per_word)
-    padded = F.pad(q.to(word), (0, 0, 0, n_words * per_word - q.shape[0]))
-    packed = torch.zeros(n_words, q.shape[1], dtype=word, device=q.device)
-    for i, part in enumerate(padded.view(per_word, n_words, -1)):
-        packed |= part << (bits * (per_word - 1 - i))
-    return packed
-
-
-def unpack(packed: Tensor, bits: int, rows: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Inverse of `pack`: `[n_words, M]` -> `[rows, M]` of `dtype`."""
-    per_word, _ = WORDS[bits]
-    n_words, mask = packed.shape[0], 2**bits - 1
-    q = torch.empty(per_word * n_words, packed.shape[1], dtype=dtype, device=packed.device)
-    for i in range(per_word):
-        q[i * n_words : (i + 1) * n_words] = (packed >> (bits * (per_word - 1 - i))) & mask
-    return q[:rows]
 
 
 def dequantize(
@@ -262,7 +236,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
         device=device,
     )
     fields, q = {}, q.to(torch.uint8)
-    for part in parts(quantization):  # the lowest bits first
+    for part in parts(quantization):
         fields[part.name] = pack((q // part.weight) & (2**part.bits - 1), part.bits)
     if quantization.scale_group_size is None:
         fields["meta.scale"] = meta["scale"]

@@ -9,8 +9,9 @@ from mixtral_offload.errors import OptionError
 from mixtral_offload.experts import ExpertLayout, expert_forward
 from mixtral_offload.quantization import PAPER, Quantization, dequantize, matmul, quantize
 
-FORMATS = [PAPER[2], PAPER[3], Quantization(3, 64, 128, True), Quantization(3, 16, split=True), PAPER[4], PAPER[8], Quantization(2, 16), Quantization(3, 64), Quantization(4, 64),
-           Quantization(4, 32, 128, True), Quantization(8, 32, 64), Quantization(3, 16, None, True)]  # fmt: skip
+FORMATS = [PAPER[2], PAPER[3], Quantization(3, 64, 128, True), Quantization(3, 64), Quantization(3, 16, None, True), PAPER[4],
+           Quantization(3, 16, split=True), Quantization(3, 8, 64, split=True), PAPER[8], Quantization(2, 16),
+           Quantization(4, 64), Quantization(4, 32, 128, True), Quantization(8, 32, 64)]  # fmt: skip
 SHAPES = [(256, 512), (512, 192), (128, 640)]
 
 
