@@ -193,10 +193,10 @@ def dequantize(
 def values(fields: Fields, quantization: Quantization, dtype: torch.dtype = torch.uint8) -> Tensor:
     """The unpacked integers `[group_size, G]`, from 0 to 2**bits - 1."""
     first, *rest = parts(quantization)
-    q = unpack(fields[first.name], first.bits, quantization.group_size, dtype)
-    for part in rest:
-        q += unpack(fields[part.name], part.bits, quantization.group_size, dtype) * part.weight
-    return q
+    q = unpack(fields[first.name], first.bits, quantization.group_size, torch.uint8 if rest else dtype)
+    for part in rest:  # in bytes: half the memory of fp16, and faster
+        q |= unpack(fields[part.name], part.bits, quantization.group_size).mul_(part.weight)
+    return q.to(dtype)
 
 
 def scale_of(fields: Fields) -> Tensor:
