@@ -235,9 +235,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
         bitpack=False,
         device=device,
     )
-    fields, q = {}, q.to(torch.uint8)
-    for part in parts(quantization):
-        fields[part.name] = pack((q // part.weight) & (2**part.bits - 1), part.bits)
+    fields = _packed(q.to(torch.uint8), quantization)
     if quantization.scale_group_size is None:
         fields["meta.scale"] = meta["scale"]
     else:
@@ -256,6 +254,18 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
     else:
         fields["meta.zero"] = meta["zero"]
     return {name: fields[name].to(dtype).reshape(dims).contiguous() for name, (dtype, dims) in specs.items()}
+
+
+def repack(fields: Fields, stored: Quantization, wanted: Quantization) -> Fields:
+    """The same weights in the layout of `wanted`, which differs from `stored` in `split` alone."""
+    meta = {name: value for name, value in fields.items() if name.startswith("meta.")}
+    return _packed(values(fields, stored), wanted) | meta
+
+
+def _packed(q: Tensor, quantization: Quantization) -> Fields:
+    return {
+        part.name: pack((q // part.weight) & (2**part.bits - 1), part.bits) for part in parts(quantization)
+    }
 
 
 class QuantizedLinear(torch.nn.Module):
