@@ -24,7 +24,7 @@ from mixtral_offload import packed
 from mixtral_offload.quantization import PAPER, Quantization, dequantize, matmul
 
 RESULTS = Path(__file__).parent / "results"
-WIDTHS = {**{f"{bits}-bit": PAPER[bits] for bits in (2, 3, 4, 8)},
+WIDTHS = {**{f"{bits}-bit": PAPER[bits] for bits in (2, 3, 4, 8)}, "3-bit, ten in 32 bits": Quantization(3, 64, 128, True),
           "2-bit, fp16 scales": Quantization(2, 16), "4-bit, fp16 scales": Quantization(4, 64)}  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def plot_kernels(result: dict) -> tuple[Figure, list]:
         markersize=40,
         label="this device's copies, read and written",
     )
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
     axes.set(
         ylabel="GB/s",
         yscale="log",

@@ -260,4 +260,5 @@ def _quantization(arguments, bits: int | None):
     if bits is None:
         return None
     group = (16 if bits == 2 else 64) if group is None else group
-    return Quantization(16) if bits == 16 else Quantization(bits, group, scale, scale is not None)
+    split = bits == 3 and group % 8 == 0
+    return Quantization(16) if bits == 16 else Quantization(bits, group, scale, scale is not None, split)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint import EXPERT_KEY, INDEX, MATRIX_NAMES, Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError
-from .quantization import Quantization, dequantize, field_specs, infer, quantize
+from .quantization import Quantization, dequantize, field_specs, infer, quantize, repack
 from .trunk import split_quantized
 
 ATTENTION = (
@@ -42,7 +43,8 @@ def convert_checkpoint(
 ) -> Path:
     """Read the checkpoint `source`, write it to `target` with experts and attention quantized as asked.
 
-    None keeps the bytes as they are stored. A quantized matrix is dequantized first, then quantized anew. config_extra is merged
+    None keeps the bytes as they are stored. A quantized matrix is dequantized first, then quantized anew, unless only its
+    packing differs (`Quantization.split`): then the weights stay the same. config_extra is merged
     into config.json. progress is called with 1 after each expert. The work is done in a new folder beside `target`,
     renamed at the end: an interruption leaves no half-made checkpoint. Raises CheckpointError if `target` exists, cannot
     be written, or if weights are not finite.
@@ -113,19 +115,26 @@ def _expert_tensors(checkpoint, expert, prefixes, quantization, device) -> dict[
         fields = {
             field: stored.read() for (m, field), stored in checkpoint.experts[expert].items() if m == matrix
         }
-        if quantization is not None and quantization != checkpoint.layout.quantization[matrix]:
-            weight = _plain(fields, shape, checkpoint.layout.quantization[matrix], device)
-            fields = _quantize(prefixes[matrix], weight, quantization)
+        if quantization is not None:
+            stored = checkpoint.layout.quantization[matrix]
+            fields = _requantized(prefixes[matrix], fields, shape, stored, quantization, device)
         tensors |= {prefixes[matrix] + field: value for field, value in fields.items()}
     return tensors
 
 
-def _plain(fields, shape, stored: Quantization, device) -> Tensor:
-    """The matrix in fp32. Published tensors may differ in rank."""
-    shaped = {name: fields[name].view(dims) for name, (_, dims) in field_specs(shape, stored).items()}
-    return dequantize(
-        {name: value.to(device) for name, value in shaped.items()}, shape, stored, torch.float32
-    )
+def _requantized(
+    key: str, fields, shape, stored: Quantization, wanted: Quantization, device
+) -> dict[str, Tensor]:
+    """The matrix's tensors as wanted; the same bytes, or at least the same weights, where they are so already."""
+    if stored == wanted:
+        return fields
+    # published tensors may differ in rank
+    shaped = {
+        name: fields[name].view(dims).to(device) for name, (_, dims) in field_specs(shape, stored).items()
+    }
+    if replace(stored, split=False) == replace(wanted, split=False):
+        return {name: value.cpu() for name, value in repack(shaped, stored, wanted).items()}
+    return _quantize(key, dequantize(shaped, shape, stored, torch.float32), wanted)
 
 
 def _quantize(key: str, weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
@@ -161,9 +170,7 @@ def _attention_fields(config, module: str, fields, wanted: Quantization, device)
         stored = infer(shape, {name: (value.dtype, value.numel()) for name, value in fields.items()})
     else:
         shape, stored = tuple(plain.shape), Quantization(16)
-    return (
-        fields if stored == wanted else _quantize(f"{module}.", _plain(fields, shape, stored, device), wanted)
-    )
+    return _requantized(f"{module}.", fields, shape, stored, wanted, device)
 
 
 def attention_shape(config, module: str) -> tuple[int, int]:

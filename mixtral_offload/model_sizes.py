@@ -129,7 +129,7 @@ def fitting(shape: Shape, bits: int) -> Quantization:
         return wanted
     group = gcd(prod(shape), wanted.group_size)
     scales = wanted.scale_group_size and gcd(prod(shape) // group, wanted.scale_group_size)
-    return Quantization(bits, group, scales, wanted.quantize_zero)
+    return Quantization(bits, group, scales, wanted.quantize_zero, wanted.split and group % 8 == 0)
 
 
 def matrix_bytes(shape: Shape, bits: int, alignment: int = 1) -> int:

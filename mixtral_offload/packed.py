@@ -8,8 +8,8 @@ N / group_size, so a scale and a zero belong to one g and one k, and to all rows
     y[r * G + g] = sum_k q[r, g, k] * (scale * x)[g, k]  -  sum_k (zero * scale * x)[g, k]
 
 where the last sum is shared by the group's rows. A value stays where it lies in its word, `(word & mask)`, and the power
-of two that this costs is taken back from the finished sum: no shift, one product and one sum per weight. The expressions
-are plain PyTorch, and torch.compile makes one loop of each, on the CPU (C++) as on CUDA (Triton).
+of two that this costs is taken back from the finished sum: no shift, one product and one sum per weight. (Of 3 bits in two
+parts, the high one is moved above the low ones first.) The expressions are plain PyTorch, and torch.compile makes one loop of each, on the CPU (C++) as on CUDA (Triton).
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bitpack import WORDS
 from .errors import OptionError
 from .experts import MATRICES, ExpertLayout, expert_forward
-from .quantization import WORDS, Fields, Quantization, matmul
+from .quantization import Fields, Quantization, matmul, parts
 
 #: from more tokens on, a matrix is dequantized, part by part, for a library product: the packed one costs the same for
 #: each token, dequantizing about as much as ten tokens (LOG.md)
@@ -43,32 +44,62 @@ Run = Callable[[Tensor, dict[str, Fields]], Tensor]  # (x [T, hidden], an expert
 
 def packed_product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
     """`x [1, K] @ W.T` -> `[1, N]` in x's dtype, in fp32 within; for N divisible by the group size."""
-    bits, (per_word, _) = quantization.bits, WORDS[quantization.bits]
     scale, zero = _scale_and_zero(fields, shape, quantization)  # [G, K/c, c]
     scaled = scale * x.float().view(scale.shape[1:])
-    words = fields["W_q"]
-    together = max(
-        n for n in range(1, len(words) + 1) if len(words) % n == 0 and n * per_word <= max(SUMS, per_word)
-    )
-    words = words.view(-1, together, *scale.shape)  # [words/together, together, G, K/c, c]
-    sums = []
-    for shift in _shifts(bits):
-        for word in words.unbind(1):
-            q = (word & ((2**bits - 1) << shift)).float()
-            sums.append((q * scaled).sum((-1, -2)) * 2.0**-shift)
-    y = torch.stack(sums).view(per_word, together, len(words), -1).transpose(1, 2)  # rows by value, then word
-    y = y.reshape(-1, scale.shape[0])[: quantization.group_size] - (zero * scaled).sum((-1, -2))
+    steps, per_step = n_steps(quantization), _per_step(quantization)
+    together = max(n for n in range(1, steps + 1) if steps % n == 0 and n * per_step <= max(SUMS, per_step))
+    words = [
+        fields[part.name].view(-1, steps // together, together, *scale.shape) for part in parts(quantization)
+    ]
+    sums = [
+        (value.float() * scaled).sum((-1, -2)) * 2.0**-shift
+        for n in range(together)
+        for value, shift in _in_place([of_part[:, :, n] for of_part in words], quantization)
+    ]
+    y = torch.stack(sums).view(together, per_step, steps // together, -1)
+    y = y.permute(1, 2, 0, 3).reshape(per_step * steps, -1)  # rows by value, then step
+    y = y[: quantization.group_size] - (zero * scaled).sum((-1, -2))
     return y.view(1, -1).to(x.dtype)
 
 
+def _in_place(words: list[Tensor], quantization: Quantization) -> list[tuple[Tensor, int]]:
+    """The values of a step's words, in the order of their rows, each left where it lies: `(value << shift, shift)`."""
+    if not quantization.split:
+        (of_part,), bits = words, quantization.bits
+        return [(word & ((2**bits - 1) << shift), shift) for shift in _shifts(bits) for word in of_part]
+    # one word of high bits serves two of low ones: moved up by one, it has its bits above the first one's values; moved
+    # by two, above the second's. 32 bits have room for that, and processors have shifts for them
+    low, (high,) = (of_part.to(torch.int32) for of_part in words)
+    return [
+        ((word & (3 << shift)) | ((high << up) & (4 << shift)), shift)
+        for shift in _shifts(2)
+        for up, word in enumerate(low, 1)
+    ]
+
+
+def _per_step(quantization: Quantization) -> int:
+    return max(WORDS[part.bits][0] for part in parts(quantization))
+
+
+def n_steps(quantization: Quantization) -> int:
+    """In how many steps a matrix is gone through; each takes one word of the part that has fewest."""
+    return -(-quantization.group_size // _per_step(quantization))
+
+
+def step_words(fields: Fields, quantization: Quantization, step: int) -> list[Tensor]:
+    """The words `[n, G * K]` of each part that hold rows step, step + n_steps, ... of the view [group_size, G * K]."""
+    return [fields[part.name][step :: n_steps(quantization)] for part in parts(quantization)]
+
+
 def planes(
-    word: Tensor, fields: Fields, shape, quantization: Quantization, dtype: torch.dtype
+    words: list[Tensor], fields: Fields, shape, quantization: Quantization, dtype: torch.dtype
 ) -> list[Tensor]:
-    """`word [G * K]`, one row of W_q, dequantized: a matrix `[G, K]` for each value in a word, the highest bits first."""
+    """The rows that these words hold (see `step_words`), dequantized: a matrix `[G, K]` for each, in order."""
     scale, zero = _scale_and_zero(fields, shape, quantization)
-    mask, word = 2**quantization.bits - 1, word.view(scale.shape)
-    values = [((word >> shift) & mask).float() for shift in _shifts(quantization.bits)]
-    return [((q - zero) * scale).to(dtype).view(-1, shape[1]) for q in values]
+    values = _in_place([of_part.view(-1, *scale.shape) for of_part in words], quantization)
+    return [
+        ((value.float() * 2.0**-shift - zero) * scale).to(dtype).view(-1, shape[1]) for value, shift in values
+    ]
 
 
 def _shifts(bits: int) -> list[int]:
@@ -107,12 +138,12 @@ def can_pack(shape: tuple[int, int], quantization: Quantization) -> bool:
 def dequantized_bytes(
     shape: tuple[int, int], quantization: Quantization, item_bytes: int, compiled: bool
 ) -> int:
-    """What multiplying many tokens needs beside the matrix: compiled, the planes of one word; else all of it dequantized,
+    """What multiplying many tokens needs beside the matrix: compiled, the planes of one step; else all of it dequantized,
     and half-way there in fp16."""
     n_weights = math.prod(shape)
     if not compiled or quantization.bits == 16 or not can_pack(shape, quantization):
         return (2 + item_bytes) * n_weights
-    return item_bytes * WORDS[quantization.bits][0] * n_weights // quantization.group_size
+    return item_bytes * n_weights // n_steps(quantization)
 
 
 def linear(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
@@ -123,13 +154,12 @@ def linear(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quan
     if len(x) <= PACKED_TOKENS:
         product = _compiled_product(shape, quantization)
         return torch.cat([product(row, fields) for row in x.split(1)])
-    words, rest = fields["W_q"], {name: value for name, value in fields.items() if name != "W_q"}
     y = x.new_empty(len(x), quantization.group_size, shape[0] // quantization.group_size)
-    dequantize = _compiled_planes(shape, quantization)
-    for number, word in enumerate(words):
-        for row, plane in zip(
-            range(number, quantization.group_size, len(words)), dequantize(word, rest, x.dtype)
-        ):
+    rest = {name: value for name, value in fields.items() if name.startswith("meta.")}
+    dequantize, steps = _compiled_planes(shape, quantization), n_steps(quantization)
+    for step in range(steps):
+        rows = range(step, quantization.group_size, steps)
+        for row, plane in zip(rows, dequantize(step_words(fields, quantization, step), rest, x.dtype)):
             y[:, row] = F.linear(x, plane)
     return y.view(len(x), -1)
 
@@ -164,11 +194,11 @@ def _product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Qu
 
 def _widened(fields: Fields, quantization: Quantization) -> Fields:
     """On the CPU, fp16 in a loop makes it handle 32 values at a time where 16 fill a register: half as fast, and with the
-    int32 words of 3 bits seven times slower. Scales' own scales are few: they come in fp32; at 3 bits, all do."""
+    int32 words of hqq's 3 bits seven times slower. Scales' own scales are few: they come in fp32; with int32, all do."""
     if (
         quantization.bits == 16
         or fields["W_q"].device.type != "cpu"
-        or (quantization.bits != 3 and quantization.scale_group_size is None)
+        or (fields["W_q"].dtype != torch.int32 and quantization.scale_group_size is None)
     ):
         return fields
     return {name: value.float() if value.dtype == torch.float16 else value for name, value in fields.items()}
@@ -181,7 +211,7 @@ def _compiled_product(shape: tuple[int, int], quantization: Quantization):
 
 @functools.cache
 def _compiled_planes(shape: tuple[int, int], quantization: Quantization):
-    return _compile(lambda word, fields, dtype: planes(word, fields, shape, quantization, dtype))
+    return _compile(lambda words, fields, dtype: planes(words, fields, shape, quantization, dtype))
 
 
 def _compile(function: Callable) -> Callable:

@@ -26,7 +26,7 @@ from .experts import MATRICES
 from .hub import resolve
 from .plots import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
 from .quality import PAPER_TABLE_1
-from .quantization import PAPER, Fields, Quantization, dequantize, quantize, scale_of, unpack, zero_of
+from .quantization import PAPER, Fields, Quantization, dequantize, quantize, scale_of, values, zero_of
 
 #: attention bits -> colour, marker, colour of a text on it
 SERIES = {16: (BLACK, "o", "white"), 8: (RED, "H", "white"), 4: (BLUE, "s", "white"), 3: (GREEN, "p", "white"),
@@ -44,8 +44,7 @@ class Matrix:
     @cached_property
     def levels(self) -> np.ndarray:
         """The integers as stored, uint8 [N, K]; none at 16 bits."""
-        bits, group = self.quantization.bits, self.quantization.group_size
-        return unpack(self.fields["W_q"], bits, group).view(self.shape).cpu().numpy()
+        return values(self.fields, self.quantization).view(self.shape).cpu().numpy()
 
     @cached_property
     def values(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""HQQ-quantized matrices: solve, pack, unpack, dequantize, multiply.
+"""HQQ-quantized matrices: solve, store, recognise, dequantize, multiply.
 
 Knows one matrix at a time, as a dict of tensors. Knows nothing of experts, files or caches.
 
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bitpack import WORDS, pack, unpack
 from .errors import CheckpointError, OptionError
 
 Fields = dict[str, Tensor]
 FieldSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-#: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py)
-WORDS = {8: (1, torch.uint8), 4: (2, torch.uint8), 3: (10, torch.int32), 2: (4, torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -32,16 +30,24 @@ class Quantization:
     bits: 16 (plain fp16), 8, 4, 3 or 2. group_size: weights that share a scale and a zero.
     scale_group_size: scales that share an 8-bit quantization of their own, or None for fp16 scales.
     quantize_zero: zeros in 8 bits with one scale and zero for the matrix, or fp16 zeros.
+    split: of 3 bits only: the two lower ones in W_q and the highest in W_high, 3 bits a weight; else ten values in 32 bits
+    as hqq packs them, groups of 64 padded to 70, 3.5 bits a weight.
     """
 
     bits: int
     group_size: int = 0
     scale_group_size: int | None = None
     quantize_zero: bool = False
+    split: bool = False
 
     def __post_init__(self):
-        if self.bits != 16 and self.bits not in WORDS:
+        if self.bits not in (16, 8, 4, 3, 2):
             raise OptionError("unknown bit width", expected="16, 8, 4, 3 or 2", found=self.bits)
+        if self.split and (self.bits != 3 or self.group_size % 8):
+            found = f"{self.bits} bits in groups of {self.group_size}"
+            raise OptionError(
+                "this cannot be split", expected="3 bits in groups of a multiple of 8", found=found
+            )
         # smaller groups would not fill a word: larger than 16 bits, and not to be told from another width
         least = {16: 0, 8: 1, 4: 2, 3: 1, 2: 4}[self.bits]
         if self.group_size < least:
@@ -55,13 +61,28 @@ class Quantization:
         scale = (
             f"8-bit scales in groups of {self.scale_group_size}" if self.scale_group_size else "fp16 scales"
         )
-        return f"{self.bits}-bit, group {self.group_size}, {scale}"
+        parts = " in two parts" if self.split else ""
+        return f"{self.bits}-bit{parts}, group {self.group_size}, {scale}"
 
 
-#: the settings of the published checkpoint (2312.17238, section 4.2)
+@dataclass(frozen=True)
+class Part:
+    """Some bits of every value, packed into words of their own: the value is the sum of `weight` times each part."""
+
+    name: str
+    bits: int
+    weight: int = 1
+
+
+def parts(quantization: Quantization) -> tuple[Part, ...]:
+    """What the values of a packed matrix are the sum of, the lowest bits first."""
+    return (Part("W_q", 2), Part("W_high", 1, 4)) if quantization.split else (Part("W_q", quantization.bits),)
+
+
+#: the settings of the published checkpoint (2312.17238, section 4.2); 3 bits are stored as our own checkpoints have them
 PAPER = {
     2: Quantization(2, 16, 128, True),
-    3: Quantization(3, 64, 128, True),
+    3: Quantization(3, 64, 128, True, split=True),
     4: Quantization(4, 64, 256, True),
     8: Quantization(8, 64),
     16: Quantization(16),
@@ -79,8 +100,10 @@ def field_specs(shape: tuple[int, int], quantization: Quantization) -> FieldSpec
             "group size does not divide the matrix", expected=f"a divisor of {n * k} = {n}x{k}", found=group
         )
     groups = n * k // group
-    per_word, word = WORDS[quantization.bits]
-    specs: FieldSpecs = {"W_q": (word, (math.ceil(group / per_word), groups))}
+    specs: FieldSpecs = {}
+    for part in parts(quantization):
+        per_word, word = WORDS[part.bits]
+        specs[part.name] = word, (math.ceil(group / per_word), groups)
     scale_group = quantization.scale_group_size
     if scale_group is None:
         specs["meta.scale"] = (torch.float16, (1, groups))
@@ -134,7 +157,7 @@ def _infer_packed(shape, sizes) -> Quantization:
             found=", ".join(f"{name}: {_describe(size)}" for name, size in sizes.items()) or "nothing",
         )
     group = n_weights // groups
-    words = {bits: (word, math.ceil(group / per_word) * groups) for bits, (per_word, word) in WORDS.items()}
+    words = {bits: (WORDS[bits][1], math.ceil(group / WORDS[bits][0]) * groups) for bits in (8, 4, 3, 2)}
     bits = next((bits for bits, size in words.items() if size == sizes["W_q"]), None)
     if bits is None:
         raise CheckpointError(
@@ -145,7 +168,8 @@ def _infer_packed(shape, sizes) -> Quantization:
         )
     meta = sizes.get("meta.meta_scale.scale")
     scale_group = groups // max(meta[1], 1) if meta else None
-    return Quantization(bits, group, scale_group, "meta.zero_q" in sizes)
+    split = bits == 2 and "W_high" in sizes and group % 8 == 0
+    return Quantization(3 if split else bits, group, scale_group, "meta.zero_q" in sizes, split)
 
 
 def _describe(size) -> str:
@@ -154,41 +178,25 @@ def _describe(size) -> str:
     )
 
 
-def pack(q: Tensor, bits: int) -> Tensor:
-    """Pack integers `q [rows, M]` (0 .. 2**bits - 1) along dim 0, the first rows in the highest bits.
-
-    Returns `[ceil(rows / per_word), M]`, uint8 (int32 at 3 bits). Equal to hqq's `BitPack`, and defined for every
-    number of rows (the last word is padded with zeros).
-    """
-    per_word, word = WORDS[bits]
-    n_words = math.ceil(q.shape[0] / per_word)
-    padded = F.pad(q.to(word), (0, 0, 0, n_words * per_word - q.shape[0]))
-    packed = torch.zeros(n_words, q.shape[1], dtype=word, device=q.device)
-    for i, part in enumerate(padded.view(per_word, n_words, -1)):
-        packed |= part << (bits * (per_word - 1 - i))
-    return packed
-
-
-def unpack(packed: Tensor, bits: int, rows: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Inverse of `pack`: `[n_words, M]` -> `[rows, M]` of `dtype`."""
-    per_word, _ = WORDS[bits]
-    n_words, mask = packed.shape[0], 2**bits - 1
-    q = torch.empty(per_word * n_words, packed.shape[1], dtype=dtype, device=packed.device)
-    for i in range(per_word):
-        q[i * n_words : (i + 1) * n_words] = (packed >> (bits * (per_word - 1 - i))) & mask
-    return q[:rows]
-
-
 def dequantize(
     fields: Fields, shape: tuple[int, int], quantization: Quantization, dtype=torch.float16
 ) -> Tensor:
     """The matrix `[N, K]` in `dtype`. The arithmetic is fp16, as in hqq, and bit-identical to it."""
     if quantization.bits == 16:
         return fields["weight"].view(shape).to(dtype)
-    q = unpack(fields["W_q"], quantization.bits, quantization.group_size, torch.float16)
+    q = values(fields, quantization, torch.float16)
     q -= zero_of(fields)
     q *= scale_of(fields)
     return q.view(shape).to(dtype)
+
+
+def values(fields: Fields, quantization: Quantization, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """The unpacked integers `[group_size, G]`, from 0 to 2**bits - 1."""
+    first, *rest = parts(quantization)
+    q = unpack(fields[first.name], first.bits, quantization.group_size, torch.uint8 if rest else dtype)
+    for part in rest:  # in bytes: half the memory of fp16, and faster
+        q |= unpack(fields[part.name], part.bits, quantization.group_size).mul_(part.weight)
+    return q.to(dtype)
 
 
 def scale_of(fields: Fields) -> Tensor:
@@ -227,7 +235,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
         bitpack=False,
         device=device,
     )
-    fields = {"W_q": pack(q.to(torch.uint8), quantization.bits)}
+    fields = _packed(q.to(torch.uint8), quantization)
     if quantization.scale_group_size is None:
         fields["meta.scale"] = meta["scale"]
     else:
@@ -246,6 +254,18 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
     else:
         fields["meta.zero"] = meta["zero"]
     return {name: fields[name].to(dtype).reshape(dims).contiguous() for name, (dtype, dims) in specs.items()}
+
+
+def repack(fields: Fields, stored: Quantization, wanted: Quantization) -> Fields:
+    """The same weights in the layout of `wanted`, which differs from `stored` in `split` alone."""
+    meta = {name: value for name, value in fields.items() if name.startswith("meta.")}
+    return _packed(values(fields, stored), wanted) | meta
+
+
+def _packed(q: Tensor, quantization: Quantization) -> Fields:
+    return {
+        part.name: pack((q // part.weight) & (2**part.bits - 1), part.bits) for part in parts(quantization)
+    }
 
 
 class QuantizedLinear(torch.nn.Module):

@@ -13,7 +13,7 @@ from .errors import CheckpointError
 from .headers import StoredTensor, in_threads
 from .quantization import Fields, Quantization, QuantizedLinear, dequantize, field_specs, infer, matmul
 
-QUANTIZED = (".W_q", ".meta.")
+QUANTIZED = (".W_q", ".W_high", ".meta.")
 
 
 def parameter_name(key: str) -> str:

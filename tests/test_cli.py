@@ -10,9 +10,12 @@ import sys
 import time
 
 import pytest
+import torch
 
-from mixtral_offload.checkpoint import DEMO
+from mixtral_offload import convert_checkpoint, from_pretrained
+from mixtral_offload.checkpoint import DEMO, open_checkpoint
 from mixtral_offload.cli import main
+from mixtral_offload.quantization import Quantization
 
 COMMAND = [sys.executable, "-m", "mixtral_offload"]
 
@@ -98,6 +101,29 @@ def test_convert(capsys, published, tmp_path):
     )
     assert main(["info", "--model", str(tmp_path / "own"), "--device", "cpu"]) == 0
     assert "4-bit, group 64" in capsys.readouterr().out
+
+
+def test_both_packings_of_three_bits_are_one_model(published, tmp_path):
+    """As hqq packs them, ten in 32 bits, and as `convert --bits 3` does: also made from hqq's, the logits are the same."""
+    ten = Quantization(3, 64)
+    hqq = convert_checkpoint(published, tmp_path / "hqq", ten, ten)
+    folders = [hqq, tmp_path / "ours", tmp_path / "repacked"]
+    for source, target in ((published, folders[1]), (hqq, folders[2])):
+        assert main(["convert", str(source), str(target), "--bits", "3", "--attention-bits", "3"]) == 0
+    stored = [open_checkpoint(folder) for folder in folders]
+    assert [checkpoint.layout.quantization["up"].split for checkpoint in stored] == [False, True, True]
+    assert [any("q_proj.W_high" in key for key in checkpoint.trunk) for checkpoint in stored] == [
+        False,
+        True,
+        True,
+    ]
+    assert (
+        stored[1].layout.n_bytes < 0.9 * stored[0].layout.n_bytes
+    )  # 3 + 32/64 bits a weight, against 3.5 + 32/64
+    ids = torch.arange(5, 25).view(1, -1)
+    with torch.no_grad():
+        logits = [from_pretrained(folder, cache_size=2)(ids).logits for folder in folders]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 def test_text_that_is_no_text():

@@ -9,8 +9,9 @@ from mixtral_offload.errors import OptionError
 from mixtral_offload.experts import ExpertLayout, expert_forward
 from mixtral_offload.quantization import PAPER, Quantization, dequantize, matmul, quantize
 
-FORMATS = [PAPER[2], PAPER[3], PAPER[4], PAPER[8], Quantization(2, 16), Quantization(3, 64), Quantization(4, 64),
-           Quantization(4, 32, 128, True), Quantization(8, 32, 64), Quantization(3, 16, None, True)]  # fmt: skip
+FORMATS = [PAPER[2], PAPER[3], Quantization(3, 64, 128, True), Quantization(3, 64), Quantization(3, 16, None, True), PAPER[4],
+           Quantization(3, 16, split=True), Quantization(3, 8, 64, split=True), PAPER[8], Quantization(2, 16),
+           Quantization(4, 64), Quantization(4, 32, 128, True), Quantization(8, 32, 64)]  # fmt: skip
 SHAPES = [(256, 512), (512, 192), (128, 640)]
 
 
@@ -38,12 +39,12 @@ def test_the_packed_product_is_that_of_the_dequantized_matrix(quantization, shap
 def test_planes_are_the_rows_of_the_dequantized_matrix(quantization):
     shape = (256, 512)
     fields = fields_of(shape, quantization)
-    rest = {name: value for name, value in fields.items() if name != "W_q"}
-    n_words, group = len(fields["W_q"]), quantization.group_size
+    group, steps = quantization.group_size, packed.n_steps(quantization)
     rows = dequantize(fields, shape, quantization, torch.float32).view(group, -1, shape[1])
-    for number, word in enumerate(fields["W_q"]):
-        found = packed.planes(word, rest, shape, quantization, torch.float32)
-        for row, plane in zip(range(number, group, n_words), found):
+    for step in range(steps):
+        words = packed.step_words(fields, quantization, step)
+        found = packed.planes(words, fields, shape, quantization, torch.float32)
+        for row, plane in zip(range(step, group, steps), found):
             torch.testing.assert_close(plane, rows[row], rtol=2e-3, atol=2e-3 * rows.abs().max().item())
 
 
@@ -63,7 +64,7 @@ def gated(x):
     return torch.nn.functional.silu(gate) * up
 
 
-@pytest.mark.parametrize("quantization", [PAPER[2], PAPER[3], PAPER[16]], ids=str)
+@pytest.mark.parametrize("quantization", [PAPER[2], PAPER[3], Quantization(3, 64), PAPER[16]], ids=str)
 def test_a_compiled_expert_is_its_plain_twin(quantization):
     """One token, a few, and so many that the matrices are dequantized; a token's result does not depend on the others'."""
     layout, views = layout_of(quantization)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mixtral_offload import load_tokenizer
+from mixtral_offload.bitpack import unpack
 from mixtral_offload.checkpoint import open_checkpoint
 from mixtral_offload.errors import OptionError
 from mixtral_offload.offload import DEMO
@@ -20,7 +21,7 @@ from mixtral_offload.quality import (
     perplexity,
     quality_table,
 )
-from mixtral_offload.quantization import PAPER, Quantization, dequantize, quantize, unpack
+from mixtral_offload.quantization import PAPER, Quantization, dequantize, quantize
 
 TEXTS = [
     "The capital of France is Paris.",

@@ -7,19 +7,17 @@ from hqq.core.quantize import Quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtral_offload.bitpack import WORDS, pack, unpack
 from mixtral_offload.errors import CheckpointError, OptionError
 from mixtral_offload.quantization import (
     PAPER,
-    WORDS,
     Quantization,
     QuantizedLinear,
     dequantize,
     field_specs,
     infer,
     matmul,
-    pack,
     quantize,
-    unpack,
 )
 
 HQQ_PACK = {
@@ -27,6 +25,7 @@ HQQ_PACK = {
     4: BitPack.pack_4bit_u8,
     3: BitPack.pack_3bit_32,
     2: BitPack.pack_2bit_u8,
+    1: BitPack.pack_1bit_u8,
 }
 
 
@@ -50,7 +49,7 @@ def hqq_dequantize(fields, shape, quantization):
 
 
 @given(
-    bits=st.sampled_from([8, 4, 3, 2]),
+    bits=st.sampled_from([8, 4, 3, 2, 1]),
     rows=st.integers(1, 70),
     columns=st.integers(1, 9),
     seed=st.integers(0, 2**31),
@@ -66,7 +65,7 @@ def test_pack_then_unpack_is_the_identity(bits, rows, columns, seed):
 
 
 @given(
-    bits=st.sampled_from([8, 4, 3, 2]),
+    bits=st.sampled_from([8, 4, 3, 2, 1]),
     words=st.integers(1, 20),
     columns=st.integers(1, 9),
     seed=st.integers(0, 2**31),
@@ -160,3 +159,23 @@ def test_infer_names_what_is_wrong():
         infer((64, 64), {"W_q": sizes["W_q"]})
     with pytest.raises(OptionError, match="bit width"):
         Quantization(5, 16)
+
+
+@pytest.mark.parametrize("meta", [(None, False), (128, True)])
+@pytest.mark.parametrize("group", [8, 24, 64])
+def test_split_three_bits_are_the_same_weights_in_fewer_bytes(group, meta):
+    shape, words = (192, 128), Quantization(3, group, *meta)
+    split = Quantization(3, group, *meta, split=True)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(group)) * 0.02
+    old, new = quantize(weight, words), quantize(weight, split)
+    assert torch.equal(dequantize(old, shape, words), dequantize(new, shape, split))
+    sizes = {name: (value.dtype, value.numel()) for name, value in new.items()}
+    assert infer(shape, sizes) == split and new["W_q"].nbytes + new["W_high"].nbytes == weight.numel() * 3 / 8
+    assert (
+        old["W_q"].nbytes * 8 == weight.numel() * 32 * -(-group // 10) / group
+    )  # ten in 32 bits, groups padded
+    with pytest.raises(CheckpointError):
+        infer(shape, {name: size for name, size in sizes.items() if name != "W_q"})
+    for wrong in ((3, 12), (4, 16)):
+        with pytest.raises(OptionError, match="cannot be split"):
+            Quantization(*wrong, split=True)
