@@ -2,10 +2,10 @@
 
     python benchmarks/overlap.py [--cache-sizes 2 4 6] [--ratio 5.5]
 
-The shipped model behind a link slowed until one expert's copy takes `ratio` times one layer's compute (on the CPU one core
-computes and the other carries the link). The floor of a token is the larger of its compute, measured with everything on
+The shipped model behind a link slowed until one expert's copy takes `ratio` times one layer's compute. The floor of a token is the larger of its compute, measured with everything on
 the device, and of the copies that the same cache needs without guesses. Prints a table, the host's own time per layer, and
-writes benchmarks/results/overlap.json and two pictures: bars over the floor, and one token's timeline as it was recorded.
+writes benchmarks/results/overlap.json and two pictures: bars over the floor, and one token of the replay, on the device and on
+the link.
 """
 
 import argparse
@@ -25,11 +25,14 @@ from mixtral_offload.ablation import PROMPTS, _encode, generate
 from mixtral_offload.calibrate import measure_card
 from mixtral_offload.card import Card
 from mixtral_offload.clock import play
+from mixtral_offload.played import Played
+from mixtral_offload.plots_clock import plot_timeline
 from mixtral_offload.policy import staging_rows
 from mixtral_offload.variants import make_variants, slow_link, switched
 
 RESULTS = Path(__file__).parent / "results"
 AHEAD = (0, 1, 2, 3)  # layers to guess for; 0: no guesses
+DRAWN = 4  # the cache size whose timeline is drawn
 
 
 def parse() -> argparse.Namespace:
@@ -56,11 +59,13 @@ def paced(card: Card, token_s: float, n_layers: int = 6, top_k: int = 2) -> Card
     )
 
 
-def one_size(model, resident, prompts, k: int, card, arguments) -> dict:
-    """Every look-ahead and the model with everything on the device, taking turns: its row of the result."""
+def one_size(model, resident, prompts, k: int, card, arguments) -> tuple[dict, Played]:
+    """Every look-ahead and the model with everything on the device, taking turns: its row of the result, and the last replay
+    with guesses one layer ahead."""
     caches = make_variants(model, k, staging_rows(arguments.prefetch, max(AHEAD)))
     seconds = {ahead: [] for ahead in (*AHEAD, "resident", "naive")}
     played, misses, wasted, moved = ({ahead: [] for ahead in AHEAD} for _ in range(4))
+    drawn = None
     for _ in range(arguments.repeats):
         for prompt in prompts:
             seconds["resident"].append(generate(resident, [prompt], arguments.tokens)[0])
@@ -73,7 +78,8 @@ def one_size(model, resident, prompts, k: int, card, arguments) -> dict:
                     with record(model) as recording:
                         seconds[ahead].append(generate(model, [prompt], arguments.tokens)[0])
                     again = {"prefetch": arguments.prefetch, "look_ahead": ahead} if ahead else {}
-                    replay = play(recording.trace, now, cache_size=k, **again)
+                    replay = play(recording.trace, now, cache_size=k, keep_events=ahead == 1, **again)
+                    drawn = replay if ahead == 1 else drawn
                     n = replay.decoding.sum()
                     played[ahead].append(replay.time_per_token)
                     misses[ahead].append(replay.pass_misses[replay.decoding].sum() / n)
@@ -90,8 +96,9 @@ def one_size(model, resident, prompts, k: int, card, arguments) -> dict:
                 "moved_bytes": statistics.mean(moved[ahead]), "wasted_bytes": statistics.mean(wasted[ahead])}
         for ahead in AHEAD
     }  # fmt: skip
-    return {"floor_s": floor, "resident_s": median["resident"], "misses": statistics.mean(misses[0]), "ahead": rows,
+    row = {"floor_s": floor, "resident_s": median["resident"], "misses": statistics.mean(misses[0]), "ahead": rows,
             "naive_s": median["naive"], "over_naive": median["naive"] / min(median[ahead] for ahead in AHEAD)}  # fmt: skip
+    return row, drawn
 
 
 def plot_over_floor(result: dict) -> tuple[Figure, np.ndarray]:
@@ -135,7 +142,11 @@ def main() -> None:
         result |= {"card": vars(card), "layer_s": layer_s, "copy_over_layer": card.copy_s / layer_s}
         print(f"{card}\none layer {1e3 * layer_s:.2f} ms, one copy {1e3 * card.copy_s:.2f} ms", flush=True)
         for k in arguments.cache_sizes:
-            of = result["sizes"][k] = one_size(model, resident, prompts, k, card, arguments)
+            of, drawn = one_size(model, resident, prompts, k, card, arguments)
+            result["sizes"][k] = of
+            if k == DRAWN:
+                name = arguments.out.with_name(f"{arguments.out.stem}-timeline.png")
+                plot_timeline(drawn)[0].savefig(name, dpi=120)
             print(f"cache of {k}: {of['misses']:.2f} misses a token, floor {1e3 * of['floor_s']:.1f} ms, everything resident "
                   f"{1e3 * of['resident_s']:.1f} ms, {of['over_naive']:.1f} times as fast as the naive way")  # fmt: skip
             for ahead, row in of["ahead"].items():

@@ -137,8 +137,44 @@ def t4() -> str:
     )  # fmt: skip
 
 
+def batch() -> str:
+    found = load("batch")
+    sizes, n_experts = ("1", "8", "32", "64"), 8
+    rows = []
+    for of in found["sweeps"]:
+        if of["prefetch"]:
+            continue
+        k, one = of["cache_size"], of["tokens_per_s"]["1"]
+        cells = [
+            f"{of['tokens_per_s'][n]:.0f} ({of['tokens_per_s'][n] / one:.1f}; {of['bytes_per_token'][n] / 1e3:.0f})"
+            for n in sizes
+        ]
+        rows.append(
+            ["everything on the device" if k == n_experts else f"{k} experts per layer cached", *cells]
+        )
+    variants = [*next(iter(found["ablations"].values()))["tokens_per_s"]]
+    shares = [
+        [where, *(f"{of['tokens_per_s'][name] / of['tokens_per_s'][variants[0]]:.2f}" for name in variants)]
+        for where, of in found["ablations"].items()
+    ]
+    passes = found["passes"]
+    beside = [[name, *(f"{of[n]:.2f}" for n in of)] for name, of in passes["over_best"].items()]
+    n_sizes = [*next(iter(passes["over_best"].values()))]
+    new = sorted({n for _, n in found["requests"]})
+    return (
+        f"**Many sequences at once** (`python benchmarks/batch.py`; 2211.10017): {len(found['requests'])} requests of {found['settings']['even']} new tokens, "
+        "over a link as slow as in the ablation. Tokens/s, prompts' time included; in brackets as a multiple of a batch of 1, and kB moved per token:\n\n"
+        + table(["batch", *sizes], rows)
+        + f"\n\nEach optimization taken away alone, at batch {found['settings']['ablation_batch']}, answers of {new[0]} to {new[-1]} tokens: throughput as a share of all of them.\n\n"
+        + table(["", *variants], shares)
+        + "\n\nOne pass with everything on the device, speed over the best of transformers' own experts implementations on the same weights dequantized, by "
+        "batch size (`unpack=True` is our way to have them so):\n\n"
+        + table(["", *n_sizes], beside)
+    )  # fmt: skip
+
+
 def results() -> str:
-    parts = [ablation(), overlap(), assisted(), kernels(), fullsize(), t4()]
+    parts = [ablation(), overlap(), batch(), assisted(), kernels(), fullsize(), t4()]
     return "\n\n".join(parts)
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .errors import OptionError
+from .options import pass_tokens
 
 #: others are admitted as soon as this share of the batch's places is free: their prompts take a pass of their own, which
 #: loads about every expert, so that one at a time would double the bytes (LOG.md)
@@ -105,6 +106,7 @@ class _Batch:
         options = model.offload.options
         self._context = min(model.config.max_position_embeddings, options.context_length)
         self._room = self._context * options.batch_size  # tokens that the plan has left memory for
+        self._pass_tokens = pass_tokens(self._context, options.batch_size)
         eos = model.generation_config.eos_token_id
         self._eos = {eos} if isinstance(eos, int) else {*(eos or ())}
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
@@ -132,7 +134,7 @@ class _Batch:
             if n_rows > 1 and n_rows * widest > self._room:
                 self._warn(n_rows - 1, batch_size)
                 break
-            if n_new > 1 and n_new * longest > self._context:
+            if n_new > 1 and n_new * longest > self._pass_tokens:
                 break
             chosen.append(queue.popleft())
         return chosen

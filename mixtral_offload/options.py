@@ -21,6 +21,8 @@ from .packed import choose, dequantized_bytes
 from .plan import Plan, Sizes, gb, make_plan, parse_size
 from .policy import make_policy, staging_rows
 
+#: of a batch's prompts, so many go through a pass together: more would fill the experts no better
+PROMPT_TOKENS = 4096
 MARGIN_BYTES = 600_000_000  # CUDA context and allocator rounding
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -211,7 +213,12 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     compiled, _ = compile_choice(checkpoint, options)
     kinds = {(layout.shapes[matrix], layout.quantization[matrix]) for matrix in layout.shapes}
     dequantized = max(dequantized_bytes(*kind, item, compiled) for kind in kinds)
-    scratch = scratch_bytes(context, item, checkpoint.top_k, *reversed(layout.shapes["gate"])) + dequantized
+    scratch = (
+        scratch_bytes(
+            pass_tokens(context, options.batch_size), item, checkpoint.top_k, *reversed(layout.shapes["gate"])
+        )
+        + dequantized
+    )
     return {"trunk": trunk, "KV cache": kv, "scratch": scratch}
 
 
@@ -222,6 +229,11 @@ def _trunk_bytes(key: str, stored: StoredTensor, options: OffloadOptions) -> int
         return stored.n_elements * item * (4 if stored.dtype == torch.uint8 else 10)  # values in a word
     is_plain = stored.dtype.is_floating_point and ".meta." not in key
     return stored.n_elements * item if is_plain else stored.n_bytes
+
+
+def pass_tokens(context: int, batch_size: int) -> int:
+    """Tokens that one pass may have: a whole context, or the prompts of a batch."""
+    return max(context, min(context * batch_size, PROMPT_TOKENS))
 
 
 def scratch_bytes(context: int, item: int, top_k: int, hidden: int, intermediate: int) -> int:
