@@ -19,14 +19,12 @@ from pathlib import Path
 import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
+from mixtral_offload.passes import PACKED, UNPACKED, compare_passes
 from mixtral_offload.plots_batch import plot_batches
 from mixtral_offload.throughput import (
     BATCH_SIZES,
     LENGTHS,
-    PACKED,
-    UNPACKED,
     ablate_batch,
-    compare_passes,
     expected_bytes,
     measure_batches,
     measure_usage,

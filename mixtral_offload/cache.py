@@ -176,11 +176,12 @@ class ExpertCache:
             row = self._resident.get(key)
             yield key[1], self._views[pool.held[key] if row is None else row]
 
-    def count_residents(self, layer: int, experts: Sequence[int]) -> None:
+    def count_residents(self, layer: int, experts: set[int]) -> None:
         """Uses of resident experts that were run without `serve`."""
-        at_s = time.perf_counter()
-        for expert in experts:
-            self._count(Use(layer, expert, HIT, 0.0, at_s, None))
+        self.stats.hits += len(experts)
+        if self.journal is not None:
+            at_s = time.perf_counter()
+            self.journal += [Use(layer, expert, HIT, 0.0, at_s, None) for expert in sorted(experts)]
 
     def prefetch(self, layer: int, experts: Sequence[int], distance: int = 1) -> None:
         """Start copies of the experts that `layer`, `distance` layers from now, will probably need, likeliest first.

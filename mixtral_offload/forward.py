@@ -70,9 +70,8 @@ def _grouped(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
     """Everything is on the device and as transformers has it: its own grouped product, one for all experts."""
     offload, began_s = module.offload, time.perf_counter()
     y = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
-    with offload.cache.lock:
-        offload.cache.count_residents(module.layer, sorted({*top_k_index.flatten().tolist()}))
-        _record(offload, module.layer, top_k_index, top_k_weights, began_s)
+    offload.cache.count_residents(module.layer, {*top_k_index.flatten().tolist()})
+    _record(offload, module.layer, top_k_index, top_k_weights, began_s)
     return y
 
 

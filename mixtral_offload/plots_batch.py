@@ -92,5 +92,5 @@ def _ablation(axes, ablations: dict[str, Throughput]) -> np.ndarray:
     axes.set_xlabel("throughput as a share of all of them")
     axes.set_title("each taken away alone", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.32))  # beside the shortest bars
     return shares

@@ -18,15 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
-from transformers import DynamicCache
 
 from .batch import ADMIT_AT, Request
 from .checkpoint import DEMO
 from .errors import OffloadError, OptionError
 from .recorder import record
 from .variants import _empty, layer_seconds, slow_link
-from .variants_batch import continuous, in_groups, no_end, plain_model, static_batches, unquantized, unsorted
+from .variants_batch import continuous, in_groups, no_end, static_batches, unquantized, unsorted
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: new tokens of an answer are drawn from these
@@ -34,9 +32,6 @@ LENGTHS = (4, 8, 16, 32)
 FULL = "all of them"
 LEAVE_ONLY, STATIC = "ended leave, none admitted", "without pruning"
 UNSORTED, UNQUANTIZED = "without sorting", "without quantization"
-#: transformers' own ways to run experts
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-PACKED, UNPACKED = "packed", "unpacked"
 
 
 @dataclass(frozen=True)
@@ -241,67 +236,3 @@ def _misses(p: np.ndarray, n_tokens: float, n_slots: int) -> float:
         t = (low + high) / 2
         low, high = (t, high) if (1 - unused**t).sum() < n_slots else (low, t)
     return float(((1 - unused) * unused**low).sum())
-
-
-@dataclass(frozen=True)
-class Passes:
-    """One decode pass with everything on the device. seconds: batch size -> PACKED, UNPACKED (our own) or transformers'
-    experts implementation -> of each turn. difference: the largest of any logit from the packed one's, by name."""
-
-    seconds: dict[int, dict[str, list[float]]]
-    difference: dict[str, float]
-
-    def over_best(self, ours: str, batch_size: int) -> float:
-        """The time of the fastest of transformers' own over that of `ours`: above 1, ours is faster."""
-        median = {name: statistics.median(of) for name, of in self.seconds[batch_size].items()}
-        return min(median[name] for name in IMPLEMENTATIONS) / median[ours]
-
-
-@torch.inference_mode()
-def compare_passes(
-    packed, unpacked, requests: Sequence[Request], batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 15,
-    context: int = 32,
-) -> Passes:  # fmt: skip
-    """Our experts, from packed bytes and unpacked, against transformers' own from the same weights dequantized, taking turns
-    pass by pass.
-
-    packed, unpacked: the same model with every expert on the device, without and with `unpack`. Each pass is of one token for
-    each row, after `context` of the requests' tokens. Raises OptionError for models that are not so.
-    """
-    if (
-        packed.offload.plan.home is not None
-        or packed.offload.options.unpack
-        or not unpacked.offload.options.unpack
-    ):
-        raise OptionError("these models cannot be compared", expected="every expert on the device, packed and unpacked",
-                          found=f"{packed.offload.plan}\n{unpacked.offload.plan}")  # fmt: skip
-    model, plain = packed, plain_model(packed)
-    text = [token for of in requests for token in of.ids]
-    width = context + 2 + repeats  # two passes warm up
-    needed = max(batch_sizes) * width
-    ids = torch.tensor((text * -(-needed // len(text)))[:needed], device=model.device).view(-1, width)
-    seconds, difference = {}, dict.fromkeys((UNPACKED, *IMPLEMENTATIONS), 0.0)
-    for n in batch_sizes:
-        ours = {PACKED: packed, UNPACKED: unpacked}
-        seconds[n] = _pass_turns(ours, plain, ids[:n], context, difference)
-    return Passes(seconds, difference)
-
-
-def _pass_turns(ours: dict, plain, ids, context: int, difference: dict[str, float]) -> dict[str, list[float]]:
-    pasts = {name: DynamicCache(config=plain.config) for name in (*ours, *IMPLEMENTATIONS)}
-    seconds, first = {name: [] for name in pasts}, None
-    for part in [slice(0, context)] + [slice(at, at + 1) for at in range(context, ids.shape[1])]:
-        for name, past in pasts.items():
-            if name not in ours:
-                plain.set_experts_implementation(name)
-            began_s = time.perf_counter()
-            model = ours.get(name, plain)
-            logits = model(
-                ids[:, part], past_key_values=past, logits_to_keep=1
-            ).logits.cpu()  # waits for the device
-            seconds[name].append(time.perf_counter() - began_s)
-            if name == PACKED:
-                first = logits
-            else:
-                difference[name] = max(difference[name], (logits - first).abs().max().item())
-    return {name: of[3:] for name, of in seconds.items()}
