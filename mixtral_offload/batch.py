@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from .chat import context_length, encode
 from .errors import OptionError
 from .options import pass_tokens
 
@@ -38,6 +39,11 @@ class Request:
     ids: list[int]
     max_new_tokens: int = 512
     seed: int | None = None
+
+    @classmethod
+    def chat(cls, tokenizer, text: str, *, system_prompt: str | None = None, **options) -> Request:
+        """A user's message, put as a chat puts it. options: the other fields."""
+        return cls(encode(tokenizer, [{"role": "user", "content": text}], system_prompt), **options)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class _Batch:
         self.rows: list[_Row] = []
         self._model, self._sample = model, sample
         options = model.offload.options
-        self._context = min(model.config.max_position_embeddings, options.context_length)
+        self._context = context_length(model.config, options)
         self._room = self._context * options.batch_size  # tokens that the plan has left memory for
         self._pass_tokens = pass_tokens(self._context, options.batch_size)
         eos = model.generation_config.eos_token_id

@@ -214,14 +214,14 @@ def expected_bytes(
     the batch were always taken.
 
     A pass of n tokens needs an expert of frequency p with probability q = 1 - (1 - p)^n; LRU keeps those used in the last t
-    passes, where t follows from the number of slots (Che's approximation). Sequences stick to their experts, so that
+    passes, where t follows from the number of slots (Che's approximation), or, if a pass needs more than that, some of its own. Sequences stick to their experts, so that
     small batches move less than this.
     """
     prompt, new = (
         statistics.mean(map(of, requests)) for of in (lambda of: len(of.ids), lambda of: of.max_new_tokens)
     )
     admitted = max(1, round(batch_size * ADMIT_AT))
-    decoding = sum(_misses(p, batch_size, cache_size) for p in usage) / batch_size
+    decoding = sum(_misses(p, batch_size, cache_size) for p in usage) / batch_size * (new - 1) / new
     prompts = sum(_misses(p, admitted * prompt, cache_size) for p in usage) / (admitted * new)
     return expert_bytes * (decoding + prompts)
 
@@ -231,8 +231,11 @@ def _misses(p: np.ndarray, n_tokens: float, n_slots: int) -> float:
     if n_slots >= len(p):
         return 0.0
     unused = np.clip(1 - p, 1e-12, 1) ** n_tokens
+    needed = 1 - unused
+    if needed.sum() >= n_slots:  # any of a pass's experts may be the ones left in the slots
+        return float((needed * (1 - needed * n_slots / needed.sum())).sum())
     low, high = 0.0, 1e9
     for _ in range(200):  # the t for which the experts held are as many as the slots
         t = (low + high) / 2
         low, high = (t, high) if (1 - unused**t).sum() < n_slots else (low, t)
-    return float(((1 - unused) * unused**low).sum())
+    return float((needed * unused**low).sum())

@@ -21,10 +21,7 @@ def requests() -> list[Request]:
     rng, tokenizer = random.Random(0), load_tokenizer()
     lines = (DEMO.parent / "heldout.jsonl").read_text().splitlines()
     questions = [message for line in lines for message in json.loads(line)["messages"][::2]]
-    ids = [
-        tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"]
-        for message in rng.sample(questions, 32)
-    ]
+    ids = [Request.chat(tokenizer, message["content"]).ids for message in rng.sample(questions, 32)]
     return [Request(of, rng.choice((1, 3, 16, 64))) for of in ids]
 
 
