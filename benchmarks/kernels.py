@@ -127,7 +127,7 @@ def plot_kernels(result: dict) -> tuple[Figure, list]:
         yscale="log",
         title=f"One token times a {result['shape'][0]} x {result['shape'][1]} matrix, {result['device']}",
     )
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure, rows
 
 

@@ -165,6 +165,8 @@ def batch() -> str:
         f"**Many sequences at once** (`python benchmarks/batch.py`; 2211.10017): {len(found['requests'])} requests of {found['settings']['even']} new tokens, "
         "over a link as slow as in the ablation. Tokens/s, prompts' time included; in brackets as a multiple of a batch of 1, and kB moved per token:\n\n"
         + table(["batch", *sizes], rows)
+        + "\n\nA few sequences hardly gain behind a slow link: together they need nearly all experts of a layer, where one would keep those that its last "
+        "token used."
         + f"\n\nEach optimization taken away alone, at batch {found['settings']['ablation_batch']}, answers of {new[0]} to {new[-1]} tokens: throughput as a share of all of them.\n\n"
         + table(["", *variants], shares)
         + "\n\nOne pass with everything on the device, speed over the best of transformers' own experts implementations on the same weights dequantized, by "
