@@ -1,5 +1,4 @@
-"""Many sequences at once: those that have ended leave the batch, others take their places (batch
-pruning, 2211.10017).
+"""Many sequences at once: those that have ended leave the batch (2211.10017's pruning), others take their places.
 
 Knows transformers' forward pass and its KV cache. Knows nothing of experts: what a pass needs of them, it loads once for
 the whole batch (`forward.py`), and that is what makes a batch pay.

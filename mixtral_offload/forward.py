@@ -96,7 +96,7 @@ def _serve_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_wei
     counts, meanwhile = _read(offload, layer, counts, n_tokens)
     grouped = x[
         order // top_k
-    ]  # [T * k, H], expert by expert: each one's results take the place of its tokens
+    ]  # [T * k, H], by expert: results take the place of the tokens that they are for
     rows = grouped.split(counts)
     began_s = time.perf_counter()
     with offload.cache.lock:

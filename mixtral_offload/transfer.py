@@ -144,6 +144,5 @@ def make_engine(device: torch.device, pinned: bool, n_bytes: int, link_bytes_per
     """The engine for a device and a home: a stream for pinned memory, a worker thread otherwise; or a link of a stated speed."""
     if link_bytes_per_s is not None:
         return SlowEngine(device, n_bytes, link_bytes_per_s)
-    return (
-        StreamEngine(device, n_bytes) if device.type == "cuda" and pinned else ThreadEngine(device, n_bytes)
-    )
+    kind = StreamEngine if device.type == "cuda" and pinned else ThreadEngine
+    return kind(device, n_bytes)
