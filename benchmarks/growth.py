@@ -125,7 +125,7 @@ def plot_growth(result: dict) -> tuple[Figure, dict[str, np.ndarray]]:
                 label="expected: copies and compute,\nfrom all to none overlapping",
             )
         axes.plot(x, 1e3 * seconds, "o-", label="measured")
-        axes.set(xlabel=titles[name], ylim=(0, None))
+        axes.set(xlabel=titles[name], ylim=(0, 1.3 * seconds.max() * 1e3))
         axes.legend()
     figure.axes[0].set_ylabel("ms per pass")
     return figure, shown
