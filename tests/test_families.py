@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from mixtral_offload import convert_checkpoint
+from mixtral_offload import Request, convert_checkpoint, generate_batch
 from mixtral_offload.quantization import Quantization
 
 COMMON = {
@@ -17,6 +17,7 @@ COMMON = {
 FAMILIES = {
     "mixtral": MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=6),
     "mixtral-tied": MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=6, tie_word_embeddings=True),
+    "mixtral-window": MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=6, sliding_window=6),
     "qwen2_moe": Qwen2MoeConfig(**COMMON, moe_intermediate_size=32, num_experts=6, intermediate_size=48, shared_expert_intermediate_size=48),
     "qwen3_moe": Qwen3MoeConfig(**COMMON, moe_intermediate_size=32, num_experts=6, intermediate_size=48, head_dim=16),
     "qwen3_moe-some-dense": Qwen3MoeConfig(**COMMON, moe_intermediate_size=32, num_experts=6, intermediate_size=48, head_dim=16, mlp_only_layers=[0]),
@@ -43,6 +44,24 @@ def test_16_bit_experts_give_transformers_own_logits(plain, offloaded):
         assert (ours(ids).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
         greedy = ours.generate(ids[:1], max_new_tokens=16, do_sample=False)
         assert torch.equal(greedy, model.generate(ids[:1], max_new_tokens=16, do_sample=False))
+
+
+@torch.no_grad()
+def test_a_batch_and_unpacked_experts_give_the_same(plain, offloaded):
+    folder, model = plain
+    draw = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(3, 96, (n,), generator=draw).tolist() for n in (9, 3, 17, 5, 11)]
+    requests = [Request(prompt, limit) for prompt, limit in zip(prompts, (8, 14, 2, 20, 6))]
+    wanted = [
+        model.generate(torch.tensor([of.ids]), max_new_tokens=of.max_new_tokens, do_sample=False)[
+            0, len(of.ids) :
+        ]
+        for of in requests
+    ]
+    for options in ({"cache_size": 2}, {"unpack": True}):
+        ours = offloaded(folder, batch_size=3, **options)
+        found = {answer.number: answer.ids for answer in generate_batch(ours, requests, batch_size=3)}
+        assert [found[number] for number in range(5)] == [of.tolist() for of in wanted]
 
 
 @torch.no_grad()
