@@ -89,7 +89,7 @@ class ExpertCache:
         *, policy: Callable[[], Policy] = LRU, shared: bool = False, n_staging: int = 0,
     ):  # fmt: skip
         self.layout, self.stats, self.lock = layout, CacheStats(), threading.RLock()
-        self.journal: list[Use | Guess] | None = None  # a recorder's, who wants to know every use and guess
+        self.journals: tuple[list[Use | Guess], ...] = ()  # of recorders: each gets every use and wrong guess
         self.n_staging = n_staging if store else 0
         self.store, self.engine = store, engine
         n_slots = sum(n for n, _ in layers.values())
@@ -179,9 +179,9 @@ class ExpertCache:
     def count_residents(self, layer: int, experts: set[int]) -> None:
         """Uses of resident experts that were run without `serve`."""
         self.stats.hits += len(experts)
-        if self.journal is not None:
-            at_s = time.perf_counter()
-            self.journal += [Use(layer, expert, HIT, 0.0, at_s, None) for expert in sorted(experts)]
+        at_s = time.perf_counter()
+        for journal in self.journals:
+            journal += [Use(layer, expert, HIT, 0.0, at_s, None) for expert in sorted(experts)]
 
     def prefetch(self, layer: int, experts: Sequence[int], distance: int = 1) -> None:
         """Start copies of the experts that `layer`, `distance` layers from now, will probably need, likeliest first.
@@ -241,8 +241,8 @@ class ExpertCache:
         stats.prefetched += use.outcome == PREFETCHED
         stats.wait_s += use.wait_s
         stats.bytes_moved += use.copy.moved_bytes if use.copy else 0
-        if self.journal is not None:
-            self.journal.append(use)
+        for journal in self.journals:
+            journal.append(use)
 
     def settle(self) -> None:
         """Free the rows of dropped guesses that nothing writes any more, and count what they moved."""
@@ -264,8 +264,8 @@ class ExpertCache:
         self.engine.cancel(guess.copy)
         self._dropped.append(guess)  # before it is forgotten: its row is free only when nothing writes it
         del self._staged[key]
-        if self.journal is not None:
-            self.journal.append(guess)
+        for journal in self.journals:
+            journal.append(guess)
 
     def _drop_interrupted(self, pool: Pool) -> None:
         """Forget what an exception left under way, once it cannot write any more."""

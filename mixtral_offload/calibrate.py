@@ -37,7 +37,7 @@ def measure_card(model, n_passes: int = 24) -> Card:
     if offload.plan.home is None:
         raise OptionError("every expert of this model is on the device: it copies nothing",
                           hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
-    if offload.recorder is not None:
+    if offload.recorders:
         raise OptionError("this model is being recorded", hint="measure it outside of `record`")
     if type(n_passes) is not int or n_passes < 4:
         raise OptionError("impossible n_passes", expected="a whole number from 4", found=n_passes)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .cache import Views
+from .errors import OptionError
 from .experts import ROWS
 
 
@@ -23,9 +25,13 @@ def offloaded_experts(
 
     Tokens are sorted by expert once; each expert comes once and runs for all of its tokens. Results are summed in the
     order of the router's choice, whatever order the experts came in, so that no cache size changes a single bit. Padding
-    costs nothing: it gets zeros (see `skip_padding`).
+    costs nothing: it gets zeros (see `pass_state.real_tokens`).
     """
-    real = module.offload.real_tokens
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        # all tokens: gradient checkpointing runs a layer again outside of its pass, where padding is not known
+        return with_gradients(module, hidden_states, top_k_index, top_k_weights)
+    current = module.offload.passes.current
+    real = None if current is None else current.real_of(len(hidden_states))
     if real is None:
         return _experts(module, hidden_states, top_k_index, top_k_weights)
     y = torch.zeros_like(hidden_states)
@@ -33,37 +39,73 @@ def offloaded_experts(
     return y
 
 
-def skip_padding(base_model: nn.Module, offload) -> None:
-    """From now on, tokens that the attention mask `[sequences, columns]` calls padding use no experts. The host waits for
-    the mask, once for each prompt of more than one sequence."""
-
-    def find(module, arguments: tuple, named: dict) -> None:
-        ids = named.get("input_ids", arguments[0] if arguments else named.get("inputs_embeds"))
-        mask = named.get("attention_mask", arguments[1] if len(arguments) > 1 else None)
-        offload.real_tokens = _real_tokens(ids.shape[:2], mask)
-
-    def forget(*_) -> None:
-        offload.real_tokens = None
-
-    base_model.register_forward_pre_hook(find, with_kwargs=True)
-    base_model.register_forward_hook(forget, always_call=True)
-
-
-def _real_tokens(shape: tuple[int, int], mask: Tensor | None) -> Tensor | None:
-    """Which of the pass's tokens, all sequences after each other, are no padding: int64 [n]; None where all are real."""
-    if 1 in shape or not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    mask = mask[:, -shape[1] :].reshape(-1).bool()
-    return None if mask.all() else mask.nonzero()[:, 0]
-
-
 def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    offload, layer = module.offload, module.layer
-    if offload.options.unpack:
+    if module.offload.options.unpack:
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
+    return _weighted_sum(run_experts(module, hidden_states, top_k_index, top_k_weights), top_k_weights)
+
+
+def run_experts(module: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run the chosen experts of each token: x `[T, H]` -> `[T, k, H]`, not yet weighted (`top_k_weights` is recorded)."""
     serve = _serve_token if len(top_k_index) == 1 else _serve_tokens
-    y = serve(offload, layer, hidden_states, top_k_index, top_k_weights)  # [T, k, H]
-    return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+    return serve(module.offload, module.layer, x, top_k_index, top_k_weights)
+
+
+def _weighted_sum(y: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`y [T, k, H]`, `top_k_weights [T, k]` -> `[T, H]` in y's dtype, in the order of the router's choice."""
+    return (y * top_k_weights.unsqueeze(-1)).sum(1).to(y.dtype)
+
+
+def with_gradients(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """`offloaded_experts` for autograd: exact gradients of hidden states and routing weights; experts are constants.
+
+    Raises:
+        OptionError: Under `record`, whose replay could not repeat the experts that backward asks for.
+    """
+    if module.offload.options.unpack:
+        return _grouped(module, hidden_states, top_k_index, top_k_weights)
+    if any(recorder.is_exclusive for recorder in module.offload.recorders):
+        raise OptionError(
+            "a pass with gradients cannot be recorded", found="record() around a pass that needs gradients",
+            hint="record under torch.no_grad(), or run this pass outside of record()",
+        )  # fmt: skip
+    y = _FrozenExperts.apply(hidden_states, module, top_k_index, top_k_weights.detach())
+    return _weighted_sum(y, top_k_weights)
+
+
+class _FrozenExperts(torch.autograd.Function):
+    """`run_experts`, whose backward asks the cache for each expert again: its slot may hold another one by then."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, module: nn.Module, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x, top_k_index)
+        return run_experts(module, x, top_k_index, top_k_weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        (x, top_k_index), offload = ctx.saved_tensors, ctx.module.offload
+        top_k = top_k_index.shape[1]
+        order, counts = _by_expert(top_k_index, offload.checkpoint.n_experts)
+        x_of, grad_of = x[order // top_k].split(counts.tolist()), grad_y.flatten(0, 1)[order].split(counts.tolist())
+        grads = torch.empty_like(grad_y.flatten(0, 1))
+        rows = order.split(counts.tolist())
+        with offload.cache.lock:
+            needed = [expert for expert, of in enumerate(rows) if len(of)]
+            for expert, views in offload.cache.serve(ctx.module.layer, needed):
+                for part, x_part, grad_part in zip(*(of[expert].split(ROWS) for of in (rows, x_of, grad_of))):
+                    grads[part] = _grad_of_expert(offload, views, x_part, grad_part)
+        # summed in the router's order, so that no cache size changes a single bit
+        return grads.view_as(grad_y).sum(1).to(x.dtype), None, None, None
+
+
+def _grad_of_expert(offload, views: Views, x: Tensor, grad_y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(offload.plain_run(x, views), x, grad_y)[0]
 
 
 def _grouped(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -90,9 +132,7 @@ def _serve_token(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weig
 def _serve_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of many tokens, x `[T, H]`, sorted by expert."""
     n_tokens, top_k = top_k_index.shape
-    flat = top_k_index.reshape(-1)
-    order = flat.argsort(stable=True)
-    counts = flat.new_zeros(offload.checkpoint.n_experts).scatter_add_(0, flat, torch.ones_like(flat))
+    order, counts = _by_expert(top_k_index, offload.checkpoint.n_experts)
     counts, meanwhile = _read(offload, layer, counts, n_tokens)
     grouped = x[
         order // top_k
@@ -110,6 +150,13 @@ def _serve_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_wei
     return y.view(n_tokens, top_k, -1)
 
 
+def _by_expert(top_k_index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """(the choices `[T * k]` sorted by expert, how many each expert has: int64 [n_experts])."""
+    flat = top_k_index.reshape(-1)
+    counts = flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))
+    return flat.argsort(stable=True), counts
+
+
 def _read(offload, layer: int, numbers: Tensor, n_tokens: int) -> tuple[list[int], Callable[[], None] | None]:
     """`numbers` (int64) as a list, and what starts the guesses to be made before this layer's experts (or None).
 
@@ -117,10 +164,11 @@ def _read(offload, layer: int, numbers: Tensor, n_tokens: int) -> tuple[list[int
     that the device has made since come to the host on the way.
     """
     prefetcher = offload.prefetcher
-    if prefetcher is None:
+    current = offload.passes.current
+    if prefetcher is None or current is None:
         return numbers.tolist(), None
-    guesses, n = prefetcher.before(layer, n_tokens), len(numbers)
-    prefetcher.start_late()
+    guesses, n = prefetcher.before(current, layer, n_tokens), len(numbers)
+    prefetcher.start_late(current)
     if isinstance(guesses, Tensor):
         found, shape = torch.cat((numbers, guesses.flatten())).tolist(), guesses.shape
         numbers, guesses = found[:n], [found[i : i + shape[1]] for i in range(n, len(found), shape[1])]
@@ -130,8 +178,8 @@ def _read(offload, layer: int, numbers: Tensor, n_tokens: int) -> tuple[list[int
 
 
 def _record(offload, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
-    if offload.recorder is not None:
-        offload.recorder.add(layer, top_k_index, top_k_weights, began_s)
+    for recorder in offload.recorders:
+        recorder.add(layer, top_k_index, top_k_weights, began_s)
 
 
 ALL_EXPERTS_FUNCTIONS.register("offloaded", offloaded_experts)

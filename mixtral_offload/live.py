@@ -30,11 +30,7 @@ MEANINGS = (
 
 @contextmanager
 def watch(model) -> Iterator[Recorder]:
-    """A recorder for `Recorder.last_pass`: the one that is recording already, or one that only watches."""
-    recorder = model.offload.recorder
-    if recorder is not None:
-        yield recorder
-        return
+    """A recorder for `Recorder.last_pass`, which leaves the cache and other recorders alone."""
     recorder = Recorder(model)
     try:
         yield recorder

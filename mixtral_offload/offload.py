@@ -11,13 +11,13 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -25,9 +25,10 @@ from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, dequantize_expert
-from .forward import skip_padding
+from . import forward as _registers_the_experts_function  # noqa: F401
 from .hub import resolve
 from .options import OffloadOptions, compile_choice, device_layout, plan_for
+from .pass_state import Passes, track_passes
 from .packed import PACKED_TOKENS, Run, linear, make_run
 from .plan import Plan
 from .policy import POLICIES
@@ -49,12 +50,11 @@ class Offload:
     cache: ExpertCache
     modules: dict[str, int]  # name of each module of experts -> its layer
     run: Run  # one expert, from its views
+    plain_run: Run  # the same without torch.compile, for autograd
     compiled: tuple[bool, str]  # whether it is compiled, and why
+    passes: Passes = field(default_factory=Passes)
     prefetcher: Prefetcher | None = None
-    recorder: Recorder | None = None
-    real_tokens: Tensor | None = (
-        None  # of the pass under way: int64 [n], those that are no padding; None: all
-    )
+    recorders: tuple[Recorder, ...] = ()
     compile_s: float = 0.0  # what compiling took while building
 
     @property
@@ -68,8 +68,8 @@ class Offload:
     def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
         """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
         with self.cache.lock:
-            if self.recorder is not None:
-                self.recorder.add_guess(layer, experts, distance)
+            for recorder in self.recorders:
+                recorder.add_guess(layer, experts, distance)
             self.cache.prefetch(layer, experts, distance)
 
     def settings(self) -> dict:
@@ -104,8 +104,8 @@ def from_pretrained(
         cache = _build_cache(checkpoint, plan, options)
     # a copy that knows nothing of the model, which would otherwise hold itself
     gated = copy.copy(model.get_submodule(next(iter(modules))))
-    run = make_run(cache.layout, gated._apply_gate, compiled[0])
-    model.offload = Offload(checkpoint, options, plan, cache, modules, run, compiled)
+    run, plain_run = (make_run(cache.layout, gated._apply_gate, compile) for compile in (compiled[0], False))
+    model.offload = Offload(checkpoint, options, plan, cache, modules, run, plain_run, compiled)
     _attach(model, gates)
     if compiled[0]:
         model.offload.compile_s = _compile_now(model)
@@ -244,9 +244,11 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
         if options.unpack:
             _lend_weights(module, offload.cache, layer)
     model.set_experts_implementation("offloaded")
-    skip_padding(model.base_model, offload)
+    track_passes(model.base_model, offload.passes)
     if options.prefetch and offload.plan.home:
-        offload.prefetcher = Prefetcher(model, gates, offload.prefetch, options.prefetch, options.look_ahead)
+        offload.prefetcher = Prefetcher(
+            model, gates, offload.prefetch, options.prefetch, options.look_ahead, passes=offload.passes
+        )
 
 
 def _lend_weights(module: nn.Module, cache: ExpertCache, layer: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import OptionError
+from .pass_state import Pass, Passes
 
 #: when to guess, as `Prefetcher` takes it
 MOMENTS = ("after",)
@@ -107,12 +108,13 @@ class Prefetcher:
     run (earlier), "after" them (more often right, see LOG.md; the embedding is what comes before layer 0), or both,
     the later guess then correcting the earlier one where its copy has not begun. A prompt needs (nearly) every expert:
     there, all of the next layer's are asked for as soon as a layer has asked for its own.
-    start: called with (layer, experts, distance) for each guess.
+    start: called with (layer, experts, distance) for each guess. passes: the model's; what a pass has found so far is
+    kept there. Outside of a pass, nothing is guessed.
     """
 
     def __init__(
         self, model: nn.Module, gates: list[Gate], start: Callable[[int, list[int], int], None], n_experts: int, look_ahead: int = 1,
-        predictor: Predictor | None = None, moments: tuple[str, ...] = MOMENTS,
+        predictor: Predictor | None = None, moments: tuple[str, ...] = MOMENTS, *, passes: Passes,
     ):  # fmt: skip
         self.n_experts, self.look_ahead, self.moments = n_experts, look_ahead, moments
         self.predictor = predictor or default_predictor(gates)
@@ -122,15 +124,15 @@ class Prefetcher:
         targets = [gates[n : n + look_ahead] for n in range(len(gates) + 1)]
         self._targets = [([gate.layer for gate in of], of) for of in targets]  # the layers from the n-th on
         self._number = {gate.layer: number for number, gate in enumerate(gates)}
-        self._hidden: Tensor | None = None
-        self._late: tuple[int, HostCopy] | None = None  # guesses whose numbers are on their way to the host
-        self._hooks = []
+        self._hooks, self._passes = [], passes
         weak = weakref.proxy(self)
         if "before" in moments:
             self._hooks += [gate.norm.register_forward_pre_hook(_keep_hidden(weak)) for gate in gates]
         if "after" in moments:
             embeddings = model.get_input_embeddings()
             self._hooks.append(embeddings.register_forward_hook(_guess_after(weak, -1)))
+            self._observer = _guess_from_embeds(weak)
+            passes.observers.append(self._observer)
             self._hooks += [
                 gate.block().register_forward_hook(_guess_after(weak, n)) for n, gate in enumerate(gates)
             ]
@@ -143,6 +145,7 @@ class Prefetcher:
         """Whether so many tokens will need about every expert."""
         return n_tokens >= len(self.everything)
 
+    @torch.no_grad()
     def rank(self, number: int, hidden: Tensor) -> Tensor | None:
         """For each layer to guess for, its likeliest experts `[layers, n_experts]`, the likeliest first; None if there is
         no such layer. With several tokens at hand, an expert's likelihood is its share of all tokens' routing."""
@@ -154,9 +157,9 @@ class Prefetcher:
         likely = logits[:, 0] if len(hidden) == 1 else logits.float().softmax(-1).sum(1)  # [targets, experts]
         return likely.topk(min(self.n_experts, likely.shape[-1])).indices
 
-    def before(self, layer: int, n_tokens: int) -> Tensor | list[list[int]] | None:
+    def before(self, current: Pass, layer: int, n_tokens: int) -> Tensor | list[list[int]] | None:
         """The guesses to start with this layer's own copies (see `rank`); None if this is not a moment for them."""
-        hidden, self._hidden = self._hidden, None
+        hidden, current.hidden = current.hidden, None
         number = self.number(layer)
         if self.is_prompt(n_tokens):
             return [self.everything] if self._targets[number + 1][0] else None
@@ -164,17 +167,23 @@ class Prefetcher:
 
     def after(self, number: int, hidden: Tensor) -> None:
         """Guess from what layer `number` has given, and start as soon as the host knows: now, or at `start_late`."""
-        if self.is_prompt(hidden.shape[:-1].numel()) and number >= 0:
+        current = self._passes.current
+        if current is None or (self.is_prompt(hidden.shape[:-1].numel()) and number >= 0):
             return
         ranked = self.rank(number, hidden)
         if ranked is not None:
-            self._late = number, HostCopy(ranked)
+            current.late = number, HostCopy(ranked)
             if not ranked.is_cuda:
-                self.start_late()
+                self.start_late(current)
 
-    def start_late(self) -> None:
+    def keep_hidden(self, hidden: Tensor) -> None:
+        """Keep what the newest layer's norm was given, for `before`."""
+        if (current := self._passes.current) is not None:
+            current.hidden = hidden
+
+    def start_late(self, current: Pass) -> None:
         """Start the guesses that were on their way to the host."""
-        late, self._late = self._late, None
+        late, current.late = current.late, None
         if late is not None:
             self.start(late[0], late[1].tolist())
 
@@ -186,13 +195,23 @@ class Prefetcher:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        if "after" in self.moments:
+            self._passes.observers.remove(self._observer)
 
 
 def _keep_hidden(prefetcher: Prefetcher):
     def hook(norm: nn.Module, arguments: tuple) -> None:
-        prefetcher._hidden = arguments[0]
+        prefetcher.keep_hidden(arguments[0])
 
     return hook
+
+
+def _guess_from_embeds(prefetcher: Prefetcher):
+    def observer(current: Pass) -> None:
+        if current.embeds is not None:  # no embedding module is called, whose hook would guess
+            prefetcher.after(-1, current.embeds)
+
+    return observer
 
 
 def _guess_after(prefetcher: Prefetcher, number: int):

@@ -12,19 +12,28 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .cache import Use
+from .errors import OptionError
+from .pass_state import Pass
 from .trace import RoutingTrace
+
+#: in a trace: a position that was given as an embedding, without a token id
+NO_TOKEN = -1
 
 
 class Recorder:
-    """Filled by `offloaded_experts` and by the cache. Made by `record`, at whose end it has its `trace`."""
+    """Filled by `offloaded_experts` and by the cache. Made by `record`, at whose end it has its `trace`.
 
-    def __init__(self, model):
-        self._model, self._offload = model, model.offload
+    is_exclusive: a replay of its trace shall be exact, so that nothing else may clear the cache meanwhile.
+    """
+
+    def __init__(self, model, is_exclusive: bool = False):
+        self._offload, self.is_exclusive = model.offload, is_exclusive
         self._began_s = time.perf_counter()
-        self._ids: list[Tensor] = []
+        self._ids: dict[int, Tensor] = {}  # number of the pass -> its real tokens, in the order of the passes
         self._parts: list[tuple[int, int, Tensor, Tensor, float, float, int]] = []
         self._journal: list = []
         self._guesses: list[tuple[int, int, list[int], int]] = []
@@ -32,29 +41,37 @@ class Recorder:
         self.start()
 
     def start(self) -> None:
-        """Record from now on."""
-        self._hook = self._model.get_input_embeddings().register_forward_pre_hook(self._new_pass)
-        self._offload.cache.journal, self._offload.recorder = self._journal, self
+        """Record from the next pass on."""
+        offload = self._offload
+        with offload.passes.lock, offload.cache.lock:
+            offload.passes.observers.append(self._new_pass)
+            offload.cache.journals += (self._journal,)
+            offload.recorders += (self,)
 
-    def _new_pass(self, module, arguments: tuple) -> None:
-        ids, real = arguments[0].reshape(-1), self._offload.real_tokens
-        self._ids.append(ids if real is None else ids[real])
+    def _new_pass(self, current: Pass) -> None:
+        ids = torch.full((current.n_tokens,), NO_TOKEN) if current.ids is None else current.ids.reshape(-1)
+        self._ids[current.number] = ids if current.real is None else ids[current.real]
+
+    def _number(self) -> int:
+        """Of the pass under way in this thread; 0, which is no pass's, where a layer is called outside of one."""
+        current = self._offload.passes.current
+        return 0 if current is None else current.number
 
     def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
         """One pass through one layer's experts, whose uses are all in the journal."""
         now = time.perf_counter()
-        part = len(self._ids) - 1, layer, top_k_index, top_k_weights, began_s, now, len(self._journal)
+        part = self._number(), layer, top_k_index, top_k_weights, began_s, now, len(self._journal)
         self._parts.append(part)
 
     def add_guess(self, layer: int, experts: Sequence[int], distance: int) -> None:
         """Experts that `layer`, `distance` layers from now, will probably need, likeliest first: asked for, not yet
         looked at."""
-        self._guesses.append((len(self._ids) - 1, layer, list(experts), distance))
+        self._guesses.append((self._number(), layer, list(experts), distance))
 
     @property
     def n_tokens(self) -> int:
         """Tokens that went in so far."""
-        return sum(ids.numel() for ids in self._ids)
+        return sum(ids.numel() for ids in tuple(self._ids.values()))
 
     def last_pass(self) -> list[dict[int, int]]:
         """What the last token of the newest complete pass used: by layer, expert -> HIT, PREFETCHED or MISS.
@@ -74,14 +91,18 @@ class Recorder:
         return uses
 
     def stop(self) -> None:
-        self._offload.cache.journal = self._offload.recorder = None
-        self._hook.remove()
+        offload = self._offload
+        with offload.passes.lock, offload.cache.lock:
+            offload.passes.observers.remove(self._new_pass)
+            offload.cache.journals = tuple(of for of in offload.cache.journals if of is not self._journal)
+            offload.recorders = tuple(of for of in offload.recorders if of is not self)
 
     def finish(self, tokenizer=None) -> RoutingTrace:
         """The trace of the passes that ran to their end."""
         number = {layer: i for i, layer in enumerate(self._offload.checkpoint.layers)}
         last = self._offload.checkpoint.layers[-1]
-        passes = {old: new for new, old in enumerate(part[0] for part in self._parts if part[1] == last)}
+        whole = [part[0] for part in self._parts if part[1] == last and part[0] in self._ids]
+        passes = {old: new for new, old in enumerate(whole)}
         ids = [self._ids[old].cpu().numpy() for old in passes]
         tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         n_layers, top_k = len(number), self._offload.checkpoint.top_k
@@ -96,7 +117,7 @@ class Recorder:
             for of in by_layer
         ]
         spans = np.array([[(p[4], p[5]) for p in of] for of in by_layer]).reshape(n_layers, len(passes), 2)
-        pieces = [tokenizer.decode([token]) for token in tokens.tolist()] if tokenizer else []
+        pieces = [_piece(tokenizer, token) for token in tokens.tolist()] if tokenizer else []
         return RoutingTrace(
             tokens=tokens.astype(np.int64), passes=np.repeat(np.arange(len(ids)), [len(of) for of in ids]).astype(np.int32),
             experts=np.stack(experts, 1).astype(np.int16), weights=np.stack(weights, 1).astype(np.float32),
@@ -135,6 +156,10 @@ class Recorder:
         }
 
 
+def _piece(tokenizer, token: int) -> str:
+    return "" if token == NO_TOKEN else tokenizer.decode([token])
+
+
 def _columns(kind: str, rows: list[tuple], began_s: float) -> dict[str, np.ndarray]:
     names = ["layer", "expert", "outcome", "wait_s", "at_s", "pass", "bytes"]
     names = names if kind == "use" else ["layer", "expert", "pass", "bytes"]
@@ -158,13 +183,20 @@ def record(model, tokenizer=None) -> Iterator[Recorder]:
         recording.trace.save("trace.safetensors")
 
     The cache begins empty and its counters at zero, so that a replay of the trace is exact. tokenizer: to keep the
-    tokens' text. Batches are recorded as one stream of tokens.
+    tokens' text. Batches are recorded as one stream of tokens; so are the passes of several threads, which take turns. A
+    pass that began with embeddings has the token NO_TOKEN. Raises OptionError while the model is being recorded already:
+    a second recording would clear the cache under the first one.
     """
     offload = model.offload
-    with offload.cache.lock:
+    with offload.passes.lock, offload.cache.lock:
+        if any(recorder.is_exclusive for recorder in offload.recorders):
+            raise OptionError(
+                "this model is being recorded already", found="record() inside another record() of the same model",
+                hint="end the first recording, or record both parts in one",
+            )  # fmt: skip
         offload.cache.clear()
         offload.stats.reset()
-        recorder = Recorder(model)
+        recorder = Recorder(model, is_exclusive=True)
     try:
         yield recorder
     finally:

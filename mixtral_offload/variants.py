@@ -99,20 +99,21 @@ def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator
     model's own cache (empty, because its slots may be lent) and prefetcher are back at the end."""
     offload = model.offload
     own = offload.cache, offload.prefetcher
-    _empty(offload.cache)
-    cache.stats.reset()
-    try:
-        with _muted(offload.prefetcher):
-            offload.cache, offload.prefetcher = cache, None
-            if guesses is not None:
-                gates = find_gates(model, offload.modules)
-                offload.prefetcher = Prefetcher(model, gates, offload.prefetch, **guesses)
-            yield
-    finally:
-        if offload.prefetcher not in (None, own[1]):
-            offload.prefetcher.close()
-        offload.cache, offload.prefetcher = own
-        _empty(cache)
+    with offload.passes.lock:  # other threads' passes wait: they would run on a cache that is not theirs
+        _empty(offload.cache)
+        cache.stats.reset()
+        try:
+            with _muted(offload.prefetcher):
+                offload.cache, offload.prefetcher = cache, None
+                if guesses is not None:
+                    gates, passes = find_gates(model, offload.modules), offload.passes
+                    offload.prefetcher = Prefetcher(model, gates, offload.prefetch, passes=passes, **guesses)
+                yield
+        finally:
+            if offload.prefetcher not in (None, own[1]):
+                offload.prefetcher.close()
+            offload.cache, offload.prefetcher = own
+            _empty(cache)
 
 
 def _empty(cache: ExpertCache) -> None:

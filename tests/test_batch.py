@@ -93,7 +93,7 @@ def test_padding_uses_no_experts_and_is_in_no_trace(offloaded, requests, alone):
     assert found.tolist() == expected
     assert run.trace.n_tokens == sum(len(request.ids) for request in some) + 4 * 2
     assert run.trace.tokens[: mask.sum()].tolist() == [token for request in some for token in request.ids]
-    assert model.offload.real_tokens is None
+    assert model.offload.passes.current is None
 
 
 def test_padding_is_forgotten_after_a_pass_that_failed(offloaded, monkeypatch):
@@ -101,7 +101,7 @@ def test_padding_is_forgotten_after_a_pass_that_failed(offloaded, monkeypatch):
     monkeypatch.setattr(model.base_model.norm, "forward", lambda hidden: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(input_ids=torch.tensor([[0, 5, 6], [7, 8, 9]]), attention_mask=mask)
-    assert model.offload.real_tokens is None
+    assert model.offload.passes.current is None
 
 
 def test_sequences_leave_and_others_are_admitted(offloaded, requests, monkeypatch):

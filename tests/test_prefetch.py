@@ -83,7 +83,8 @@ def test_no_guess_changes_a_bit(offloaded, prompts, undisturbed, predictor, opti
     offload = model.offload
     offload.prefetcher.close()
     how = offload.options.prefetch, offload.options.look_ahead, predictor, moments
-    offload.prefetcher = Prefetcher(model, find_gates(model, offload.modules), offload.prefetch, *how)
+    gates = find_gates(model, offload.modules)
+    offload.prefetcher = Prefetcher(model, gates, offload.prefetch, *how, passes=offload.passes)
     assert all(torch.equal(a, b) for a, b in zip(answers(model, prompts), undisturbed))
     assert model.offload.stats.guesses > 0
 

@@ -139,10 +139,10 @@ def test_the_grid_is_what_the_trace_says(chat):
 def test_watching_leaves_the_cache_and_a_recording_alone(offloaded):
     model = offloaded(DEMO, cache_size=3)
     with watch(model) as recorder:
-        assert recorder.last_pass() == [] and model.offload.recorder is recorder
-    assert model.offload.recorder is None
+        assert recorder.last_pass() == [] and model.offload.recorders == (recorder,)
+    assert model.offload.recorders == ()
     with record(model) as recording, watch(model) as recorder:
-        assert recorder is recording
+        assert model.offload.recorders == (recording, recorder)
     assert np.array_equal(recording.trace.tokens, [])
 
 
