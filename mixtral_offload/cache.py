@@ -274,6 +274,18 @@ class ExpertCache:
             copy.abandon()
             pool.loading.pop(key)
 
+    def after_fork(self) -> None:
+        """In a forked child: begin empty.
+
+        No thread of the parent's writes here. Whatever one of them was doing may be half done, and its locks held: they
+        are replaced, and its copies are forgotten, not waited for.
+        """
+        self.lock = threading.RLock()
+        self._staged, self._dropped, self._pools = {}, [], self._make_pools()
+        for part in (self.engine, self.store):
+            if part is not None:
+                part.after_fork()
+
     def close(self) -> None:
         """Wait for all copies and end the engine; the cache must not be used afterwards."""
         self.clear()

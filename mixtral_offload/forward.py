@@ -90,7 +90,10 @@ class _FrozenExperts(torch.autograd.Function):
         (x, top_k_index), offload = ctx.saved_tensors, ctx.module.offload
         top_k = top_k_index.shape[1]
         order, counts = _by_expert(top_k_index, offload.checkpoint.n_experts)
-        x_of, grad_of = x[order // top_k].split(counts.tolist()), grad_y.flatten(0, 1)[order].split(counts.tolist())
+        x_of, grad_of = (
+            x[order // top_k].split(counts.tolist()),
+            grad_y.flatten(0, 1)[order].split(counts.tolist()),
+        )
         grads = torch.empty_like(grad_y.flatten(0, 1))
         rows = order.split(counts.tolist())
         with offload.cache.lock:

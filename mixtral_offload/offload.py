@@ -7,29 +7,33 @@ in place of the model's own experts.
 from __future__ import annotations
 
 import copy
+import os
 import re
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from . import forward as _registers_the_experts_function  # noqa: F401
+from .absent import remove_weights
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, dequantize_expert
-from . import forward as _registers_the_experts_function  # noqa: F401
 from .hub import resolve
 from .options import OffloadOptions, compile_choice, device_layout, plan_for
-from .pass_state import Passes, track_passes
 from .packed import PACKED_TOKENS, Run, linear, make_run
+from .pass_state import Passes, track_passes
 from .plan import Plan
 from .policy import POLICIES
 from .prefetch import Gate, Prefetcher, find_gates
@@ -40,7 +44,7 @@ from .transfer import make_engine
 from .trunk import load_trunk
 
 
-@dataclass
+@dataclass(eq=False)
 class Offload:
     """What `from_pretrained` hangs under the model as `model.offload`."""
 
@@ -56,6 +60,19 @@ class Offload:
     prefetcher: Prefetcher | None = None
     recorders: tuple[Recorder, ...] = ()
     compile_s: float = 0.0  # what compiling took while building
+
+    def __post_init__(self):
+        _built.add(self)
+
+    def __reduce_ex__(self, protocol):
+        _refuse_copy(protocol)
+
+    def after_fork(self) -> None:
+        """In a forked child: run on, with an empty cache; on CUDA, which does not survive a fork, refuse to."""
+        on_cuda = self.options.device.type == "cuda"
+        self.passes.after_fork("a model on CUDA cannot run in a forked process" if on_cuda else None)
+        if not on_cuda:
+            self.cache.after_fork()
 
     @property
     def stats(self) -> CacheStats:
@@ -80,6 +97,26 @@ class Offload:
                 "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "home": plan.home,
                 "policy": options.policy, "shared_slots": options.shared_slots, "prefetch": options.prefetch,
                 "look_ahead": options.look_ahead, "device": str(options.device)}  # fmt: skip
+
+
+def _refuse_copy(protocol) -> NoReturn:
+    """Stand in for `__reduce_ex__`, which `copy` and `pickle` call."""
+    raise OptionError(
+        "a model with offloaded experts cannot be copied or pickled", found="copy.deepcopy, pickle or torch.save",
+        hint="build another one with from_pretrained; save_pretrained writes it to a folder",
+    )  # fmt: skip
+
+
+_built: weakref.WeakSet[Offload] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for offload in _built:
+        offload.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def from_pretrained(
@@ -149,8 +186,7 @@ def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedMode
                 f"experts of {checkpoint.config.model_type} are not supported yet", key=name,
                 expected="gated experts without bias or norm, as in Mixtral, Qwen-MoE or OLMoE",
             )  # fmt: skip
-        for parameter in list(module._parameters):
-            module.register_parameter(parameter, None)
+        remove_weights(module)
     return model
 
 
@@ -244,6 +280,8 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
         if options.unpack:
             _lend_weights(module, offload.cache, layer)
     model.set_experts_implementation("offloaded")
+    for module in (model, model.base_model):
+        module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
     track_passes(model.base_model, offload.passes)
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(

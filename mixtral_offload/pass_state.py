@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .errors import OptionError
 
 
 @dataclass
@@ -64,6 +67,8 @@ class Passes:
         self.observers: list[Callable[[Pass], None]] = []
         self._local = threading.local()
         self._n_passes = 0
+        self._refusal: str | None = None
+        self._was_forked = False
 
     @property
     def current(self) -> Pass | None:
@@ -76,7 +81,17 @@ class Passes:
         Args:
             arguments: What the base model's forward was called with, by name.
             forward: The call itself.
+
+        Raises:
+            OptionError: In a process in which this model cannot run.
         """
+        if self._refusal is not None:
+            raise OptionError(
+                self._refusal, hint='start child processes with multiprocessing\'s "spawn" method'
+            )
+        if self._was_forked:
+            self._was_forked = False
+            _use_one_thread()
         with self.lock:
             outer = self.current  # a model called from a hook of its own pass
             try:
@@ -88,9 +103,25 @@ class Passes:
             finally:
                 self._local.current = outer
 
-    def after_fork(self) -> None:
-        """Begin anew in a forked child: another thread of the parent may have held the lock."""
+    def after_fork(self, refusal: str | None = None) -> None:
+        """In a forked child: a new lock, since another thread of the parent may have held the old one.
+
+        Args:
+            refusal: Why no pass can run there; None where passes can.
+        """
         self.lock, self._local = threading.RLock(), threading.local()
+        self._refusal, self._was_forked = refusal, True
+
+
+def _use_one_thread() -> None:
+    """Keep torch from waiting for its OpenMP threads, which a fork does not copy: it would wait for ever."""
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        warnings.warn(
+            "this process was forked: torch computes with one thread here, because its other threads were not copied; "
+            'processes started with multiprocessing\'s "spawn" method have them all',
+            stacklevel=4,
+        )
 
 
 def track_passes(base_model: nn.Module, passes: Passes) -> None:
@@ -99,7 +130,11 @@ def track_passes(base_model: nn.Module, passes: Passes) -> None:
     The module's `forward` is wrapped, not hooked: torch skips forward hooks after a KeyboardInterrupt, which would leave
     the lock held. The wrapper refers to the model weakly, so that a dropped model frees its memory at once.
     """
-    inner, weak, signature = type(base_model).forward, weakref.ref(base_model), inspect.signature(base_model.forward)
+    inner, weak, signature = (
+        type(base_model).forward,
+        weakref.ref(base_model),
+        inspect.signature(base_model.forward),
+    )
     names = tuple(signature.parameters)
 
     @functools.wraps(inner)
@@ -113,7 +148,8 @@ def track_passes(base_model: nn.Module, passes: Passes) -> None:
 
 def _new_pass(number: int, arguments: Mapping[str, Any]) -> Pass:
     ids, embeds = (
-        value if isinstance(value := arguments.get(name), Tensor) else None for name in ("input_ids", "inputs_embeds")
+        value if isinstance(value := arguments.get(name), Tensor) else None
+        for name in ("input_ids", "inputs_embeds")
     )
     if ids is None and embeds is None:  # transformers refuses it in its own words
         return Pass(number, torch.zeros(0, 0, dtype=torch.long), None, None)
@@ -136,7 +172,13 @@ def real_tokens(shape: tuple[int, int], arguments: Mapping[str, Any]) -> Tensor 
         int64 [n], numbers of the real tokens, all sequences after each other; None where all are real, or none is.
     """
     mask = arguments.get("attention_mask")
-    if len(shape) < 2 or 1 in shape or not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != shape[0]:
+    if (
+        len(shape) < 2
+        or 1 in shape
+        or not isinstance(mask, Tensor)
+        or mask.ndim != 2
+        or len(mask) != shape[0]
+    ):
         return None
     positions = arguments.get("cache_position")
     if not isinstance(positions, Tensor):

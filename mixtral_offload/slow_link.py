@@ -43,9 +43,13 @@ class SlowEngine:
 
     def __init__(self, device: torch.device, n_bytes: int, bytes_per_s: float):
         self._device, self._chunk_bytes = device, n_bytes // CHUNKS
-        self._link = Link(n_bytes / CHUNKS / bytes_per_s, CHUNKS)
-        self._transfers: dict[Copy, Transfer] = {}  # of copies neither landed nor cancelled
+        self._chunk_s = n_bytes / CHUNKS / bytes_per_s
         self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._link = Link(self._chunk_s, CHUNKS)
+        self._transfers: dict[Copy, Transfer] = {}  # of copies neither landed nor cancelled
 
     def start(self, copy: Copy) -> None:
         if self._closed:
@@ -91,6 +95,10 @@ class SlowEngine:
 
     def slots_were_read(self) -> None:
         """On CUDA, bytes move on the stream that reads them."""
+
+    def after_fork(self) -> None:
+        """In a forked child: forget the copies that the parent was waiting for."""
+        self._begin()
 
     def close(self) -> None:
         self._closed = True

@@ -28,10 +28,13 @@ LARGE_BYTES = 1 << 20
 
 
 def host_slab(n_rows: int, n_bytes: int) -> Tensor:
-    """Host memory, uint8 [n_rows, n_bytes], in huge pages where the system has them: quicker to fill, to read and to pin."""
+    """Host memory, uint8 [n_rows, n_bytes], in huge pages where the system has them: quicker to fill, to read and to pin.
+
+    Private, which Python's `mmap` is not by default: a forked child that fills its slots must not fill the parent's.
+    """
     if not n_rows or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(n_rows, n_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, n_rows * n_bytes)
+    memory = mmap.mmap(-1, n_rows * n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).view(n_rows, n_bytes)
@@ -58,6 +61,9 @@ class RamStore:
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._row
 
+    def after_fork(self) -> None:
+        """In a forked child: nothing runs here that the fork has ended."""
+
     def pieces(self, expert: ExpertId) -> Pieces:
         return [(0, self._slab[self._row[expert]])]
 
@@ -81,12 +87,16 @@ class FileStore:
 
     def __init__(self, checkpoint: Checkpoint, experts: Iterable[ExpertId]):
         self._open = functools.lru_cache(OPEN_FILES)(lambda path: open(path, "rb", buffering=0))  # noqa: SIM115
-        self._pool = ThreadPoolExecutor(READERS - 1, "expert-reads")
+        self.after_fork()
         self._fields = checkpoint.layout.fields
         self._experts = {expert: checkpoint.experts[expert] for expert in experts}
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._experts
+
+    def after_fork(self) -> None:
+        """In a forked child, where the reading threads do not run: others, which start with the next read."""
+        self._pool = ThreadPoolExecutor(READERS - 1, "expert-reads")
 
     def pieces(self, expert: ExpertId) -> Pieces:
         stored = [(field.offset, self._experts[expert][field.matrix, field.name]) for field in self._fields]

@@ -43,12 +43,22 @@ class ThreadEngine:
     """Copies on a worker thread: for the CPU, and for CUDA where the home is not pinned memory."""
 
     def __init__(self, device: torch.device, n_bytes: int):
-        self._device, self._waiting, self._free_since = device, Waiting(), FreeSince(device)
-        size = chunk_bytes(n_bytes)
-        move = _bounce(device, size) if device.type == "cuda" else _copy_chunk
-        self.close = start_worker(self, self._waiting, move, size)
+        self._device, self._chunk_bytes, self._free_since = device, chunk_bytes(n_bytes), FreeSince(device)
+        self._move = _bounce(device, self._chunk_bytes) if device.type == "cuda" else _copy_chunk
+        self._start_worker()
+
+    def _start_worker(self) -> None:
+        self._waiting, self._was_forked = Waiting(), False
+        self.close = start_worker(self, self._waiting, self._move, self._chunk_bytes)
+
+    def after_fork(self) -> None:
+        """In a forked child, where the worker does not run: start another one with the next copy."""
+        self.close.detach()
+        self._was_forked = True
 
     def start(self, copy: Copy) -> None:
+        if self._was_forked:
+            self._start_worker()
         if self._device.type == "cuda":
             copy.ready = self._free_since.event(copy)
         self._waiting.put(copy)

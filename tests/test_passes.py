@@ -1,0 +1,411 @@
+"""A pass's state belongs to the pass: threads, masks, embeddings, recordings, forks."""
+
+import copy
+import functools
+import multiprocessing
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import StaticCache
+
+from mixtral_offload import ChatSession, OffloadError, Request, generate_batch, load_tokenizer, record
+from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.errors import OptionError
+
+from .twin import relative_error, twin
+
+SAME = 2e-5  # relative: sums in another order
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return twin().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def batches(tokenizer):
+    texts = [
+        ["Once upon a time there was a fox who", "12 + 7 ="],
+        ["What is the capital of France? Tell me", "Hi"],
+        ["Hello", "Tell me about Japan and its cities, please"],
+    ]
+    return [dict(tokenizer(of, padding=True, return_tensors="pt")) for of in texts]
+
+
+def at_once(*functions, repeats: int):
+    """Call each function in a thread of its own, `repeats` times; returns the results of each, in order."""
+    results, errors = [[] for _ in functions], []
+
+    def work(number):
+        try:
+            for _ in range(repeats):
+                results[number].append(functions[number]())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not errors, errors
+    return results
+
+
+@torch.no_grad()
+def test_padded_batches_in_several_threads_give_what_each_gives_alone(offloaded, reference, batches):
+    model = offloaded(cache_size=2, prefetch=2, link="2GB")
+    alone = [model(**batch).logits for batch in batches]
+    for batch, logits in zip(batches, alone):
+        real = batch["attention_mask"].bool()
+        assert relative_error(logits[real], reference(**batch).logits[real]) < SAME
+
+    def call(batch):
+        with torch.no_grad():
+            return model(**batch).logits
+
+    found = at_once(*(lambda batch=batch: call(batch) for batch in batches), repeats=15)
+    assert all(torch.equal(logits, expected) for of, expected in zip(found, alone) for logits in of)
+
+
+def test_a_chat_beside_a_batch(offloaded, tokenizer):
+    model = offloaded(cache_size=2, batch_size=8)
+    texts = [
+        "What is the capital of France?",
+        "What is 47 + 38?",
+        "Tell me a story about a girl named Sara.",
+        "Hello!",
+    ]
+
+    def chat():
+        return "".join(ChatSession(model, tokenizer, max_new_tokens=20).send("Tell me a story about a fox."))
+
+    def batch():
+        requests = [Request.chat(tokenizer, text, max_new_tokens=16) for text in texts]
+        return {answer.number: answer.ids for answer in generate_batch(model, requests, batch_size=3)}
+
+    expected = chat(), batch()
+    found = at_once(chat, batch, repeats=3)
+    assert found == [[expected[0]] * 3, [expected[1]] * 3]
+
+
+def test_no_lock_is_held_while_a_streamer_is_called(offloaded, tokenizer):
+    """A streamer that waits for another thread's whole generation: under a lock, neither would ever go on."""
+    model = offloaded(cache_size=2)
+    ids = tokenizer("What is the capital of France?", return_tensors="pt").input_ids
+    others = []
+
+    def generate(n_tokens, **options):
+        length = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens}
+        return model.generate(ids, do_sample=False, **length, **options)
+
+    class Waiting:
+        def put(self, value):
+            thread = threading.Thread(target=lambda: others.append(generate(2)))
+            thread.start()
+            thread.join(60)
+            assert not thread.is_alive()
+
+        def end(self):
+            pass
+
+    generate(3, streamer=Waiting())
+    assert len(others) == 4 and all(torch.equal(others[0], other) for other in others)
+
+
+@torch.no_grad()
+def test_an_interrupted_pass_leaves_nothing_behind(offloaded, batches, monkeypatch):
+    model, batch = offloaded(cache_size=2, prefetch=2, link="2GB"), batches[0]
+    expected = model(**batch).logits
+
+    def interrupted(hidden):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.base_model.norm, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+    assert model.offload.passes.current is None
+    # from another thread: a lock left behind would stop it for ever
+    assert all(
+        torch.equal(logits, expected) for logits in at_once(lambda: _logits(model, batch), repeats=1)[0]
+    )
+
+
+def _logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("options", [{"cache_size": 2, "prefetch": 2, "link": "2GB"}, {"unpack": True}])
+@pytest.mark.parametrize("kind", ["int", "bool", "float"])
+@torch.no_grad()
+def test_masks_longer_than_the_pass(offloaded, reference, batches, options, kind):
+    """A static cache's mask has a column for each of its slots; columns of later slots say nothing of this pass."""
+    model, slots = offloaded(**options), 24
+    for batch in batches:
+        mask = torch.zeros(
+            2, slots, dtype={"int": torch.long, "bool": torch.bool, "float": torch.float32}[kind]
+        )
+        width = batch["input_ids"].shape[1]
+        mask[:, :width] = batch["attention_mask"]
+        step = torch.tensor([[300], [700]])
+        found, expected = [], []
+        for run, of in ((model, found), (reference, expected)):
+            past = StaticCache(config=run.config, max_cache_len=slots)
+            of.append(run(batch["input_ids"], attention_mask=mask, past_key_values=past).logits)
+            longer = mask.clone()
+            longer[:, width] = 1
+            of.append(run(step, attention_mask=longer, past_key_values=past).logits)
+        real = batch["attention_mask"].bool()
+        assert relative_error(found[0][real], expected[0][real]) < SAME
+        assert relative_error(found[1], expected[1]) < SAME
+
+
+@torch.no_grad()
+def test_a_second_pass_of_several_tokens_takes_its_own_columns(offloaded, reference, batches):
+    """Chunked prefill: the mask of the second chunk has columns of the first one, of its own, and of slots to come."""
+    model, batch, slots = offloaded(cache_size=2), batches[0], 24
+    width = batch["input_ids"].shape[1]
+    mask = torch.zeros(2, slots, dtype=torch.long)
+    mask[:, :width] = batch["attention_mask"]
+    assert not mask[:, width // 2 : width].all() or not mask[:, : width // 2].all()
+    logits = []
+    for run in (model, reference):
+        past, parts = StaticCache(config=run.config, max_cache_len=slots), []
+        for part in batch["input_ids"].split(width // 2, dim=1):
+            parts.append(run(part, attention_mask=mask, past_key_values=past).logits)
+        logits.append(torch.cat(parts, dim=1))
+    real = batch["attention_mask"].bool()
+    assert relative_error(logits[0][real], logits[1][real]) < SAME
+
+
+@torch.no_grad()
+def test_other_masks_and_positions(offloaded, reference, batches):
+    model, ids = offloaded(cache_size=2, prefetch=2, link="2GB"), batches[0]["input_ids"]
+    n, width = ids.shape
+    causal = torch.full((width, width), torch.finfo(torch.float32).min).triu(1).expand(n, 1, width, width)
+    dead = torch.ones(n, width, dtype=torch.long)
+    dead[1] = 0  # a row that is padding as a whole
+    cases = {
+        "4-D": {"attention_mask": causal},
+        "4-D bool": {"attention_mask": causal == 0},
+        "positions alone": {"position_ids": torch.arange(width).flip(0).expand(n, -1)},
+        "shorter than the pass": {"attention_mask": torch.ones(n, width - 2, dtype=torch.long)},
+        "a dead row": {"attention_mask": dead},
+        "all dead": {"attention_mask": torch.zeros(n, width, dtype=torch.long)},
+    }
+    for name, case in cases.items():
+        found, expected = model(ids, **case).logits, reference(ids, **case).logits
+        rows = slice(0, 1) if name == "a dead row" else slice(None)
+        assert relative_error(found[rows], expected[rows]) < SAME, name
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_ids(offloaded, reference, tokenizer, batches):
+    model = offloaded(cache_size=2, prefetch=2, link="2GB")
+    for batch in batches:
+        embeds, mask = model.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"]
+        assert torch.equal(model(inputs_embeds=embeds, attention_mask=mask).logits, model(**batch).logits)
+        assert torch.equal(
+            model(input_ids=None, inputs_embeds=embeds, attention_mask=mask).logits, model(**batch).logits
+        )
+    ids = tokenizer("What is the capital of France?", return_tensors="pt").input_ids
+    embeds = model.get_input_embeddings()(ids)
+    length = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    new = model.generate(inputs_embeds=embeds, **length)
+    assert torch.equal(new, reference.generate(ids, **length)[:, ids.shape[1] :])
+    model.offload.stats.reset()
+    model(inputs_embeds=embeds)
+    assert model.offload.stats.guesses > 0  # the first layer's experts are predicted from the embeddings
+
+
+def test_embeddings_are_recorded_without_ids(offloaded, tokenizer):
+    model = offloaded(cache_size=2)
+    ids = tokenizer("What is the capital of France?", return_tensors="pt").input_ids
+    with torch.no_grad(), record(model, tokenizer) as run:
+        embeds = model.get_input_embeddings()(ids)  # outside of a pass: recorded nowhere
+        model(inputs_embeds=embeds)
+        model(ids)
+    n = ids.shape[1]
+    assert run.trace.tokens.tolist() == [-1] * n + ids[0].tolist()
+    assert run.trace.pieces[:n] == [""] * n
+    assert (run.trace.experts[:n] == run.trace.experts[n:]).all()
+
+
+def test_a_recording_of_two_threads_replays_exactly(offloaded, batches):
+    from mixtral_offload.replay import simulate
+
+    model = offloaded(cache_size=3, prefetch=2, link="2GB")
+    with record(model) as run:
+        at_once(*(lambda batch=batch: _logits(model, batch) for batch in batches), repeats=4)
+    trace, stats = run.trace, model.offload.stats
+    assert trace.n_tokens == 4 * sum(int(batch["attention_mask"].sum()) for batch in batches)
+    replay = simulate(trace)
+    assert (replay.hits, replay.misses) == (stats.hits, stats.misses)
+    # each pass's tokens are those of one batch, whole
+    wanted = [batch["input_ids"][batch["attention_mask"].bool()].tolist() for batch in batches]
+    found = [trace.tokens[trace.passes == number].tolist() for number in range(trace.passes.max() + 1)]
+    assert sorted(found) == sorted(wanted * 4)
+
+
+def test_a_second_recording_is_refused(offloaded, batches):
+    model = offloaded(cache_size=3)
+    with record(model) as outer:
+        _logits(model, batches[0])
+        with pytest.raises(OptionError, match="being recorded already"), record(model):
+            pass
+        _logits(model, batches[1])
+    assert outer.trace.n_tokens == sum(int(batch["attention_mask"].sum()) for batch in batches[:2])
+    with record(model) as again:
+        _logits(model, batches[0])
+    assert again.trace.n_tokens == int(batches[0]["attention_mask"].sum())
+
+
+def gradients(model, ids_of: list[list[int]]) -> list[torch.Tensor]:
+    """Gradients of the embeddings of several passes of one graph."""
+    embeds = []
+
+    def keep(module, inputs, output):
+        embeds.append(output.detach().requires_grad_())
+        return embeds[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    loss = sum(model(torch.tensor([ids])).logits[0, -1].float().max() for ids in ids_of)
+    loss.backward()
+    hook.remove()
+    return [of.grad for of in embeds]
+
+
+@pytest.mark.parametrize("options", [
+    {"cache_size": 2}, {"cache_size": 2, "store": "disk"}, {"cache_size": 8}, {"unpack": True},
+    {"cache_size": 2, "prefetch": 2, "link": "2GB"}, {"cache_size": 2, "shared_slots": True, "policy": "lfu"},
+])  # fmt: skip
+@pytest.mark.parametrize("ids_of", [[[300], [700], [900]], [[300, 700, 900, 5, 6], [17, 18]]])
+def test_gradients_are_the_twins(offloaded, reference, options, ids_of):
+    model = offloaded(**options)
+    for found, expected in zip(gradients(model, ids_of), gradients(reference, ids_of), strict=True):
+        assert relative_error(found, expected) < 1e-4
+
+
+def test_gradients_do_not_depend_on_the_cache(offloaded):
+    ids_of = [[300, 700, 900, 5, 6], [17]]
+    first, *others = (gradients(offloaded(cache_size=size), ids_of) for size in (8, 2, 3))
+    assert all(torch.equal(a, b) for of in others for a, b in zip(first, of))
+
+
+def test_gradients_of_routing_and_dense_parameters(offloaded, reference, batches):
+    """Parameters that a user unfreezes: a norm, a router, the head; with padding in the batch."""
+    model, batch = offloaded(cache_size=2), batches[0]
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    names = [
+        "model.norm.weight",
+        "model.layers.2.mlp.gate.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+    ]
+    grads = []
+    for of in (model, reference):
+        parameters = [of.get_parameter(name) for name in names]
+        for parameter in parameters:
+            parameter.requires_grad_()
+        of(**batch, labels=labels).loss.backward()
+        grads.append([parameter.grad for parameter in parameters])
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    for found, expected in zip(*grads, strict=True):
+        assert relative_error(found, expected) < 1e-4
+
+
+def test_gradient_checkpointing(offloaded, batches):
+    batch, grads = batches[0], []
+    for checkpointing in (False, True):
+        model = offloaded(cache_size=2)
+        model.get_parameter("model.layers.0.input_layernorm.weight").requires_grad_()
+        if checkpointing:
+            model.train()
+            for block in model.model.layers:  # as gradient_checkpointing_enable does, whose name changes
+                block.gradient_checkpointing = True
+                block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        grads.append(model.get_parameter("model.layers.0.input_layernorm.weight").grad)
+    assert relative_error(grads[1], grads[0]) < 1e-5
+
+
+def test_gradients_under_record_are_refused(offloaded, batches):
+    model = offloaded(cache_size=2)
+    model.get_parameter("model.layers.0.input_layernorm.weight").requires_grad_()
+    with record(model), pytest.raises(OptionError, match="cannot be recorded"):
+        model(**batches[0])
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("options", [{}, {"prefetch": 2, "link": "2GB"}])
+def test_copies_are_refused_with_one_message(offloaded, copier, options):
+    model = offloaded(cache_size=2, **options)
+    for part in (model, model.model, model.offload):
+        with pytest.raises(OptionError, match="cannot be copied or pickled"):
+            copier(part)
+
+
+def test_weights_that_are_not_there_say_so(offloaded, batches):
+    model = offloaded(cache_size=2)
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(name)
+        with pytest.raises(OffloadError, match="experts' weights as parameters"):
+            _logits(model, batches[0])
+    model.set_experts_implementation("offloaded")
+    _logits(model, batches[0])
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
+@pytest.mark.parametrize("options", [
+    {"cache_size": 2}, {"cache_size": 3, "store": "disk"}, {"cache_size": 2, "prefetch": 2, "link": "500MB"},
+])  # fmt: skip
+def test_a_forked_child_goes_on_and_disturbs_nobody(offloaded, tokenizer, options):
+    model, context = offloaded(**options), multiprocessing.get_context("fork")
+    prompts = [
+        tokenizer(text, return_tensors="pt").input_ids
+        for text in ("What is the capital of France?", "Tell me about")
+    ]
+
+    def answers():
+        return [
+            model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False).tolist()
+            for ids in prompts
+        ]
+
+    def child(queue):
+        queue.put(answers())
+
+    expected, queue = answers(), context.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks while threads run
+        children = [context.Process(target=child, args=(queue,)) for _ in range(2)]
+        for process in children:
+            process.start()
+    assert answers() == expected  # while the children fill slots of their own
+    assert [queue.get(timeout=120) for _ in children] == [expected] * 2
+    for process in children:
+        process.join(30)
+        assert process.exitcode == 0
+    assert answers() == expected
+
+
+@pytest.mark.parametrize("store", ["ram", "disk"])
+def test_gradients_where_slots_hold_the_products_own_dtype(offloaded, store):
+    """16-bit experts in 16-bit arithmetic are used where they lie: autograd must not keep views of slots."""
+    plain = DEMO.parent / "fp16"
+    options = {"dtype": torch.float16, "cache_size": 2, "store": store}
+    ids_of = [[300], [700], [900]]
+    expected = gradients(offloaded(plain, dtype=torch.float16, cache_size=8), ids_of)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(offloaded(plain, **options), ids_of), expected))

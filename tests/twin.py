@@ -1,0 +1,26 @@
+"""transformers' own Mixtral on the same, dequantized weights: nothing of this package runs in it."""
+
+import copy
+
+import torch
+from transformers import MixtralForCausalLM, PreTrainedModel
+
+from mixtral_offload.offload import from_pretrained
+
+
+def twin(*source, **options) -> PreTrainedModel:
+    """Build the twin of `from_pretrained(*source, **options)`, with transformers' eager experts."""
+    unpacked = from_pretrained(*source, device="cpu", unpack=True, **options)
+    config = copy.deepcopy(unpacked.config)
+    config._experts_implementation = None
+    model = MixtralForCausalLM(config).to(unpacked.dtype)
+    missing, unexpected = model.load_state_dict(unpacked.state_dict(), strict=False)
+    assert not missing and not unexpected, (missing, unexpected)
+    model.set_experts_implementation("eager")
+    model.generation_config = unpacked.generation_config
+    return model.eval()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
