@@ -223,16 +223,15 @@ class ChatSession:
 
     def _counter(self, n_prompt: int):
         """A function that brings `last` up to date: called with the length so far, after each token."""
-        last, stats, begin = self.last, self.model.offload.stats, time.perf_counter()
-        before = stats.hits, stats.misses, stats.bytes_moved
+        last, passes, begin = self.last, self.model.offload.passes, time.perf_counter()
+        before = passes.counted  # this thread's share: others may use the model at the same time
 
         def count(length: int) -> None:
             seconds = time.perf_counter() - begin
             last.n_tokens = length - n_prompt
             last.first_token_s = last.first_token_s or seconds
             last.decode_s = seconds - last.first_token_s
-            after = stats.hits, stats.misses, stats.bytes_moved
-            last.hits, last.misses, last.bytes_moved = (a - b for a, b in zip(after, before))
+            last.hits, last.misses, last.bytes_moved = (a - b for a, b in zip(passes.counted, before))
 
         return count
 

@@ -44,6 +44,17 @@ from .transfer import make_engine
 from .trunk import load_trunk
 
 
+class _Counters:
+    """(hits, misses, bytes moved) of an `Offload`, which it refers to weakly: it is held by it."""
+
+    def __init__(self, offload: Offload):
+        self._offload = weakref.ref(offload)
+
+    def __call__(self) -> tuple[int, int, int]:
+        stats = self._offload().stats
+        return stats.hits, stats.misses, stats.bytes_moved
+
+
 @dataclass(eq=False)
 class Offload:
     """What `from_pretrained` hangs under the model as `model.offload`."""
@@ -56,12 +67,13 @@ class Offload:
     run: Run  # one expert, from its views
     plain_run: Run  # the same without torch.compile, for autograd
     compiled: tuple[bool, str]  # whether it is compiled, and why
-    passes: Passes = field(default_factory=Passes)
     prefetcher: Prefetcher | None = None
     recorders: tuple[Recorder, ...] = ()
     compile_s: float = 0.0  # what compiling took while building
+    passes: Passes = field(init=False)
 
     def __post_init__(self):
+        self.passes = Passes(_Counters(self))
         _built.add(self)
 
     def __reduce_ex__(self, protocol):

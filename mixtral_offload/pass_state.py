@@ -57,12 +57,16 @@ class Pass:
 class Passes:
     """The passes of one model: at most one at a time, each with its own state.
 
+    Args:
+        counters: Reads counters that passes advance; `counted` has this thread's share of them.
+
     Attributes:
         lock: Held during a pass.
         observers: Called with each new `Pass`, in its thread, before its first layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Callable[[], tuple[int, ...]] = tuple) -> None:
+        self._counters = counters
         self.lock = threading.RLock()
         self.observers: list[Callable[[Pass], None]] = []
         self._local = threading.local()
@@ -74,6 +78,14 @@ class Passes:
     def current(self) -> Pass | None:
         """The pass under way in this thread; None outside of a pass."""
         return getattr(self._local, "current", None)
+
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """By how much this thread's passes have advanced the counters, those of a pass under way included."""
+        done, before = getattr(self._local, "counted", None), getattr(self._local, "before", None)
+        now = self._counters()
+        done = done or (0,) * len(now)
+        return done if before is None else tuple(a + b - c for a, b, c in zip(done, now, before))
 
     def run(self, arguments: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
         """Call `forward` as one pass.
@@ -95,12 +107,16 @@ class Passes:
         with self.lock:
             outer = self.current  # a model called from a hook of its own pass
             try:
+                if outer is None:
+                    self._local.before = self._counters()
                 self._n_passes += 1
                 self._local.current = _new_pass(self._n_passes, arguments)
                 for observer in tuple(self.observers):
                     observer(self._local.current)
                 return forward()
             finally:
+                if outer is None:
+                    self._local.counted, self._local.before = self.counted, None
                 self._local.current = outer
 
     def after_fork(self, refusal: str | None = None) -> None:

@@ -98,6 +98,25 @@ def test_a_chat_beside_a_batch(offloaded, tokenizer):
     assert found == [[expected[0]] * 3, [expected[1]] * 3]
 
 
+def test_each_chat_counts_what_it_has_used_itself(offloaded, tokenizer):
+    model = offloaded(cache_size=2)
+
+    def chat(text):
+        session = ChatSession(model, tokenizer, max_new_tokens=12)
+        "".join(session.send(text))
+        return session.last
+
+    texts = ["What is the capital of France?", "Tell me a story about a fox."]
+    model.offload.stats.reset()
+    found = at_once(*(lambda text=text: chat(text) for text in texts), repeats=3)
+    turns = [turn for of in found for turn in of]
+    assert sum(turn.hits for turn in turns) == model.offload.stats.hits
+    assert sum(turn.misses for turn in turns) == model.offload.stats.misses
+    assert sum(turn.bytes_moved for turn in turns) == model.offload.stats.bytes_moved
+    uses = {(turn.n_prompt, turn.n_tokens, turn.hits + turn.misses) for turn in turns}
+    assert len(uses) == 2  # the uses of a turn do not depend on who else is there
+
+
 def test_no_lock_is_held_while_a_streamer_is_called(offloaded, tokenizer):
     """A streamer that waits for another thread's whole generation: under a lock, neither would ever go on."""
     model = offloaded(cache_size=2)
