@@ -167,11 +167,13 @@ def _logits(model, batch):
 
 @pytest.mark.parametrize("options", [{"cache_size": 2, "prefetch": 2, "link": "2GB"}, {"unpack": True}])
 @pytest.mark.parametrize("kind", ["int", "bool", "float"])
+@pytest.mark.parametrize("n_more", [3, 12])
 @torch.no_grad()
-def test_masks_longer_than_the_pass(offloaded, reference, batches, options, kind):
+def test_masks_longer_than_the_pass(offloaded, reference, batches, options, kind, n_more):
     """A static cache's mask has a column for each of its slots; columns of later slots say nothing of this pass."""
-    model, slots = offloaded(**options), 24
+    model = offloaded(**options)
     for batch in batches:
+        slots = batch["input_ids"].shape[1] + n_more
         mask = torch.zeros(
             2, slots, dtype={"int": torch.long, "bool": torch.bool, "float": torch.float32}[kind]
         )
