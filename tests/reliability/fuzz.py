@@ -58,7 +58,11 @@ def check_fuzz(
         for kind, n, try_one in (
             ("header", headers, lambda: _try_header(plain, draw)),
             ("index", indexes, lambda: _try_text(ours, INDEX, draw, open_checkpoint)),
-            ("config", configs, lambda: _try_text(draw.choice((plain, ours)), "config.json", draw, _open_and_build)),
+            (
+                "config",
+                configs,
+                lambda: _try_text(draw.choice((plain, ours)), "config.json", draw, _open_and_build),
+            ),
         ):
             begin_bytes = process.memory_info().rss
             for number in range(n):
@@ -67,7 +71,9 @@ def check_fuzz(
                 if outcome.startswith(("FOREIGN", "HANG")):
                     faults.append(f"{kind} {number}: {outcome}")
                 if number % 1000 == 999:
-                    log(f"{time.perf_counter() - began_s:6.0f} s {kind} {number + 1}, faults {len(faults)} {faults[-1:]}")
+                    log(
+                        f"{time.perf_counter() - began_s:6.0f} s {kind} {number + 1}, faults {len(faults)} {faults[-1:]}"
+                    )
             if (grown := process.memory_info().rss - begin_bytes) > MOST_BYTES:
                 faults.append(f"{kind}: memory has grown by {grown >> 20} MiB")
     return Result(
@@ -123,7 +129,11 @@ def _try_header(folder: Path, draw: random.Random) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     header = data[8 : 8 + length]
     header = _damaged_json(header, draw) if draw.random() < 0.7 else _damaged_bytes(header, draw)
-    said = len(header) if draw.random() < 0.9 else draw.choice((0, 1, len(header) + 1, 2**31, 2**63 - 1, 2**64 - 1))
+    said = (
+        len(header)
+        if draw.random() < 0.9
+        else draw.choice((0, 1, len(header) + 1, 2**31, 2**63 - 1, 2**64 - 1))
+    )
     body = data[8 + length :]
     body = body if draw.random() < 0.8 else body[: draw.randrange(len(body))]
     path = folder.parent / "damaged.safetensors"
@@ -159,7 +169,21 @@ def _damaged_bytes(data: bytes, draw: random.Random) -> bytes:
     elif way == 3:
         damaged[at:at] = draw.randbytes(draw.randint(1, 64))
     else:
-        damaged = bytearray(draw.choice((b"", b"{}", b"[]", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b"0", b"\x00" * 64)))
+        damaged = bytearray(
+            draw.choice(
+                (
+                    b"",
+                    b"{}",
+                    b"[]",
+                    b"null",
+                    b"[" * 100_000,
+                    b'{"a":' * 50_000,
+                    b"\xff\xfe",
+                    b"0",
+                    b"\x00" * 64,
+                )
+            )
+        )
     return bytes(damaged)
 
 
@@ -182,7 +206,9 @@ def _damaged_json(data: bytes, draw: random.Random) -> bytes:
         if way == 1:
             del node[key]
         elif way == 2 and isinstance(node, dict):
-            node[draw.choice((key + "x", key[:-1], key.replace("0", "1"), key.replace("experts", "expert")))] = node.pop(key)
+            node[
+                draw.choice((key + "x", key[:-1], key.replace("0", "1"), key.replace("experts", "expert")))
+            ] = node.pop(key)
         elif way == 3 and len(keys) > 1:
             node[key] = copy.deepcopy(node[draw.choice(keys)])
         else:
@@ -201,7 +227,9 @@ def _containers(tree):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option, default in (("headers", 60_000), ("indexes", 20_000), ("configs", 20_000), ("seed", 0)):
         parser.add_argument(f"--{option}", type=int, default=default)
     print(check_fuzz(**vars(parser.parse_args()), log=lambda text: print(text, flush=True)))
