@@ -2,7 +2,8 @@
 
     python benchmarks/readme.py [--check]
 
-Everything between `<!-- results -->` and `<!-- end of results -->` is written anew; --check only says whether it would change.
+Everything between `<!-- results -->` and `<!-- end of results -->`, and likewise for reliability, is written anew; --check
+only says whether it would change.
 """
 
 import json
@@ -11,7 +12,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
 def load(name: str) -> dict:
@@ -175,17 +175,39 @@ def batch() -> str:
     )  # fmt: skip
 
 
+def reliability() -> str:
+    found = load("reliability")
+    rows = [
+        [of["what"], f"{of['wrong']:,}", f"{of['tried']:,} {of['unit']}", f"{of['seconds']:,.0f}"]
+        for of in found.values()
+    ]
+    machines = sorted(
+        {f"{of['machine']['processor']} ({of['machine']['instruction_sets']})" for of in found.values()}
+    )
+    return (
+        "`python -m tests.reliability.run` tries all of it; the tests run each in a short form. On "
+        + "; ".join(machines)
+        + ":\n\n"
+        + table(["what", "wrong", "of", "seconds"], rows)
+    )
+
+
 def results() -> str:
     parts = [ablation(), overlap(), batch(), assisted(), kernels(), fullsize(), t4()]
     return "\n\n".join(parts)
 
 
+def filled(text: str, name: str, content: str) -> str:
+    """The text with `content` between the marks of this name."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    new = f"{before}{BEGIN}\n{results()}\n{END}{after}"
+    new = filled(filled(text, "results", results()), "reliability", reliability())
     if "--check" in sys.argv[1:]:
         print(
             "README's tables are those of the results"
