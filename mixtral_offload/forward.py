@@ -18,6 +18,7 @@ from .errors import OptionError
 from .experts import ROWS
 
 
+@torch.compiler.disable  # a compiled model keeps the answers of an eager one, and does not compile the cache
 def offloaded_experts(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:

@@ -87,6 +87,7 @@ class Passes:
         done = done or (0,) * len(now)
         return done if before is None else tuple(a + b - c for a, b, c in zip(done, now, before))
 
+    @torch.compiler.disable(recursive=False)  # torch.compile takes the model's own code, not locks
     def run(self, arguments: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
         """Call `forward` as one pass.
 
@@ -153,6 +154,7 @@ def track_passes(base_model: nn.Module, passes: Passes) -> None:
     )
     names = tuple(signature.parameters)
 
+    @torch.compiler.disable(recursive=False)
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(names, args)) | kwargs

@@ -4,6 +4,7 @@ import copy
 import functools
 import multiprocessing
 import pickle
+import shutil
 import threading
 import warnings
 
@@ -430,3 +431,12 @@ def test_gradients_where_slots_hold_the_products_own_dtype(offloaded, store):
     ids_of = [[300], [700], [900]]
     expected = gradients(offloaded(plain, dtype=torch.float16, cache_size=8), ids_of)
     assert all(torch.equal(a, b) for a, b in zip(gradients(offloaded(plain, **options), ids_of), expected))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+@torch.no_grad()
+def test_a_compiled_model_gives_the_same_answers(offloaded):
+    model, ids = offloaded(cache_size=2), torch.tensor([[300, 700, 900, 5]])
+    expected = model(ids).logits
+    compiled = torch.compile(model)
+    assert relative_error(compiled(ids).logits, expected) < 1e-5
