@@ -68,12 +68,15 @@ def source_of(arguments):
 
 def load_model(arguments, **options):
     from .offload import from_pretrained
+    from .settings import notice
 
     source, hub = source_of(arguments)
     model = from_pretrained(
         source, hub=hub, progress=sys.stderr.isatty(), **options, **offload_options(arguments)
     )
     print(model.offload.plan, file=sys.stderr)
+    if text := notice(model):
+        print(f"  - notice: {text}", file=sys.stderr)
     if model.offload.compile_s:
         how = "--no-compile does without, and is slower"
         print(
@@ -85,7 +88,8 @@ def load_model(arguments, **options):
 
 
 def session(arguments):
-    from .chat import ChatSession, check_sampling
+    from .chat import ChatSession
+    from .settings import check_sampling
 
     sampling = {
         "max_new_tokens": arguments.max_tokens, "temperature": arguments.temperature,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
@@ -34,6 +34,7 @@ from .policy import POLICIES
 from .prefetch import Gate, Prefetcher, find_gates
 from .quantization import QuantizedLinear, matmul
 from .recorder import Recorder
+from .settings import read_generation_config
 from .store import FileStore, RamStore
 from .transfer import make_engine
 from .trunk import load_trunk
@@ -95,6 +96,7 @@ def from_pretrained(
     options = OffloadOptions.parse(options)
     folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
     checkpoint = open_checkpoint(folder)
+    generation = read_generation_config(folder)
     model, modules, gates, options = build_skeleton(checkpoint, options)
     plan = plan_for(checkpoint, options)
     compiled = compile_choice(checkpoint, options)
@@ -109,8 +111,8 @@ def from_pretrained(
     _attach(model, gates)
     if compiled[0]:
         model.offload.compile_s = _compile_now(model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if generation is not None:
+        model.generation_config = generation
     return model.eval()
 
 
