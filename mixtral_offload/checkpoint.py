@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .config_check import check_config, check_file
 from .errors import CheckpointError
 from .experts import ExpertLayout, Field
 from .headers import StoredTensor, in_threads, read_header
@@ -166,13 +167,16 @@ def load_config(path: Path):
     """transformers' configuration in this file, of any model that this transformers knows."""
     from transformers import AutoConfig
 
+    check_file(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds on a damaged file
         raise CheckpointError(
             "cannot read the configuration", path=path, expected="a transformers configuration",
-            found=f"{type(error).__name__}: {error}", hint="download this file again",
+            found=f"{type(error).__name__}: {str(error)[:300]}", hint="download this file again",
         ) from error  # fmt: skip
+    check_config(config, path)
+    return config
 
 
 def n_experts_of(config) -> int | None:

@@ -36,8 +36,23 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails too
+        drop_output()
         return 141
+    except (
+        OSError
+    ) as error:  # a full disk behind standard output, a file that went away: the system's own words
+        where = "" if error.filename is None else f"\n  file: {error.filename}"
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        drop_output()
+        return 1
+
+
+def drop_output() -> None:
+    """What is still to be written is dropped: or the flush at exit fails too."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # standard output is no file
+        pass
 
 
 def offload_options(arguments) -> dict:
@@ -192,7 +207,9 @@ def answer(job, arguments) -> None:
 
 def run_trace(arguments) -> None:
     from .report import read_prompts, write_report
+    from .settings import check_sampling
 
+    check_sampling(arguments.max_tokens, 0.0, 1.0, None)
     prompts = read_prompts(arguments.prompts)
     model, tokenizer = load(arguments)
     trace, written = write_report(model, tokenizer, prompts, arguments.folder, arguments.max_tokens)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
+from .config_check import building
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, dequantize_expert
 from .forward import skip_padding
@@ -143,7 +144,7 @@ def build_skeleton(checkpoint: Checkpoint, options: OffloadOptions):
 
 def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedModel:
     """The model without any weights, its experts' parameters gone for good."""
-    with torch.device("meta"):
+    with building(checkpoint.folder / "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=options.dtype)
     for name, module in _experts_modules(model):
         if not has_plain_experts(module):

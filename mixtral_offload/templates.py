@@ -84,9 +84,9 @@ def render(
     may_be_system = reply["kind"] in ("refused", "broken") and [m["role"] for m in messages[:1]] == ["system"]
     if may_be_system and "text" in _reply(tokenizer, messages[1:], add_generation_prompt):
         raise ConversationError(
-                "the chat template takes no system prompt", path=_source(tokenizer), found=reply["error"],
-                hint="leave the system prompt away, or write its text into the first message",
-            )  # fmt: skip
+            "the chat template takes no system prompt", path=_source(tokenizer), found=reply["error"],
+            hint="leave the system prompt away, or write its text into the first message",
+        )  # fmt: skip
     if reply["kind"] == "refused":
         raise ConversationError(
             "the chat template refuses this conversation", path=_source(tokenizer), found=reply["error"],
@@ -111,7 +111,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
         if template is None:
             raise TemplateError(
                 "several chat templates, and none is the default", path=_source(tokenizer), expected='one named "default"',
-                found=", ".join(map(repr, sorted(named)))[:SHOWN] or "none",
+                found=", ".join(sorted(map(repr, named)))[:SHOWN] or "none",
                 hint="choose one: tokenizer.chat_template = tokenizer.chat_template[NAME]; or keep only one in the tokenizer's files",
             )  # fmt: skip
     if not isinstance(template, str):
