@@ -5,6 +5,7 @@ Knows the terminal. Everything it does is a function of the package, called with
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -49,10 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def drop_output() -> None:
     """What is still to be written is dropped: or the flush at exit fails too."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # standard output is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # standard output is no file
-        pass
 
 
 def offload_options(arguments) -> dict:

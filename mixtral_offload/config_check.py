@@ -8,15 +8,21 @@ Knows the names that transformers' configurations use for sizes. Knows nothing o
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import CheckpointError, OffloadError
 
+T = TypeVar("T")
 MOST_BYTES = 16 << 20  # of a config.json; the largest that are known have some hundred kB
+MOST_INDEX_BYTES = 256 << 20  # of an index; a model of 60 layers of 384 experts at 2 bits has 80 MB
+MOST_KEYS = 1_000_000  # of an index; that model has 480,000
+MOST_LETTERS = 1000  # of a key
 SHOWN = 200  # characters of a value, or of another library's message
 #: name -> most; far above any model's, and small enough for a model's skeleton to be built in seconds
 SIZES = {
@@ -46,16 +52,14 @@ AGAIN = "download this file again"
 def check_file(path: Path) -> None:
     """Raises CheckpointError for a config.json that is no JSON object, or holds a number that no setting has."""
     try:
-        n_bytes = path.stat().st_size
-        if n_bytes > MOST_BYTES:
-            raise _error(path, None, f"at most {MOST_BYTES >> 20} MiB", f"{n_bytes:,} bytes")
+        check_size(path, MOST_BYTES)
         read = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise _error(path, None, "a readable file", error.strerror or error) from error
+        raise _unreadable(path, "a readable file", error.strerror or error) from error
     except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
-        raise _error(path, None, "JSON", f"{type(error).__name__}: {str(error)[:SHOWN]}") from error
+        raise _unreadable(path, "JSON", f"{type(error).__name__}: {str(error)[:SHOWN]}") from error
     if not isinstance(read, dict):
-        raise _error(path, None, "a JSON object", _shown(read))
+        raise _unreadable(path, "a JSON object", _shown(read))
     for key, value in _walk(read):
         if type(value) is int and abs(value) >= 1 << 63:
             raise _error(path, key, "a number of 64 bits", f"one of {value.bit_length()} bits")
@@ -114,6 +118,46 @@ def building(
         ) from error  # fmt: skip
 
 
+def readable(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """Decorates what reads a checkpoint's folder or file: what the system refuses becomes a CheckpointError."""
+
+    @functools.wraps(read)
+    def wrapped(path: Path) -> T:
+        try:
+            return read(path)
+        except OffloadError:
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                "cannot read the checkpoint", path=error.filename or path, found=error.strerror or error,
+                hint="check the path and its permissions",
+            ) from error  # fmt: skip
+
+    return wrapped
+
+
+def check_index(weight_map: dict[str, str], path: Path) -> None:
+    """Raises CheckpointError for keys or file names that no checkpoint has. path: the index."""
+    if len(weight_map) > MOST_KEYS:
+        raise _error(path, None, f"at most {MOST_KEYS:,} keys", f"{len(weight_map):,}")
+    for key, name in weight_map.items():
+        if len(key) > MOST_LETTERS:
+            raise _error(
+                path, _shown(key), f"a key of at most {MOST_LETTERS} characters", f"{len(key):,} characters"
+            )
+        if not isinstance(name, str) or not 0 < len(name.encode("utf-8", "replace")) < 256 or "\0" in name:
+            raise _error(path, _shown(key), "a file name", _shown(name))
+
+
+def check_size(path: Path, most: int) -> None:
+    """Raises CheckpointError for a file of more bytes than any real one has: it would fill the memory when it is read."""
+    if path.stat().st_size > most:
+        raise CheckpointError(
+            "the file is too large to be what its name says", path=path, expected=f"at most {most >> 20} MiB",
+            found=f"{path.stat().st_size:,} bytes", hint=AGAIN,
+        )  # fmt: skip
+
+
 def _check_heads(config: object, path: Path) -> None:
     hidden, heads, kv, head_dim = (
         _value(config, name)
@@ -160,6 +204,11 @@ def _walk(value: object, key: str = "") -> Iterator[tuple[str, object]]:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _unreadable(path: Path, expected: str, found: object) -> CheckpointError:
+    what = "cannot read the configuration"
+    return CheckpointError(what, path=path, expected=expected, found=found, hint=AGAIN)
 
 
 def _error(path: Path, key: str | None, expected: str, found: object) -> CheckpointError:

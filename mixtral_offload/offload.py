@@ -94,7 +94,13 @@ def from_pretrained(
     options: see `OffloadOptions`. Raises OffloadError (DownloadError, CheckpointError, CapacityError, OptionError).
     The model has `model.offload` with the plan, the cache and its counters.
     """
-    options = OffloadOptions.parse(options)
+    with torch.device(
+        "cpu"
+    ):  # whatever default device the caller has set: each tensor's own is in the options
+        return _build(path_or_repo_id, hub, OffloadOptions.parse(options))
+
+
+def _build(path_or_repo_id: str | Path | None, hub: dict | None, options: OffloadOptions) -> PreTrainedModel:
     folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
     checkpoint = open_checkpoint(folder)
     generation = read_generation_config(folder)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from . import plots, plots_cache
 from .batch import Request, generate_batch
 from .errors import ConversationError, OptionError
-from .prefetch import find_gates
+from .prefetch import Gate, find_gates
 from .recorder import record
 from .settings import check_sampling
 from .speculation import collect_states, measure_recall
@@ -64,7 +64,8 @@ def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[
     yield "activations", *plots.plot_activations(trace)
     yield "cells", *plots.plot_cells(trace)
     yield "usage", *plots.plot_usage({name: trace.usage(tokens) for name, tokens in sets.items()})
-    yield "transitions", *plots.plot_transitions(trace)
+    if trace.n_layers > 1:
+        yield "transitions", *plots.plot_transitions(trace)
     yield "hit_rates", *plots_cache.plot_hit_rates(trace)
     yield "hit_rates_shared", *plots_cache.plot_hit_rates(trace, shared=True)
     yield "hit_heatmap", *plots_cache.plot_hit_heatmap(trace)
@@ -73,9 +74,17 @@ def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[
         yield "speculation", *plots_cache.plot_speculation(trace)
     if trace.n_passes > 1:
         yield "timeline", *plots_cache.plot_timeline(trace)
-    gates = find_gates(model, model.offload.modules)
-    recall = measure_recall(gates, collect_states(model, gates, texts))
-    yield "recall", *plots_cache.plot_recall(recall)
+    if trace.n_layers > 1 and (gates := _gates(model)):
+        recall = measure_recall(gates, collect_states(model, gates, texts))
+        yield "recall", *plots_cache.plot_recall(recall)
+
+
+def _gates(model) -> list[Gate]:
+    """The model's gates; none of a family whose experts cannot be guessed."""
+    try:
+        return find_gates(model, model.offload.modules)
+    except OptionError:
+        return []
 
 
 def write_report(

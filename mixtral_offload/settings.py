@@ -196,7 +196,10 @@ def ignored_settings(model: PreTrainedModel) -> dict[str, object]:
     return {
         name: value
         for name, value in given.items()
-        if value is not None and name not in WITHOUT_EFFECT and value != usual.get(name)
+        if value not in (None, False)
+        and name not in WITHOUT_EFFECT
+        and not name.startswith(("output_", "return_"))
+        and value != usual.get(name)
     }
 
 

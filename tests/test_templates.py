@@ -1,5 +1,6 @@
 """Chat templates: the same text as transformers', within bounds, and every failure one message."""
 
+import contextlib
 import json
 import os
 import signal
@@ -123,10 +124,8 @@ def test_bombs_are_refused_within_the_bounds(tokenizer, monkeypatch, name):
     def watch():
         while not done.wait(0.01):
             for child in psutil.Process().children():
-                try:
+                with contextlib.suppress(psutil.Error):
                     peak[0] = max(peak[0], child.memory_info().rss)
-                except psutil.Error:
-                    pass
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -287,7 +286,7 @@ def test_a_template_without_system_role_says_so(tokenizer):
 
 def test_a_tokenizer_that_fails_is_one_message(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: 1 / 0)
-    with pytest.raises(ConversationError, match="(?s)the tokenizer fails.*ZeroDivisionError"):
+    with pytest.raises(ConversationError, match=r"(?s)the tokenizer fails.*ZeroDivisionError"):
         encode(tokenizer, [USER])
 
 
