@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from transformers import (
     DynamicCache,
-    DynamicLayer,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from transformers.cache_utils import DynamicLayer
 
 from .errors import OptionError
 from .settings import (
