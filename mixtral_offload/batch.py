@@ -13,35 +13,39 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache
 
-from .chat import context_length, encode
+from .chat import context_length
 from .errors import OptionError
 from .options import pass_tokens
+from .settings import check_ids, check_sampling, choose, forward_errors, generator, model_ends, warn_once
+from .templates import encode, turn_ends
 
 #: others are admitted as soon as this share of the batch's places is free: their prompts take a pass of their own, which
 #: loads about every expert, so that one at a time would double the bytes (LOG.md)
 ADMIT_AT = 1 / 4
-#: `generate` samples from so many tokens where nothing else is said
-TOP_K = 50
 
 
 @dataclass(frozen=True)
 class Request:
-    """ids: the prompt's tokens, at least one. seed: of a sampled answer, which depends on nothing else then."""
+    """ids: the prompt's tokens, at least one. seed: of a sampled answer, which depends on nothing else then. ends: tokens
+    that end the answer beside the model's own end tokens; `Request.chat` fills in the tokenizer's and the template's."""
 
     ids: list[int]
     max_new_tokens: int = 512
     seed: int | None = None
+    ends: frozenset[int] = frozenset()
 
     @classmethod
     def chat(cls, tokenizer, text: str, *, system_prompt: str | None = None, **options) -> Request:
         """A user's message, put as a chat puts it. options: the other fields."""
+        options = {"ends": turn_ends(tokenizer), **options}
         return cls(encode(tokenizer, [{"role": "user", "content": text}], system_prompt), **options)
 
 
@@ -62,7 +66,7 @@ class _Row:
     number: int
     request: Request
     limit: int
-    generator: torch.Generator | None
+    generator: torch.Generator
     new: list[int] = field(default_factory=list)
 
     @property
@@ -72,18 +76,21 @@ class _Row:
 
 
 def generate_batch(
-    model, requests: Iterable[Request], *, batch_size: int = 32, temperature: float = 0.0, top_p: float = 1.0
+    model, requests: Iterable[Request], *, batch_size: int = 32, temperature: float = 0.0, top_p: float = 0.95
 ) -> Iterator[Answer]:
     """Answers in the order in which they end; requests are taken only as places become free.
 
     A sequence's tokens are those that it would get alone: greedy ones up to ties in the last bits of a logit, sampled ones
-    likewise, from a generator of its own. batch_size: sequences at once, fewer where the KV cache that the plan has left
+    likewise, from a generator of its own: what decides an answer, and what ends one, is the same as for a chat (see
+    `settings.py`). batch_size: sequences at once, fewer where the KV cache that the plan has left
     room for (`context_length` x `batch_size` tokens, see `OffloadOptions`) holds no more, with a warning.
-    Raises OptionError for a request that cannot be answered, when its turn comes.
+    Raises OptionError for a request that cannot be answered, when its turn comes; GenerationError where the model fails.
     """
     if batch_size < 1:
         raise OptionError("impossible batch_size", expected="1 or more", found=batch_size)
-    batch, queue = _Batch(model, _sampler(temperature, top_p)), deque()
+    check_sampling(1, temperature, top_p, None)
+    warn_once(model)
+    batch, queue = _Batch(model, temperature, top_p), deque()
     numbered = enumerate(requests)
     while True:
         places = batch_size - len(batch.rows)
@@ -105,15 +112,14 @@ class _Batch:
     mask: int64 [rows, columns]. newest: each row's last token, int64 [rows], which is not in the KV cache yet.
     """
 
-    def __init__(self, model, sample):
+    def __init__(self, model, temperature: float, top_p: float):
         self.rows: list[_Row] = []
-        self._model, self._sample = model, sample
+        self._model, self._temperature, self._top_p = model, temperature, top_p
         options = model.offload.options
         self._context = context_length(model.config, options)
         self._room = self._context * options.batch_size  # tokens that the plan has left memory for
         self._pass_tokens = pass_tokens(self._context, options.batch_size)
-        eos = model.generation_config.eos_token_id
-        self._eos = {eos} if isinstance(eos, int) else {*(eos or ())}
+        self._ends = model_ends(model)
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self._past = self._newest = None
         self._has_warned = False
@@ -125,9 +131,12 @@ class _Batch:
             expected = f"a prompt of 1 to {self._context - 1} tokens, and 1 new token or more"
             found = f"{len(request.ids)} tokens, {request.max_new_tokens} new ones"
             raise OptionError(f"request {number} cannot be answered", expected=expected, found=found)
-        generator = torch.Generator()
-        generator.seed() if request.seed is None else generator.manual_seed(request.seed)
-        return _Row(number, request, min(request.max_new_tokens, room), generator)
+        try:
+            check_ids(self._model, request.ids)
+            check_sampling(request.max_new_tokens, 0, 1, request.seed)
+        except OptionError as error:
+            raise OptionError(f"request {number} cannot be answered: {error}") from error
+        return _Row(number, request, min(request.max_new_tokens, room), generator(request.seed))
 
     def choose(self, queue: deque[_Row], batch_size: int) -> list[_Row]:
         """Take from the queue what one pass may admit: as the places and the KV cache allow, and the memory for one prompt."""
@@ -178,10 +187,14 @@ class _Batch:
     def _forward(self, rows: list[_Row], ids: Tensor, mask: Tensor, past: DynamicCache) -> Tensor:
         """The rows' next tokens, int64 [rows], after `ids [rows, T]`."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self._model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True, logits_to_keep=1
-        )  # fmt: skip
-        newest = self._sample(output.logits[:, -1].float(), rows)
+        with forward_errors(self._model):
+            output = self._model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True, logits_to_keep=1
+            )  # fmt: skip
+            generators = [row.generator for row in rows]
+            newest = choose(
+                output.logits[:, -1], generators, self._temperature, self._top_p, partial(_token_name, rows)
+            )
         for row, token in zip(rows, newest.tolist()):
             row.new.append(token)
         return newest.to(ids.device)
@@ -191,7 +204,7 @@ class _Batch:
         """The answers that are complete; their rows are gone."""
         answers, stay = [], []
         for at, row in enumerate(self.rows):
-            if row.new[-1] in self._eos:
+            if row.new[-1] in self._ends or row.new[-1] in row.request.ends:
                 answers.append(Answer(row.number, row.new, "complete"))
             elif len(row.new) == row.limit:
                 is_asked = row.limit == row.request.max_new_tokens
@@ -215,6 +228,10 @@ class _Batch:
             layer.keys, layer.values = layer.keys[index, :, padding:], layer.values[index, :, padding:]
 
 
+def _token_name(rows: list[_Row], at: int) -> str:
+    return f"new token {len(rows[at].new) + 1} of request {rows[at].number}"
+
+
 def _joined(a: DynamicCache, b: DynamicCache) -> DynamicCache:
     """b's sequences below a's; a is no more of use."""
     for of_a, of_b in zip(a.layers, b.layers):
@@ -227,20 +244,3 @@ def _cat_right_aligned(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """`b` below `a`, after zeros in front have made them equally long in `dim`."""
     width, behind = max(a.shape[dim], b.shape[dim]), (0, 0) * (a.ndim - 1 - dim)
     return torch.cat([F.pad(of, (*behind, width - of.shape[dim], 0)) for of in (a, b)])
-
-
-def _sampler(temperature: float, top_p: float):
-    """(logits fp32 [rows, vocabulary], rows) -> tokens int64 [rows]; sampled as `generate` would, row by row."""
-    if temperature == 0:
-        return lambda logits, rows: logits.argmax(-1)
-    warpers = [TemperatureLogitsWarper(temperature), TopKLogitsWarper(TOP_K)]
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-
-    def sample(logits: Tensor, rows: list[_Row]) -> Tensor:
-        for warper in warpers:
-            logits = warper(None, logits)
-        likely = logits.softmax(-1).cpu()
-        return torch.cat([p.multinomial(1, generator=row.generator) for p, row in zip(likely, rows)])
-
-    return sample

@@ -11,9 +11,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.cache_utils import DynamicLayer
 
 from .errors import OptionError
+from .settings import (
+    check_ids,
+    check_sampling,
+    choose,
+    forward_errors,
+    generator,
+    model_ends,
+    warn_once,
+    with_own_settings,
+)
+from .templates import encode, tokenizer_errors, turn_ends, whole
 
 #: why an answer ended: by itself, by `stop`, at the longest answer allowed, or where the context was full
 ENDS = ("complete", "stopped", "max_new_tokens", "context")
@@ -45,47 +63,18 @@ class TurnStats:
         return f"{self.n_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, {hit_rate}, {self.bytes_moved / 1e6:.1f} MB moved"
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
-    """Raises OptionError for what cannot be sampled with."""
-    for name, value, good, expected in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "more than 0, 1 at most"),
-        ("seed", seed, seed is None or -(2**63) <= seed < 2**64, "a whole number of 64 bits"),
-    ):
-        if not good:
-            raise OptionError(f"impossible {name}", expected=expected, found=value)
-
-
 def context_length(config, options) -> int:
     """Tokens that a model can look back on, and that these `OffloadOptions` leave room for."""
     return min(config.max_position_embeddings, options.context_length)
 
 
-def encode(
-    tokenizer,
-    messages: list[dict[str, str]],
-    system_prompt: str | None = None,
-    add_generation_prompt: bool = True,
-) -> list[int]:
-    """The token ids of a conversation, as the tokenizer's chat template puts it."""
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages = [{**message, "content": whole(message["content"])} for message in (*system, *messages)]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, return_dict=True
-    )["input_ids"]
-
-
-def whole(text: str) -> str:
-    """Without halves of characters, which no tokenizer takes: a shell or a JSON file may hand them over."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
 class ChatSession:
     """Keeps a conversation; each answer is streamed.
 
-    max_new_tokens: per answer. temperature: 0 is greedy. seed: makes sampled answers repeatable. All of them, and the
-    system prompt, may be changed between answers.
+    max_new_tokens: per answer. temperature: 0 is greedy. seed: makes sampled answers repeatable; they come from a generator
+    of the session's own, as those of `generate_batch` do, so that the same seed gives the same first answer there, and
+    PyTorch's global generator is neither read nor changed. All of them, and the system prompt, may be changed between
+    answers. What else decides an answer, and what ends one: see `settings.py`.
     `messages` is the conversation so far, as transformers' chat templates take it. `last` counts while an answer comes;
     `ended` says why it came to its end: one of ENDS.
     """
@@ -102,6 +91,7 @@ class ChatSession:
         self.last, self.total, self.ended = TurnStats(), TurnStats(), None
         self._stop, self._generating = threading.Event(), threading.Lock()
         self._past, self._past_ids = None, []
+        warn_once(model)
 
     @property
     def seed(self) -> int | None:
@@ -111,8 +101,7 @@ class ChatSession:
     def seed(self, seed: int | None) -> None:
         """Sampling begins anew from here."""
         self._seed = seed
-        if seed is not None:
-            torch.manual_seed(seed)
+        self._generator = generator(seed)
 
     @property
     def context_length(self) -> int:
@@ -162,7 +151,7 @@ class ChatSession:
         ids = self._prompt(messages)
         self._stop = stop = threading.Event()  # one for each answer: an old one stays stopped
         before, self.last, self.ended = self.last, TurnStats(n_prompt=len(ids)), None
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Streamer(self.tokenizer, self.ends)
         result: dict = {}
         worker = threading.Thread(target=self._generate, args=(ids, streamer, result, stop), name="generate")
         pieces = []
@@ -182,13 +171,21 @@ class ChatSession:
         if "error" in result:
             raise result["error"]
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return model_ends(self.model) | turn_ends(self.tokenizer)
+
     def _prompt(self, messages) -> list[int]:
         ids = self._encode(messages)
+        if not ids:
+            raise OptionError("the prompt is empty: it has no tokens", hint="send a message with text")
         if len(ids) >= self.context_length:
             raise OptionError(
                 "the conversation is longer than the model's context", expected=f"less than {self.context_length} tokens",
                 found=f"{len(ids)} tokens", hint="clear the conversation (/clear) or send a shorter message",
             )  # fmt: skip
+        check_ids(self.model, ids)
         return ids
 
     def _encode(self, messages, add_generation_prompt: bool = True) -> list[int]:
@@ -200,7 +197,15 @@ class ChatSession:
             self._generate_alone(ids, streamer, result, stop)
 
     def _generate_alone(self, ids: list[int], streamer, result: dict, stop: threading.Event) -> None:
-        count = self._counter(len(ids))
+        count, n_prompt = self._counter(len(ids)), len(ids)
+        sampled, temperature, top_p = [self._generator], self.temperature, self.top_p
+
+        def chosen(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            """All logits but the chosen token's at -inf, so that `generate` takes it."""
+            number = ids.shape[1] - n_prompt + 1
+            token = choose(logits, sampled, temperature, top_p, lambda row: f"new token {number}")
+            token = token.to(logits.device)[:, None]
+            return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
         def stopped(ids, scores, **kwargs) -> torch.Tensor:
             count(ids.shape[1])
@@ -209,10 +214,12 @@ class ChatSession:
         try:
             past, config = self._reuse(ids), self._config(len(ids))
             inputs = torch.tensor([ids], device=self.model.device)
-            output = self.model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, streamer=streamer,
-                generation_config=config, stopping_criteria=StoppingCriteriaList([stopped]),
-            )  # fmt: skip
+            with forward_errors(self.model):
+                output = with_own_settings(self.model).generate(
+                    inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, streamer=streamer,
+                    generation_config=config, logits_processor=LogitsProcessorList([chosen]),
+                    stopping_criteria=StoppingCriteriaList([stopped]),
+                )  # fmt: skip
             result["ids"] = output[0].tolist()
             result["ended"] = self._why(result["ids"], len(ids), config, stop)
             self._past, self._past_ids = past, result["ids"][: past.get_seq_length()]
@@ -236,8 +243,7 @@ class ChatSession:
         return count
 
     def _why(self, ids: list[int], n_prompt: int, config: GenerationConfig, stop: threading.Event) -> str:
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        if ids[-1] in eos:
+        if ids[-1] in (config.eos_token_id or ()):
             return "complete"
         if len(ids) < n_prompt + config.max_new_tokens and stop.is_set():
             return "stopped"
@@ -249,27 +255,45 @@ class ChatSession:
         limit = min(len(ids) - 1, len(self._past_ids))  # at least one token must be computed
         while shared < limit and ids[shared] == self._past_ids[shared]:
             shared += 1
-        if self._past is None or shared == 0 or getattr(self.model.config, "sliding_window", None):
+        if self._past is None or shared == 0 or not _can_be_cut(self._past):
             return DynamicCache(config=self.model.config)
         if surplus := self._past.get_seq_length() - shared:
             self._past.crop(-surplus)
         return self._past
 
     def _config(self, n_prompt: int) -> GenerationConfig:
-        sampling = (
-            {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-            if self.temperature > 0
-            else {"do_sample": False}
-        )
+        """What `generate` has to know: the length, and what ends an answer. Tokens are chosen by `settings.choose`."""
         room = min(self.max_new_tokens, self.context_length - n_prompt)
-        base = self.model.generation_config
-        eos = base.eos_token_id if base.eos_token_id is not None else self.tokenizer.eos_token_id
-        pad = (
-            self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else self.tokenizer.eos_token_id
+        ends = sorted(self.ends)
+        return GenerationConfig(
+            max_new_tokens=room,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
         )
-        return GenerationConfig(max_new_tokens=room, eos_token_id=eos, pad_token_id=pad, **sampling)
+
+
+class _Streamer(TextIteratorStreamer):
+    """The answer's text, without the token that ends it, also where the tokenizer does not call that one special."""
+
+    def __init__(self, tokenizer, ends: frozenset[int]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._ends, self._tokenizer = ends, tokenizer
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt and value.item() in self._ends:
+            return
+        with tokenizer_errors(self._tokenizer):
+            super().put(value)
+
+    def end(self) -> None:
+        with tokenizer_errors(self._tokenizer):
+            super().end()
+
+
+def _can_be_cut(past: DynamicCache) -> bool:
+    """Whether every layer keeps all of its keys and values: a sliding window or a recurrent state does not."""
+    return all(type(layer) is DynamicLayer for layer in past.layers)
 
 
 def _said_by_user(text: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .config_check import MOST_INDEX_BYTES, check_config, check_file, check_index, check_size, readable
 from .errors import CheckpointError
 from .experts import ExpertLayout, Field
 from .headers import StoredTensor, in_threads, read_header
@@ -101,6 +102,7 @@ class Checkpoint:
             yield expert
 
 
+@readable
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open and check a checkpoint folder; every problem is a CheckpointError that names file, key and next step."""
     folder = Path(folder)
@@ -135,6 +137,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, layout, experts, trunk, tuple(weight_map))
 
 
+@readable
 def read_config(folder: Path):
     """transformers' configuration of the checkpoint; refuses folders without one and dense models."""
     if not folder.is_dir():
@@ -162,17 +165,21 @@ def read_config(folder: Path):
     )  # fmt: skip
 
 
+@readable
 def load_config(path: Path):
     """transformers' configuration in this file, of any model that this transformers knows."""
     from transformers import AutoConfig
 
+    check_file(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds on a damaged file
         raise CheckpointError(
             "cannot read the configuration", path=path, expected="a transformers configuration",
-            found=f"{type(error).__name__}: {error}", hint="download this file again",
+            found=f"{type(error).__name__}: {str(error)[:300]}", hint="download this file again",
         ) from error  # fmt: skip
+    check_config(config, path)
+    return config
 
 
 def n_experts_of(config) -> int | None:
@@ -194,13 +201,19 @@ def _weight_map(folder: Path) -> dict[str, str]:
             raise CheckpointError(
                 "no weights found", path=folder, expected=f"{INDEX} or {SINGLE}", found="neither"
             )
-        return dict.fromkeys(read_header(folder / SINGLE), SINGLE)
+        weight_map = dict.fromkeys(read_header(folder / SINGLE), SINGLE)
+        check_index(weight_map, folder / SINGLE)
+        return weight_map
+    check_size(index, MOST_INDEX_BYTES)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        check_index(weight_map, index)
         outside = [name for name in weight_map.values() if Path(name).name != name]
+    except CheckpointError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            "cannot read the index", path=index, expected="JSON with weight_map: key to file name", found=repr(error),
+            "cannot read the index", path=index, expected="JSON with weight_map: key to file name", found=repr(error)[:300],
             hint="download this file again",
         ) from error  # fmt: skip
     if outside:

@@ -5,6 +5,7 @@ Knows the terminal. Everything it does is a function of the package, called with
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -36,8 +37,21 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails too
+        drop_output()
         return 141
+    except (
+        OSError
+    ) as error:  # a full disk behind standard output, a file that went away: the system's own words
+        where = "" if error.filename is None else f"\n  file: {error.filename}"
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        drop_output()
+        return 1
+
+
+def drop_output() -> None:
+    """What is still to be written is dropped: or the flush at exit fails too."""
+    with contextlib.suppress(OSError, ValueError):  # standard output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def offload_options(arguments) -> dict:
@@ -68,12 +82,15 @@ def source_of(arguments):
 
 def load_model(arguments, **options):
     from .offload import from_pretrained
+    from .settings import notice
 
     source, hub = source_of(arguments)
     model = from_pretrained(
         source, hub=hub, progress=sys.stderr.isatty(), **options, **offload_options(arguments)
     )
     print(model.offload.plan, file=sys.stderr)
+    if text := notice(model):
+        print(f"  - notice: {text}", file=sys.stderr)
     if model.offload.compile_s:
         how = "--no-compile does without, and is slower"
         print(
@@ -85,7 +102,8 @@ def load_model(arguments, **options):
 
 
 def session(arguments):
-    from .chat import ChatSession, check_sampling
+    from .chat import ChatSession
+    from .settings import check_sampling
 
     sampling = {
         "max_new_tokens": arguments.max_tokens, "temperature": arguments.temperature,
@@ -188,7 +206,9 @@ def answer(job, arguments) -> None:
 
 def run_trace(arguments) -> None:
     from .report import read_prompts, write_report
+    from .settings import check_sampling
 
+    check_sampling(arguments.max_tokens, 0.0, 1.0, None)
     prompts = read_prompts(arguments.prompts)
     model, tokenizer = load(arguments)
     trace, written = write_report(model, tokenizer, prompts, arguments.folder, arguments.max_tokens)

@@ -39,3 +39,15 @@ class OptionError(OffloadError, ValueError):
 
 class JobError(OffloadError):
     """A job's input, output or journal that cannot be used, or does not belong to it."""
+
+
+class TemplateError(OffloadError, ValueError):
+    """A chat template that cannot be used."""
+
+
+class ConversationError(TemplateError):
+    """A conversation that its chat template or tokenizer refuses."""
+
+
+class GenerationError(OffloadError, RuntimeError):
+    """A forward pass that failed, or whose logits are not numbers."""

@@ -23,6 +23,7 @@ DTYPES = {
 }  # fmt: skip
 N_READERS = 4
 PART_BYTES = 4 << 20
+MOST_HEADER_BYTES = 32 << 20  # of one file: about 200,000 tensors (the format allows 100 MB)
 AGAIN = "delete this file and download it again"
 
 
@@ -110,7 +111,14 @@ def _parse(path: Path) -> tuple[dict[str, dict], int]:
     """(key -> entry, where the data begins)."""
     with open(path, "rb") as file:
         n_header = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(n_header, 100_000_000)))  # the format's own limit
+        if (
+            MOST_HEADER_BYTES < n_header < path.stat().st_size
+        ):  # as objects, a header takes about ten times its bytes
+            raise CheckpointError(
+                "the header is too large", path=path, expected=f"at most {MOST_HEADER_BYTES >> 20} MiB",
+                found=f"{n_header:,} bytes", hint=AGAIN,
+            )  # fmt: skip
+        header = json.loads(file.read(min(n_header, MOST_HEADER_BYTES)))
     header.pop("__metadata__", None)
     return header, 8 + n_header
 

@@ -13,8 +13,9 @@ from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .chat import check_sampling, encode
-from .errors import JobError, OptionError
+from .errors import ConversationError, JobError, OptionError
+from .settings import check_sampling
+from .templates import encode
 
 KEYS = ("prompt", "messages", "system", "max_tokens", "seed", "id")
 EXPECTED = "prompt or messages, and if wanted system, max_tokens, seed, id"
@@ -67,14 +68,19 @@ def read_lines(path: Path, raw: bool = False) -> tuple[str, list[Line | BadLine]
 
 
 def encode_lines(
-    lines: list[Line | BadLine], tokenizer, context_length: int, system: str | None = None
+    lines: list[Line | BadLine],
+    tokenizer,
+    context_length: int,
+    system: str | None = None,
+    vocabulary: int | None = None,
 ) -> list[Line | BadLine]:
     """The same lines with their token ids. A line that cannot be encoded, or is too long, becomes a bad one.
 
-    system: for lines that bring no system prompt of their own.
+    system: for lines that bring no system prompt of their own. vocabulary: how many tokens the model has. Raises
+    TemplateError where the chat template can render no line.
     """
     return [
-        line if isinstance(line, BadLine) else _encode(line, tokenizer, context_length, system)
+        line if isinstance(line, BadLine) else _encode(line, tokenizer, context_length, system, vocabulary)
         for line in lines
     ]
 
@@ -85,17 +91,22 @@ def tell(bad: list[BadLine]) -> str:
     return "\n".join([*told, f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else told)
 
 
-def _encode(line: Line, tokenizer, context_length: int, system: str | None) -> Line | BadLine:
+def _encode(
+    line: Line, tokenizer, context_length: int, system: str | None, vocabulary: int | None
+) -> Line | BadLine:
     own = line.messages[0]["role"] == "system" or line.system is not None
     try:
         ids = encode(tokenizer, line.messages, line.system if own else system)
-    except Exception as error:  # a chat template is its makers' own program
-        return BadLine(line.number, f"the chat template refuses it: {error or type(error).__name__}")
+    except ConversationError as error:
+        return BadLine(line.number, "; ".join(part.strip() for part in str(error).splitlines()))
     if not ids:
         return BadLine(line.number, "the prompt is empty: it has no tokens")
     if len(ids) >= context_length:
         expected = f"expected less than {context_length} tokens, the model's context; found {len(ids)}"
         return BadLine(line.number, f"the prompt is too long: {expected}")
+    if vocabulary and not 0 <= min(ids) <= max(ids) < vocabulary:
+        found = f"ids from {min(ids)} to {max(ids)}, of a vocabulary of {vocabulary}"
+        return BadLine(line.number, f"the tokenizer does not belong to this model: {found}")
     return replace(line, ids=array("i", ids))
 
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .batch import Request, generate_batch
-from .chat import TurnStats, check_sampling, context_length
+from .chat import TurnStats, context_length
 from .checkpoint import INDEX, read_config
 from .errors import JobError, OptionError
 from .job_lines import BadLine, Line, encode_lines, read_lines, tell
 from .journal import Journal, journal_of, ordered_of
 from .options import OffloadOptions
+from .settings import check_sampling, ends_in, read_generation_config
+from .templates import answer_text, turn_ends
 from .tokenizer import RAW_TEMPLATE
 
 
@@ -101,8 +103,12 @@ class Job:
         options = self.options
         if options.raw:
             tokenizer.chat_template = RAW_TEMPLATE
-        self.context = context = context_length(read_config(folder), offload)
-        self.lines, self.tokenizer = encode_lines(self.lines, tokenizer, context, options.system), tokenizer
+        config = read_config(folder)
+        self.context = context = context_length(config, offload)
+        self.tokenizer, n_tokens = tokenizer, getattr(config, "vocab_size", None)
+        turns = turn_ends(tokenizer)
+        self.turn_ends, self.ends = turns, turns | ends_in(read_generation_config(folder), config)
+        self.lines = encode_lines(self.lines, tokenizer, context, options.system, n_tokens)
         if self.bad and options.bad_lines == "refuse":
             raise JobError(
                 f"{len(self.bad)} of {len(self.lines)} lines cannot be answered", path=options.input,
@@ -119,8 +125,6 @@ class Job:
     def answer(self, model, progress: Callable[[int], object] = lambda n: None) -> None:
         """Answer the pending lines; each answer is in the journal before the next is taken. progress: called with 1 for each."""
         options, pending, cache = self.options, self.pending, model.offload.stats
-        if model.generation_config.eos_token_id is None:  # as a chat does
-            model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         begin, before = time.perf_counter(), (cache.hits, cache.misses, cache.bytes_moved)
         answers = generate_batch(
             model, self._requests(pending), batch_size=options.batch_size, temperature=options.temperature,
@@ -128,7 +132,7 @@ class Job:
         )  # fmt: skip
         for answer in answers:
             line = pending[answer.number]
-            text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+            text = answer_text(self.tokenizer, answer.ids, self.ends)
             record = {"line": line.number, **line.kept, "answer": text, "ended": answer.ended}
             record |= {"n_prompt": len(line.ids), "n_tokens": len(answer.ids)}
             self.journal.add(line.number, record)
@@ -176,7 +180,8 @@ class Job:
 
     def _requests(self, pending: list[Line]) -> Iterator[Request]:
         for line in pending:
-            yield Request(list(line.ids), line.max_tokens or self.options.max_tokens, self._seed_of(line))
+            n_tokens = line.max_tokens or self.options.max_tokens
+            yield Request(list(line.ids), n_tokens, self._seed_of(line), self.turn_ends)
 
     def _seed_of(self, line: Line) -> int | None:
         """Of the job's seed and the line's number alone: no matter what runs beside it, or when."""
@@ -202,6 +207,7 @@ class Job:
             "seed": options.seed,
             "system prompt": options.system,
             "raw": options.raw,
+            "end tokens": sorted(self.ends),
             "context length": context,
             "device": offload.device.type,
             "dtype": str(offload.dtype).removeprefix("torch."),

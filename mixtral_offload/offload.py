@@ -22,12 +22,13 @@ from typing import NoReturn
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import forward as _registers_the_experts_function  # noqa: F401
 from .absent import remove_weights
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
+from .config_check import building
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, dequantize_expert
 from .hub import resolve
@@ -39,6 +40,7 @@ from .policy import POLICIES
 from .prefetch import Gate, Prefetcher, find_gates
 from .quantization import QuantizedLinear, matmul
 from .recorder import Recorder
+from .settings import read_generation_config
 from .store import FileStore, RamStore
 from .transfer import make_engine
 from .trunk import load_trunk
@@ -141,9 +143,16 @@ def from_pretrained(
     options: see `OffloadOptions`. Raises OffloadError (DownloadError, CheckpointError, CapacityError, OptionError).
     The model has `model.offload` with the plan, the cache and its counters.
     """
-    options = OffloadOptions.parse(options)
+    with torch.device(
+        "cpu"
+    ):  # whatever default device the caller has set: each tensor's own is in the options
+        return _build(path_or_repo_id, hub, OffloadOptions.parse(options))
+
+
+def _build(path_or_repo_id: str | Path | None, hub: dict | None, options: OffloadOptions) -> PreTrainedModel:
     folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
     checkpoint = open_checkpoint(folder)
+    generation = read_generation_config(folder)
     model, modules, gates, options = build_skeleton(checkpoint, options)
     plan = plan_for(checkpoint, options)
     compiled = compile_choice(checkpoint, options)
@@ -158,8 +167,8 @@ def from_pretrained(
     _attach(model, gates)
     if compiled[0]:
         model.offload.compile_s = _compile_now(model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if generation is not None:
+        model.generation_config = generation
     return model.eval()
 
 
@@ -190,7 +199,7 @@ def build_skeleton(checkpoint: Checkpoint, options: OffloadOptions):
 
 def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedModel:
     """The model without any weights, its experts' parameters gone for good."""
-    with torch.device("meta"):
+    with building(checkpoint.folder / "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=options.dtype)
     for name, module in _experts_modules(model):
         if not has_plain_experts(module):

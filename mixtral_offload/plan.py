@@ -5,6 +5,7 @@ Knows sizes and counts. Knows nothing of tensors, files or transformers' modules
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,16 +26,22 @@ UNITS = {
 }
 
 
+#: no machine has so much: what is larger is a slip
+MOST_BYTES = 1 << 60
+
+
 def parse_size(text: str | int | float) -> int:
     """Bytes from a number or from text such as `15GB`, `512MiB`; of a rate, like `12GB/s`, those of a second."""
-    if isinstance(text, int | float):
-        return int(text)
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)(?:/s)?\s*", text)
-    if match is None or match[2].upper() not in UNITS:
+    n_bytes = text
+    if not isinstance(text, int | float):
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)(?:/s)?\s*", str(text))
+        known = match is not None and match[2].upper() in UNITS
+        n_bytes = float(match[1]) * UNITS[match[2].upper()] if known else math.nan
+    if not abs(n_bytes) < MOST_BYTES:  # nan is not either
         raise OptionError(
-            "cannot read a size", expected="a number of bytes, or like 15GB, 512MiB or 12GB/s", found=text
-        )
-    return int(float(match[1]) * UNITS[match[2].upper()])
+            "cannot read a size", expected="a number of bytes, or like 15GB, 512MiB or 12GB/s", found=str(text)[:100]
+        )  # fmt: skip
+    return int(n_bytes)
 
 
 def gb(n_bytes: float) -> str:

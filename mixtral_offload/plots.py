@@ -31,7 +31,7 @@ CELLS = {"hit": "#E4EEF5", "right guess": SKY, "stall": "#8A2F00"}
 
 def new_figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)  # names may hold a $
     return figure
 
 
@@ -46,8 +46,8 @@ def token_labels(trace: RoutingTrace, tokens: Sequence[int]) -> list[str]:
 def _label_tokens(axes, trace: RoutingTrace, tokens: Sequence[int]) -> None:
     size = 8 if len(tokens) <= 40 else 6
     axes.set_xticks(
-        range(len(tokens)), token_labels(trace, tokens), rotation=90, fontsize=size, family="monospace"
-    )
+        range(len(tokens)), token_labels(trace, tokens), rotation=90, fontsize=size, family="monospace", parse_math=False
+    )  # fmt: skip
     axes.set_xlabel("token")
 
 
@@ -168,7 +168,7 @@ def plot_usage(
         overall = entropy(shares[layer].mean(0))
         within = entropy(shares[layer]).mean()
         axes.set_title(f"layer {layer}: {overall:.2f} bits, {within:.2f} within a domain", fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
         axes.set_xticks(range(shares.shape[2]), range(shares.shape[2]), fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("expert")

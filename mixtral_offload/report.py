@@ -3,57 +3,60 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
+from safetensors import SafetensorError
 
 from . import plots, plots_cache
-from .errors import OptionError
-from .prefetch import find_gates
+from .batch import Request, generate_batch
+from .errors import ConversationError, OptionError
+from .prefetch import Gate, find_gates
 from .recorder import record
+from .settings import check_sampling
 from .speculation import collect_states, measure_recall
 from .trace import RoutingTrace
 
 
 def read_prompts(path: str | Path) -> list[tuple[str, str]]:
-    """(set, prompt) of each line; a line is `prompt`, or `set<TAB>prompt` to compare sets of prompts."""
+    """(set, prompt) of each line; a line is `prompt`, or `set<TAB>prompt` to compare sets of prompts.
+
+    Lines end at newlines only: the other characters at which `str.splitlines` splits may be part of a prompt.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError("cannot read the prompts", path=path, found=error) from error
-    parts = [line.partition("\t") for line in lines if line.strip()]
+    parts = [line.partition("\t") for line in text.split("\n") if line.strip()]
     if not parts:
         raise OptionError("no prompts in this file", path=path, expected="one prompt on each line")
     return [(before, after) if tab else ("prompts", before) for before, tab, after in parts]
 
 
 def trace_prompts(model, tokenizer, prompts: Sequence[tuple[str, str]], max_new_tokens: int = 64):
-    """Answer every prompt, greedily, each as a conversation of its own.
+    """Answer every prompt, greedily, each as a conversation of its own. Raises OptionError for one that is too long.
 
     Returns the trace, the token ids of each text (prompt and answer), and each set's tokens: name -> numbers in the trace.
     """
-    texts, sets = [], {}
+    requests = [_request(number, tokenizer, of[1], max_new_tokens) for number, of in enumerate(prompts, 1)]
+    texts, sets, before = [], {}, 0
     with record(model, tokenizer) as recording:
-        for name, prompt in prompts:
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=True,
-                return_tensors="pt",
-            ).to(model.device)
-            before = recording.n_tokens
-            with torch.inference_mode():
-                out = model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            texts.append(out[0].tolist())
+        for (name, _), request, answer in zip(
+            prompts, requests, generate_batch(model, requests, batch_size=1)
+        ):
+            texts.append([*request.ids, *answer.ids])
             sets.setdefault(name, []).extend(range(before, recording.n_tokens))
+            before = recording.n_tokens
     return recording.trace, texts, {name: np.array(numbers) for name, numbers in sets.items()}
+
+
+def _request(number: int, tokenizer, prompt: str, max_new_tokens: int) -> Request:
+    try:
+        return Request.chat(tokenizer, prompt, max_new_tokens=max_new_tokens)
+    except ConversationError as error:
+        raise ConversationError(f"prompt {number}: {error}") from error
 
 
 def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[str, np.ndarray]):
@@ -61,7 +64,8 @@ def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[
     yield "activations", *plots.plot_activations(trace)
     yield "cells", *plots.plot_cells(trace)
     yield "usage", *plots.plot_usage({name: trace.usage(tokens) for name, tokens in sets.items()})
-    yield "transitions", *plots.plot_transitions(trace)
+    if trace.n_layers > 1:
+        yield "transitions", *plots.plot_transitions(trace)
     yield "hit_rates", *plots_cache.plot_hit_rates(trace)
     yield "hit_rates_shared", *plots_cache.plot_hit_rates(trace, shared=True)
     yield "hit_heatmap", *plots_cache.plot_hit_heatmap(trace)
@@ -70,30 +74,53 @@ def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[
         yield "speculation", *plots_cache.plot_speculation(trace)
     if trace.n_passes > 1:
         yield "timeline", *plots_cache.plot_timeline(trace)
-    gates = find_gates(model, model.offload.modules)
-    recall = measure_recall(gates, collect_states(model, gates, texts))
-    yield "recall", *plots_cache.plot_recall(recall)
+    if trace.n_layers > 1 and (gates := _gates(model)):
+        recall = measure_recall(gates, collect_states(model, gates, texts))
+        yield "recall", *plots_cache.plot_recall(recall)
+
+
+def _gates(model) -> list[Gate]:
+    """The model's gates; none of a family whose experts cannot be guessed."""
+    try:
+        return find_gates(model, model.offload.modules)
+    except OptionError:
+        return []
 
 
 def write_report(
     model, tokenizer, prompts: Sequence[tuple[str, str]], folder: str | Path, max_new_tokens: int = 64
 ):
-    """Writes trace.safetensors, trace.csv, and a .png and .npy for each picture; returns the trace and the paths."""
+    """Writes trace.safetensors, trace.csv, and a .png and .npy for each picture; returns the trace and the paths.
+
+    Raises OptionError for impossible options, and where the folder cannot be written.
+    """
+    check_sampling(max_new_tokens, 0.0, 1.0, None)
     folder = Path(folder)
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError("cannot write there", path=folder, found=error) from error
     trace, texts, sets = trace_prompts(model, tokenizer, prompts, max_new_tokens)
     written = [folder / "trace.safetensors", folder / "trace.csv"]
-    trace.save(written[0])
+    with _writing(written[0]):
+        trace.save(written[0])
     rows = trace.rows()
-    with written[1].open("w", newline="", encoding="utf-8") as file:
+    with _writing(written[1]), written[1].open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(rows)
         table.writerows(zip(*(column.tolist() for column in rows.values())))
     for name, figure, array in pictures(model, trace, texts, sets):
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        np.save(folder / f"{name}.npy", array)
+        with _writing(folder / f"{name}.png"):
+            figure.savefig(folder / f"{name}.png", dpi=130)
+            np.save(folder / f"{name}.npy", array)
         written += [folder / f"{name}.png", folder / f"{name}.npy"]
     return trace, written
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A disk that is full or gone, said in one message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = getattr(error, "strerror", None) or str(error)[:300]
+        hint = "make room, or name another folder"
+        raise OptionError("cannot write the report", path=path, found=found, hint=hint) from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .copies import ABANDONED, DONE, NOW, Copy
+from .errors import OptionError
 from .link import Link, Transfer
 from .store import FilePart
 from .worker import CHUNKS
@@ -19,6 +20,8 @@ from .worker import CHUNKS
 #: the last of a wait is spent looking at the clock: a core that has slept computes slower for a millisecond, and the device that
 #: a real link serves does not sleep (LOG.md)
 SPIN_S = 0.02
+#: of one expert: an answer that is stopped ends with its current token, which waits for the copies that it needs
+MOST_COPY_S = 10.0
 
 
 class Moment:
@@ -42,6 +45,11 @@ class SlowEngine:
     """Copies over a link of `bytes_per_s`, in chunks, the most urgent first. n_bytes: of one expert."""
 
     def __init__(self, device: torch.device, n_bytes: int, bytes_per_s: float):
+        if n_bytes / bytes_per_s > MOST_COPY_S:  # nothing can stop an answer before its token is there
+            raise OptionError(
+                "impossible link: one expert would take too long", expected=f"{n_bytes / MOST_COPY_S:.0f} bytes/s or more",
+                found=f"{bytes_per_s} bytes/s, {n_bytes / bytes_per_s:.0f} s for an expert of {n_bytes} bytes",
+            )  # fmt: skip
         self._device, self._chunk_bytes = device, n_bytes // CHUNKS
         self._chunk_s = n_bytes / CHUNKS / bytes_per_s
         self._closed = False

@@ -116,6 +116,10 @@ def measure_recall(
     """
     if source not in SOURCES:
         raise OptionError("unknown source of guesses", expected=", ".join(SOURCES), found=source)
+    if len(gates) < 2:
+        raise OptionError(
+            "nothing to guess: the model has one layer with experts", expected="two or more", found=len(gates)
+        )
     look_aheads = tuple(dict.fromkeys(min(ahead, len(gates) - 1) for ahead in look_aheads))
     n_experts = gates[0].router.weight.shape[0]
     recall = np.full((len(look_aheads), len(gates), n_experts + 1), np.nan)

@@ -6,6 +6,7 @@ Knows nothing of slots, policies or models.
 
 from __future__ import annotations
 
+import errno
 import functools
 import mmap
 import os
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, ExpertId
+from .errors import CheckpointError
 
 OPEN_FILES = 64  # at most, of a store on disk
 READERS = 2  # threads for one large read: from the system's page cache, one core copies slower than memory is
@@ -128,8 +130,17 @@ class FilePart(NamedTuple):
         return self._replace(offset=self.offset + start, n_bytes=min(size, self.n_bytes - start), ahead=ahead)
 
     def read_into(self, target: Tensor) -> None:
-        """Raises OSError where the file cannot be read, or has become shorter."""
-        file = self.open(self.path)
+        """Raises CheckpointError where the file cannot be read, or has become shorter."""
+        try:
+            self._read_into(target)
+        except OSError as error:
+            raise CheckpointError(
+                "cannot read an expert", path=self.path, found=error.strerror or error,
+                hint="check the disk; experts in RAM (store=\"ram\") need no files while the model runs",
+            ) from error  # fmt: skip
+
+    def _read_into(self, target: Tensor) -> None:
+        file = self._file()
         if self.ahead and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), *self.ahead, os.POSIX_FADV_WILLNEED)
         mine, *others = (
@@ -146,6 +157,15 @@ class FilePart(NamedTuple):
         for read in reads:
             read.result()
 
+    def _file(self) -> FileIO:
+        try:
+            return self.open(self.path)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            self.open.cache_clear()  # close our own, where the process may have no more
+            return self.open(self.path)
+
     def _read(self, file: FileIO, offset: int, target: Tensor) -> None:
         left = memoryview(target.numpy())
         while left:
@@ -155,7 +175,10 @@ class FilePart(NamedTuple):
                 file.seek(offset)
                 n = file.readinto(left)
             if not n:
-                raise OSError(f"{self.path} has become shorter: {len(left)} bytes are missing")
+                raise CheckpointError(
+                    "a file has become shorter while the model runs", path=self.path, found=f"{len(left)} bytes are missing",
+                    hint="restore the file, and load the model again",
+                )  # fmt: skip
             left, offset = left[n:], offset + n
 
 

@@ -5,6 +5,7 @@ Knows `input` and `print`. What an answer is, `ChatSession` knows.
 
 from __future__ import annotations
 
+import select
 import sys
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ from .errors import OffloadError
 HELP = (
     "Write a message. Ctrl-C stops an answer; /again answers anew; /clear forgets all; /exit or Ctrl-D ends."
 )
+#: pasted lines come within so many seconds of each other
+PASTE_S = 0.03
 
 
 def chat_loop(session: ChatSession, prompt: str = "\nyou> ") -> None:
@@ -22,7 +25,8 @@ def chat_loop(session: ChatSession, prompt: str = "\nyou> ") -> None:
     Answers go to standard output; everything else goes to standard error.
     """
     print(HELP, file=sys.stderr)
-    while (text := read_line(prompt)) not in (None, "/exit"):
+    messages = Messages(prompt)
+    while (text := messages.read()) not in (None, "/exit"):
         if text == "/clear":
             session.clear()
         elif text == "/again":
@@ -32,12 +36,38 @@ def chat_loop(session: ChatSession, prompt: str = "\nyou> ") -> None:
     print(f"\n{session.total}", file=sys.stderr)
 
 
-def read_line(prompt: str) -> str | None:
-    """One line, or None at the end of input. Ctrl-C at the prompt ends the conversation too."""
+class Messages:
+    """What a user writes, message by message. A message is a line; lines that were pasted together are one message."""
+
+    def __init__(self, prompt: str):
+        self._prompt = prompt
+        self._next: list[str | None] = []  # read already, but no part of the message before
+
+    def read(self) -> str | None:
+        """The next message, or None at the end of input. Ctrl-C at the prompt ends the conversation too."""
+        lines = [self._next.pop() if self._next else _line(self._prompt)]
+        while lines[-1] is not None and not lines[-1].startswith("/") and _has_more():
+            line = _line("")
+            if line is None or line.startswith("/"):
+                self._next.append(line)
+                break
+            lines.append(line)
+        return None if lines[0] is None else "\n".join(lines)
+
+
+def _line(prompt: str) -> str | None:
     try:
         return input(prompt)
     except (EOFError, KeyboardInterrupt):
         return None
+
+
+def _has_more() -> bool:
+    """Whether a terminal has another line already: nobody types one in so short a time."""
+    try:
+        return sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], PASTE_S)[0])
+    except (OSError, ValueError):  # a system that cannot look ahead
+        return False
 
 
 def stream(session: ChatSession, ask, *arguments) -> None:

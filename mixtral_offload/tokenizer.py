@@ -5,11 +5,14 @@ Knows where tokenizers are found. Knows nothing of models.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .checkpoint import DEMO, read_config
+from .config_check import check_size
 from .errors import CheckpointError, DownloadError
 from .hub import resolve
 
@@ -22,6 +25,10 @@ INSTRUCT_TEMPLATE = (
     "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %}[INST] {{ m.content }} [/INST]{{ eos_token }}{% endif %}{% endfor %}"
 )
+MOST_BYTES = 64 << 20  # of each file; the largest that are known have 35 MB
+MOST_GROWTH = 1000
+SHOWN = 300  # characters of another library's message
+OTHER = "name another: --tokenizer FOLDER_OR_REPO"
 #: continues a text as it is
 RAW_TEMPLATE = "{{ bos_token }}{{ messages[0].content }}"
 
@@ -45,8 +52,8 @@ def load_tokenizer(
     for candidate in candidates:
         try:
             return _with_template(AutoTokenizer.from_pretrained(candidate))
-        except (OSError, ValueError) as error:
-            errors.append(f"{candidate}: {str(error).splitlines()[0]}")
+        except Exception as error:  # of the hub, of transformers, or of a package that is not here
+            errors.append(f"{candidate}: {[*str(error).splitlines(), type(error).__name__][0][:SHOWN]}")
     raise DownloadError(
         "the checkpoint has no tokenizer",
         path=folder,
@@ -58,12 +65,49 @@ def load_tokenizer(
 
 def _read(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return _with_template(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        for name in FILES:
+            if (folder / name).is_file():
+                check_size(folder / name, MOST_BYTES)
+        tokenizer = _with_template(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        _check_growth(tokenizer, folder)
+        return tokenizer
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers and tokenizers raise many kinds on damaged files
         raise CheckpointError(
             "cannot read the tokenizer", path=folder, expected=" or ".join(FILES),
-            found=f"{type(error).__name__}: {error}", hint="download it again, or name another: --tokenizer FOLDER_OR_REPO",
+            found=f"{type(error).__name__}: {str(error)[:SHOWN]}", hint=f"download it again, or {OTHER}",
         ) from error  # fmt: skip
+
+
+def _check_growth(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuses a tokenizer whose replacements could make a text, or an answer, more than MOST_GROWTH times as long: some
+    lines in tokenizer.json that replace a letter by two, again and again, would fill any memory."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        steps = getattr(backend, part, None)
+        growth = 1
+        for content in _replacements(json.loads(steps.__getstate__())) if steps is not None else ():
+            growth *= max(len(content.encode("utf-8", "replace")), 1)
+        if growth > MOST_GROWTH:
+            raise CheckpointError(
+                "the tokenizer's replacements make any text too long", path=folder / "tokenizer.json", key=part,
+                expected=f"at most {MOST_GROWTH} times as long", found=f"{growth:.3g} times", hint=OTHER,
+            )  # fmt: skip
+
+
+def _replacements(steps: object) -> Iterator[str]:
+    """What is put in place of something else, or in front of it, anywhere in a tokenizer's steps."""
+    left = [steps]
+    while left:
+        step = left.pop()
+        if isinstance(step, dict):
+            yield from (
+                step[key] for key in ("content", "prepend", "replacement") if isinstance(step.get(key), str)
+            )
+            left += step.values()
+        elif isinstance(step, list):
+            left += step
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

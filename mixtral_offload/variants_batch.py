@@ -29,12 +29,15 @@ from .quantization import Quantization, QuantizedLinear, dequantize
 @contextmanager
 def no_end(model: PreTrainedModel) -> Iterator[None]:
     """No token ends an answer, so that each is as long as its request says."""
-    config = model.generation_config
-    own, config.eos_token_id = config.eos_token_id, None
+    configs = model.generation_config, model.config
+    own = [config.eos_token_id for config in configs]
+    for config in configs:
+        config.eos_token_id = None
     try:
         yield
     finally:
-        config.eos_token_id = own
+        for config, ends in zip(configs, own):
+            config.eos_token_id = ends
 
 
 def continuous(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:

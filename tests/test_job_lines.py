@@ -5,8 +5,10 @@ import os
 
 import pytest
 
+from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.errors import JobError
 from mixtral_offload.job_lines import BadLine, read_lines
+from mixtral_offload.tokenizer import load_tokenizer
 
 from .job import Engine, names, read, run, write
 
@@ -73,13 +75,25 @@ def test_skipped_bad_lines_keep_their_place(monkeypatch, tmp_path):
 
 
 def test_a_template_that_refuses_a_conversation_is_said_by_line(monkeypatch, tmp_path):
-    def refuse(*arguments, **options):
-        raise ValueError("Conversation roles must alternate")
+    refusing = (
+        "{% if messages|length > 1 %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}Hi"
+    )
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.chat_template = refusing
+    monkeypatch.setattr("tests.job.load_tokenizer", lambda folder: tokenizer)
+    write(tmp_path / "in.jsonl", {"messages": [USER]}, {"messages": [USER, USER]})
+    refused = "line 2: the chat template refuses this conversation;.*found: Conversation roles must alternate"
+    with pytest.raises(JobError, match=refused):
+        run(monkeypatch, tmp_path, Engine())
 
-    write(tmp_path / "in.jsonl", {"messages": [USER, USER]})
-    monkeypatch.setattr("mixtral_offload.job_lines.encode", refuse)
+
+def test_ids_that_the_model_does_not_have_are_said_by_line(monkeypatch, tmp_path):
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.add_tokens(["<|more|>"])
+    monkeypatch.setattr("tests.job.load_tokenizer", lambda folder: tokenizer)
+    write(tmp_path / "in.jsonl", {"prompt": "Hello!"}, {"prompt": "Hello <|more|>"})
     with pytest.raises(
-        JobError, match="line 1: the chat template refuses it: Conversation roles must alternate"
+        JobError, match=r"line 2: the tokenizer does not belong to this model.* 1536, of a vocabulary"
     ):
         run(monkeypatch, tmp_path, Engine())
 

@@ -218,7 +218,7 @@ def test_impossible_numbers_are_one_message(capsys, mixtral, changed, message):
      ('{"model_type": "unheard-of"}', "cannot read the configuration"),
      ('{"model_type": "llama", "num_hidden_layers": 2}', "llama is a dense model"),
      ('{"model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": "wide"}', "config"),
-     ('{"model_type": "mixtral", "num_hidden_layers": 2, "num_experts_per_tok": 99}', "how many experts a token uses")],
+     ('{"model_type": "mixtral", "num_hidden_layers": 2, "num_experts_per_tok": 99}', "at most 8, the number of experts")],
 )  # fmt: skip
 def test_wrong_configurations_are_one_message(capsys, tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)

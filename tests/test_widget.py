@@ -9,6 +9,7 @@ import pytest
 
 from mixtral_offload import load_tokenizer, record
 from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.errors import CheckpointError
 from mixtral_offload.live import expert_grid, grid_html, watch
 from mixtral_offload.terminal import chat_loop
 from mixtral_offload.trace import HIT, MISS, PREFETCHED
@@ -104,12 +105,12 @@ def test_what_goes_wrong_is_shown_and_the_conversation_goes_on(chat, monkeypatch
     chat._fields["seed"].value = ""
     store = chat.session.model.offload.cache.store
     good, store.pieces = store.pieces, lambda expert: (_ for _ in ()).throw(OSError(EVIL))
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError):
         chat.ask("What is the capital of Peru?")
     assert html.escape(EVIL) in chat._text.value and EVIL not in chat._text.value
     store.pieces = good
     assert "Paris" in chat.ask("What is the capital of France?")
-    assert "OSError" not in chat._text.value
+    assert "cannot read the experts" not in chat._text.value
 
 
 def test_nothing_that_is_said_becomes_html(chat):
