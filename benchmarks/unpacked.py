@@ -17,7 +17,6 @@ from torch.nn.functional import linear
 
 from mixtral_offload.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mixtral_offload.quantization import dequantize, infer
-from mixtral_offload.trunk import parameter_name, split_quantized
 
 SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 Tensors = dict[
@@ -68,11 +67,12 @@ def trunk_tensors(source: Checkpoint, n_layers: int, dtype: torch.dtype) -> Tens
     """Everything but the experts, attention dequantized, of the first layers."""
     plain, quantized = {}, {}
     for key, stored in source.trunk.items():
-        name = parameter_name(key)
+        place = source.places[key]
+        name = place.name
         if ".layers." in name and int(name.split(".layers.")[1].split(".")[0]) >= n_layers:
             continue
-        if split := split_quantized(name):
-            quantized.setdefault(split[0], {})[split[1]] = stored
+        if place.field is not None:
+            quantized.setdefault(name, {})[place.field] = stored
         else:
             plain[name] = stored.shape, (lambda stored=stored: [stored.read(dtype)])
     head = source.config.hidden_size // source.config.num_attention_heads

@@ -1,43 +1,42 @@
 """Find, validate and read checkpoints on disk. All format mess lives here and nowhere else.
 
-Knows configurations, index files and key names. Knows nothing of devices, caches or how an expert is run.
+Knows configurations, index files, and with `keys` what each stored tensor is. Knows nothing of devices, caches or how an
+expert is run.
 
 Reads the published format (`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo`: one file per expert, keys inside
-without prefix), our own (the same with whole keys) and plain 16-bit transformers checkpoints of Mixtral-like families.
+without prefix), our own (the same with whole keys) and plain transformers checkpoints of Mixtral-like families, in 16 or 32
+bits, with one tensor for each matrix of an expert or with all experts of a layer in one.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .config_check import MOST_INDEX_BYTES, check_config, check_file, check_index, check_size, readable
 from .errors import CheckpointError
 from .experts import ExpertLayout, Field
+from .foreign import refuse_foreign
 from .headers import StoredTensor, in_threads, read_header
+from .keys import ExpertPlace, FusedPlace, KeyMap, TrunkPlace
+from .quantization import Quantization, check_replaceable, infer
+from .skeleton import ExpertsShape, build_meta, check_experts, kept_in_fp32
 
 #: the small model that ships with the package
 DEMO = Path(__file__).parent / "demo" / "4bit"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EXPERT_KEY = re.compile(
-    r"^(?P<prefix>.*\.layers\.(?P<layer>\d+)\..*experts)\.(?P<expert>\d+)\."
-    r"(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj)\.(?P<field>.+)$"
-)
-MATRIX_NAMES = {
-    "w1": "gate",
-    "gate_proj": "gate",
-    "w3": "up",
-    "up_proj": "up",
-    "w2": "down",
-    "down_proj": "down",
-}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+WRONG_CONFIG = "check that config.json belongs to these files"
+#: what the matrices of an expert are called where a checkpoint with all experts in one tensor is written anew
+WRITTEN_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 ExpertId = tuple[int, int]  # (layer, expert)
 
 
@@ -47,16 +46,25 @@ def first_attribute(config, *names: str) -> int | None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated checkpoint: nothing but its headers has been read.
+    """A validated checkpoint: nothing but its headers has been read, and every tensor has its place in the model.
 
-    experts: (layer, expert) -> (matrix, field) -> StoredTensor. trunk: key -> StoredTensor. keys: all keys as stored.
+    experts: (layer, expert) -> (matrix, field) -> StoredTensor. prefixes: (layer, expert) -> matrix -> the stored keys
+    without their fields, where each expert has its own; else what they are called when they are written.
+    trunk: key -> StoredTensor. places: key of the trunk -> its place in the model. linears: name of a quantized linear
+    layer in the model -> how its weight is stored, and its shape. kept: dtype to load in -> keys of the trunk that stay
+    in fp32. ignored: keys without a place. keys: all keys as stored.
     """
 
     folder: Path
     config: object
     layout: ExpertLayout
     experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]]
+    prefixes: dict[ExpertId, dict[str, str]]
     trunk: dict[str, StoredTensor]
+    places: dict[str, TrunkPlace]
+    linears: dict[str, tuple[Quantization, tuple[int, int]]]
+    kept: dict[torch.dtype, frozenset[str]]
+    ignored: tuple[str, ...]
     keys: tuple[str, ...]
 
     @cached_property
@@ -104,37 +112,191 @@ class Checkpoint:
 
 @readable
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open and check a checkpoint folder; every problem is a CheckpointError that names file, key and next step."""
+    """Open and check a checkpoint folder. Reads headers, no weights.
+
+    Tensors that belong to no part of the model are named in one warning, and ignored.
+
+    Raises:
+        CheckpointError: For every problem; it names the file, the key and the next step.
+    """
     folder = Path(folder)
     config = read_config(folder)
     weight_map = _weight_map(folder)
+    refuse_foreign(folder, config, weight_map)
+    model = build_meta(config, torch.float16, path=folder / "config.json")
+    layers, shape = check_experts(model, folder / "config.json")
+    found = _Found(folder, KeyMap(model, layers), layers, shape)
     headers = {path: read_header(path) for path in sorted({folder / name for name in weight_map.values()})}
-    experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]] = {}
-    trunk: dict[str, StoredTensor] = {}
-    owners: dict[str, ExpertId] = {}
-    for key, name in weight_map.items():
-        header, match = headers[folder / name], EXPERT_KEY.match(key)
-        if match is None:
-            if key not in header:
-                raise _absent(folder / name, key)
-            trunk[key] = header[key]
-            continue
-        expert = int(match["layer"]), int(match["expert"])
+    for key in sorted(weight_map):
+        found.add(key, folder / weight_map[key], headers[folder / weight_map[key]])
+    ignored = found.ignore()
+    layout = _check_experts(folder, layers, shape, found.experts)
+    linears = found.check_trunk()
+    if ignored:
+        some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
+        warnings.warn(
+            f"{len(ignored)} tensors in {folder} belong to no part of {type(model).__name__} and are ignored: {some[:300]}",
+            stacklevel=2,
+        )
+    kept = {dtype: kept_in_fp32(model, dtype) for dtype in (torch.float16, torch.bfloat16)}
+    return Checkpoint(
+        folder, config, layout, found.experts, found.prefixes, found.trunk, found.places, linears,
+        {
+            dtype: frozenset(key for key, place in found.places.items() if place.field is None and place.name in names)
+            for dtype, names in kept.items()
+        },
+        tuple(ignored), tuple(weight_map),
+    )  # fmt: skip
+
+
+class _Found:
+    """The tensors of a checkpoint, each in its place."""
+
+    def __init__(self, folder: Path, key_map: KeyMap, layers: dict[str, int], shape: ExpertsShape):
+        self.folder, self.key_map, self.layers, self.shape = folder, key_map, layers, shape
+        self.experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]] = {}
+        self.prefixes: dict[ExpertId, dict[str, str]] = {}
+        self.trunk: dict[str, StoredTensor] = {}
+        self.places: dict[str, TrunkPlace] = {}
+        self._homeless: dict[str, Path] = {}
+        self._owners: dict[Path, ExpertPlace] = {}  # of files of the published format
+        self._filled: dict[object, str] = {}  # what a tensor is -> its key
+
+    def add(self, key: str, path: Path, header: dict[str, StoredTensor]) -> None:
+        """Find the place of one tensor."""
+        try:
+            place = self.key_map.place(key)
+        except CheckpointError as error:
+            raise CheckpointError(error, path=path) from error
+        if isinstance(place, ExpertPlace):
+            self._add_expert(place, key, path, header)
+        elif key not in header:
+            raise _absent(path, key)
+        elif isinstance(place, FusedPlace):
+            self._add_fused(place, key, header[key])
+        elif place is None:
+            self._homeless[key] = path
+        else:
+            self._fill(place, key, path)
+            self.trunk[key], self.places[key] = header[key], place
+
+    def _fill(self, what: object, key: str, path: Path) -> None:
+        if (other := self._filled.setdefault(what, key)) != key:
+            raise _twice(key, path, other)
+
+    def _add_expert(self, place: ExpertPlace, key: str, path: Path, header: dict[str, StoredTensor]) -> None:
+        if place.expert >= self.shape.n_experts:
+            raise self._no_place(key, path, f"{self.shape.n_experts} experts in each layer")
+        expert = self.layers[place.module], place.expert
         stored = header.get(key)
         if stored is None:  # the published format: keys without prefix, so each file is of one expert
-            short = f"{match['matrix']}.{match['field']}"
-            stored = header.get(short)
+            stored = header.get(place.short)
             if stored is None:
-                raise _absent(folder / name, f"{key} (or {short})")
-            if owners.setdefault(name, expert) != expert:
+                raise _absent(path, f"{key} (or {place.short})")
+            owner = self._owners.setdefault(path, place)
+            if (owner.module, owner.expert) != (place.module, place.expert):
                 raise CheckpointError(
-                    "the index gives one expert's file to another expert too", path=folder / name, key=key,
+                    "the index gives one expert's file to another expert too", path=path, key=key,
                     expected=f"a file of expert {expert[1]} of layer {expert[0]}",
-                    found=f"the file of expert {owners[name][1]} of layer {owners[name][0]}", hint=f"download {INDEX} again",
+                    found=f"the file of expert {owner.expert} of layer {self.layers[owner.module]}", hint=f"download {INDEX} again",
                 )  # fmt: skip
-        experts.setdefault(expert, {})[MATRIX_NAMES[match["matrix"]], match["field"]] = stored
-    layout = _check_experts(folder, config, experts)
-    return Checkpoint(folder, config, layout, experts, trunk, tuple(weight_map))
+        self._add_field(expert, place.matrix, place.field, place.stem, key, stored)
+
+    def _add_fused(self, place: FusedPlace, key: str, stored: StoredTensor) -> None:
+        """Each expert's part of a tensor `[experts, rows, columns]`; its matrices lie below each other."""
+        expected = tuple(self.key_map.tensors[f"{place.module}.{_fused_name(place)}"].shape)
+        if stored.shape != expected:
+            raise _does_not_fit(stored, key, expected, torch.float16)
+        n_experts, rows, columns = expected
+        n = rows // len(place.matrices)
+        for expert in range(n_experts):
+            for i, matrix in enumerate(place.matrices):
+                part = stored.rows(expert * rows + i * n, n, columns)
+                stem = f"{place.module}.{expert}.{WRITTEN_NAMES[matrix]}."
+                self._add_field((self.layers[place.module], expert), matrix, "weight", stem, key, part)
+
+    def _add_field(self, expert: ExpertId, matrix: str, field: str, stem: str, key: str, stored) -> None:
+        self._fill((expert, matrix, field), key, stored.path)
+        self.experts.setdefault(expert, {})[matrix, field] = stored
+        self.prefixes.setdefault(expert, {})[matrix] = stem
+
+    def ignore(self) -> list[str]:
+        """The keys that have no place and need none; raises CheckpointError for the first one of the others."""
+        ignored = self.key_map.ignores(self._homeless)
+        if rest := self._homeless.keys() - set(ignored):
+            key = min(rest)
+            raise self._no_place(key, self._homeless[key], None)
+        return ignored
+
+    def _no_place(self, key: str, path: Path, expected: str | None) -> CheckpointError:
+        name = type(self.key_map.model).__name__
+        return CheckpointError(
+            f"{name} has no place for this tensor", path=path, key=key, expected=expected, hint=WRONG_CONFIG
+        )
+
+    def check_trunk(self) -> dict[str, tuple[Quantization, tuple[int, int]]]:
+        """Compare everything but the experts with the model; returns its quantized linear layers, see `Checkpoint`."""
+        packed: dict[str, dict[str, StoredTensor]] = {}
+        for key, place in self.places.items():
+            if place.field is None:
+                self._check_plain(key, self.trunk[key], self.key_map.tensors[place.name])
+            else:
+                packed.setdefault(place.name, {})[place.field] = self.trunk[key]
+        linears = {name: self._check_packed(name, fields) for name, fields in packed.items()}
+        tensors = self.key_map.tensors
+        there = {id(tensors[place.parameter]) for place in self.places.values()}
+        missing = [
+            name for name, tensor in tensors.items()
+            if id(tensor) not in there and name.rpartition(".")[0] not in self.layers
+        ]  # fmt: skip
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} parameters have no value in the checkpoint", path=self.folder, key=missing[0],
+                found="no such tensor", hint=f"download the index again, or {WRONG_CONFIG}",
+            )  # fmt: skip
+        return linears
+
+    def _check_plain(self, key: str, stored: StoredTensor, target: Tensor) -> None:
+        is_float = target.dtype.is_floating_point
+        fits = stored.dtype in FLOATS if is_float else stored.dtype == target.dtype
+        if stored.shape != tuple(target.shape) or not fits:
+            raise _does_not_fit(stored, key, tuple(target.shape), target.dtype)
+
+    def _check_packed(
+        self, name: str, fields: dict[str, StoredTensor]
+    ) -> tuple[Quantization, tuple[int, int]]:
+        path = next(iter(fields.values())).path
+        if other := self._filled.get(TrunkPlace(f"{name}.weight")):
+            raise _twice(name, path, other)
+        linear = self.key_map.model.get_submodule(name)
+        try:
+            check_replaceable(linear)
+            shape = tuple(linear.weight.shape)
+            sizes = {field: (stored.dtype, stored.n_elements) for field, stored in fields.items()}
+            return infer(shape, sizes), shape
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}", path=path) from error
+
+
+def _twice(key: str, path: Path, other: str) -> CheckpointError:
+    return CheckpointError(
+        "two tensors are for one place in the model", path=path, key=key, expected="one of them", found=other,
+        hint="remove the wrong one from the index",
+    )  # fmt: skip
+
+
+def _fused_name(place: FusedPlace) -> str:
+    return "gate_up_proj" if len(place.matrices) == 2 else "down_proj"
+
+
+def _does_not_fit(
+    stored: StoredTensor, key: str, expected: tuple[int, ...], dtype: torch.dtype
+) -> CheckpointError:
+    kind = "float16, bfloat16 or float32" if dtype.is_floating_point else dtype
+    return CheckpointError(
+        "a tensor does not fit the model", path=stored.path, key=key, expected=f"{expected} of {kind}",
+        found=f"{stored.shape} of {stored.dtype}", hint=WRONG_CONFIG,
+    )  # fmt: skip
 
 
 @readable
@@ -232,31 +394,34 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_experts(folder: Path, config, experts) -> ExpertLayout:
+def _check_experts(folder: Path, modules: dict[str, int], shape: ExpertsShape, experts) -> ExpertLayout:
     """The one layout of all experts; refuses a missing expert, a missing tensor, or an expert of another layout."""
     if not experts:
+        name = next(iter(modules))
         raise CheckpointError(
-            "no expert weights found", path=folder, expected="keys like model.layers.0.block_sparse_moe.experts.0.w1.W_q",
-            hint="fused or other expert formats are not supported: convert from one matrix per expert",
+            "no expert weights found", path=folder, expected=f"keys like {name}.0.gate_proj.weight or {name}.gate_up_proj",
+            hint="other formats of experts are not supported",
         )  # fmt: skip
     layers = {layer for layer, _ in experts}
+    if layers != set(modules.values()):
+        raise CheckpointError(
+            "the checkpoint's expert layers are not the model's", path=folder,
+            expected=f"layers {list(modules.values())}", found=f"layers {sorted(layers)}",
+            hint="download the checkpoint's index and config again",
+        )  # fmt: skip
     for layer in sorted(layers):
-        for expert in range(n_experts_of(config)):
+        for expert in range(shape.n_experts):
             if (layer, expert) not in experts:
                 raise CheckpointError(
                     "an expert is missing from the index", path=folder / INDEX, key=f"layer {layer}, expert {expert}",
-                    expected=f"{n_experts_of(config)} experts in each layer", found="no entry", hint="download the index again",
+                    expected=f"{shape.n_experts} experts in each layer", found="no entry", hint="download the index again",
                 )  # fmt: skip
-    hidden = config.hidden_size
-    intermediate = first_attribute(
-        config, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"
-    )
     layout = None
     for expert, tensors in sorted(experts.items()):
         sizes = {name: (tensor.dtype, tensor.n_elements) for name, tensor in tensors.items()}
         path = next(iter(tensors.values())).path
         if layout is None:
-            reference, layout = sizes, _layout(path, expert, hidden, intermediate, sizes)
+            reference, layout = sizes, _layout(path, expert, shape.hidden, shape.intermediate, sizes)
         elif sizes != reference:
             wrong = min(
                 (n for n in sizes.keys() | reference.keys() if sizes.get(n) != reference.get(n)), key=str
@@ -266,6 +431,14 @@ def _check_experts(folder: Path, config, experts) -> ExpertLayout:
                 key=".".join(wrong), expected=reference.get(wrong, "no such tensor"),
                 found=sizes.get(wrong, "no such tensor"), hint="all experts must share bits and group size",
             )  # fmt: skip
+        for (matrix, field), stored in tensors.items():
+            if field == "weight" and stored.shape != layout.shapes[matrix]:
+                raise _does_not_fit(
+                    stored,
+                    f"expert {expert[1]} of layer {expert[0]}, {matrix}",
+                    layout.shapes[matrix],
+                    stored.dtype,
+                )
     return layout
 
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import EXPERT_KEY, INDEX, MATRIX_NAMES, Checkpoint, ExpertId, open_checkpoint
+from .checkpoint import INDEX, Checkpoint, open_checkpoint
 from .errors import CheckpointError
-from .quantization import Quantization, dequantize, field_specs, infer, quantize, repack
+from .quantization import Quantization, dequantize, field_specs, quantize, repack
 from .trunk import split_quantized
 
 ATTENTION = (
@@ -84,7 +84,6 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 def _write_weights(checkpoint: Checkpoint, folder, experts, attention, device, progress) -> dict[str, str]:
     n_files = len(checkpoint.experts) + 1
-    prefixes = _expert_prefixes(checkpoint)
     weight_map: dict[str, str] = {}
 
     def save(number: int, tensors: dict[str, Tensor]) -> None:
@@ -93,20 +92,10 @@ def _write_weights(checkpoint: Checkpoint, folder, experts, attention, device, p
         weight_map.update(dict.fromkeys(tensors, name))
 
     for number, expert in enumerate(sorted(checkpoint.experts), 1):
-        save(number, _expert_tensors(checkpoint, expert, prefixes[expert], experts, device))
+        save(number, _expert_tensors(checkpoint, expert, checkpoint.prefixes[expert], experts, device))
         progress(1)
     save(n_files, _trunk_tensors(checkpoint, attention, device))
     return weight_map
-
-
-def _expert_prefixes(checkpoint: Checkpoint) -> dict[ExpertId, dict[str, str]]:
-    """(layer, expert) -> matrix -> key prefix, as the source names it."""
-    prefixes: dict[ExpertId, dict[str, str]] = {}
-    for key in checkpoint.keys:
-        if match := EXPERT_KEY.match(key):
-            of_expert = prefixes.setdefault((int(match["layer"]), int(match["expert"])), {})
-            of_expert[MATRIX_NAMES[match["matrix"]]] = key.removesuffix(match["field"])
-    return prefixes
 
 
 def _expert_tensors(checkpoint, expert, prefixes, quantization, device) -> dict[str, Tensor]:
@@ -126,13 +115,14 @@ def _requantized(
     key: str, fields, shape, stored: Quantization, wanted: Quantization, device
 ) -> dict[str, Tensor]:
     """The matrix's tensors as wanted; the same bytes, or at least the same weights, where they are so already."""
-    if stored == wanted:
+    is_wide = stored.bits == 16 and fields["weight"].dtype == torch.float32  # what "16 bits" is not
+    if stored == wanted and not is_wide:
         return fields
     # published tensors may differ in rank
     shaped = {
         name: fields[name].view(dims).to(device) for name, (_, dims) in field_specs(shape, stored).items()
     }
-    if replace(stored, split=False) == replace(wanted, split=False):
+    if stored.bits < 16 and replace(stored, split=False) == replace(wanted, split=False):
         return {name: value.cpu() for name, value in repack(shaped, stored, wanted).items()}
     return _quantize(key, dequantize(shaped, shape, stored, torch.float32), wanted)
 
@@ -158,27 +148,20 @@ def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, devic
         else:
             modules.setdefault(split[0], {})[split[1]] = stored.read()
     for module, fields in modules.items():
-        fields = _attention_fields(checkpoint.config, module, fields, attention, device)
+        fields = _attention_fields(checkpoint, module, fields, attention, device)
         tensors |= {f"{module}.{name}": value for name, value in fields.items()}
     return tensors
 
 
-def _attention_fields(config, module: str, fields, wanted: Quantization, device) -> dict[str, Tensor]:
-    plain = fields.get("weight")
-    if plain is None:
-        shape = attention_shape(config, module)
-        stored = infer(shape, {name: (value.dtype, value.numel()) for name, value in fields.items()})
+def _attention_fields(
+    checkpoint: Checkpoint, module: str, fields: dict[str, Tensor], wanted: Quantization, device: torch.device
+) -> dict[str, Tensor]:
+    """module: as stored. fields: of its weight, plain or quantized."""
+    if "weight" in fields:
+        stored, shape = Quantization(16), tuple(fields["weight"].shape)
     else:
-        shape, stored = tuple(plain.shape), Quantization(16)
+        stored, shape = checkpoint.linears[checkpoint.places[f"{module}.W_q"].name]
     return _requantized(f"{module}.", fields, shape, stored, wanted, device)
-
-
-def attention_shape(config, module: str) -> tuple[int, int]:
-    """(N, K) of a projection whose stored tensors no longer tell."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    shapes = {"q_proj": (queries, config.hidden_size), "o_proj": (config.hidden_size, queries)}
-    return shapes.get(module.rpartition(".")[2], (keys, config.hidden_size))
 
 
 def _copy_small_files(source: Path, target: Path, config_extra: dict) -> None:

@@ -41,6 +41,11 @@ class StoredTensor:
     def n_elements(self) -> int:
         return self.n_bytes // self.dtype.itemsize
 
+    def rows(self, start: int, n: int, columns: int) -> StoredTensor:
+        """`n` of the tensor's rows from `start` on, seen as a matrix of rows of `columns` elements; [n, columns]."""
+        row = columns * self.dtype.itemsize
+        return StoredTensor(self.path, self.dtype, (n, columns), self.offset + start * row, n * row)
+
     def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The tensor, in memory of its own; converted and moved a few MB at a time, so that it is never there twice."""
         value = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)

@@ -89,22 +89,29 @@ class _Meter:
     __exit__ = update_transfer = set_postfix_str = set_transfer_postfix_str = close
 
 
-def plan_download(repo_id, *, revision=None, endpoint=None, token=None, local_dir=None) -> DownloadPlan:
+def plan_download(
+    repo_id, *, revision=None, endpoint=None, token=None, local_dir=None, cache_dir=None
+) -> DownloadPlan:
     """Ask the hub what a download needs; fetches no file."""
-    return _plan(_ask(repo_id, revision, endpoint, token, local_dir))
+    return _plan(_ask(repo_id, revision, endpoint, token, local_dir, cache_dir))
 
 
 def download(
-    repo_id, *, revision=None, endpoint=None, token=None, local_dir=None, progress=True, verify=True
-) -> Path:
+    repo_id, *, revision=None, endpoint=None, token=None, local_dir=None, cache_dir=None,
+    local_files_only=False, progress=True, verify=True,
+) -> Path:  # fmt: skip
     """Fetch what is missing of a repository, prove it by its hashes, return the folder that holds the files.
 
-    Without a connection a complete earlier download is used as it is.
+    Without a connection a complete earlier download is used as it is. cache_dir: in place of the hub's cache.
+    local_files_only: do not ask the hub.
     """
     try:
-        job = _ask(repo_id, revision, endpoint, token, local_dir)
+        if local_files_only:
+            hint = "leave local_files_only out to fetch what is not here"
+            raise DownloadError(f"{repo_id}: the hub is not asked (local_files_only)", hint=hint)
+        job = _ask(repo_id, revision, endpoint, token, local_dir, cache_dir)
     except DownloadError as error:
-        return _without_hub(Record(repo_id, revision, local_dir), verify, error)
+        return _without_hub(Record(repo_id, revision, local_dir, cache_dir), verify, error)
     plan = _plan(job)
     if plan.remaining_bytes > plan.free_bytes:
         lack = plan.remaining_bytes - plan.free_bytes
@@ -148,11 +155,11 @@ def local_folder(path_or_repo_id) -> Path | None:
     raise CheckpointError(what, path=path.absolute(), expected=expected, found=found, hint=hint)
 
 
-def _ask(repo_id, revision, endpoint, token, local_dir):
+def _ask(repo_id, revision, endpoint, token, local_dir, cache_dir):
     try:
         api = HfApi(endpoint=endpoint, token=token)
         info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=20)
-        job = Record(repo_id, revision, local_dir)
+        job = Record(repo_id, revision, local_dir, cache_dir)
         job.commit, job.files = info.sha, {}
         found = filter_repo_objects(info.siblings or (), key=lambda s: s.rfilename, **RULES)
         for file in sorted(found, key=lambda s: s.rfilename):
@@ -237,7 +244,11 @@ def _without_hub(job, verify, error):
 def _foreign_copy(job):
     """A snapshot that other programs left in the hub cache: (folder, missing names), hashes unknown."""
     try:
-        found = Path(snapshot_download(job.repo_id, revision=job.revision, local_files_only=True, **RULES))
+        found = Path(
+            snapshot_download(
+                job.repo_id, revision=job.revision, cache_dir=job.store.parent, local_files_only=True, **RULES
+            )
+        )
     except hf.IncompleteSnapshotError as error:
         return job.store, [str(error).split(": ", 1)[-1]]
     except Exception:

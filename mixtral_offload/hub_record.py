@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 class Record:
     """The files of one commit: where they belong, what they must be, which of them were verified."""
 
-    def __init__(self, repo_id, revision, local_dir):
+    def __init__(self, repo_id, revision, local_dir, cache_dir=None):
         self.repo_id, self.revision = repo_id, revision or "main"
-        self.store = Path(constants.HF_HUB_CACHE) / f"models--{str(repo_id).replace('/', '--')}"
+        cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+        self.store = cache / f"models--{str(repo_id).replace('/', '--')}"
         self.local_dir = None if local_dir is None else Path(local_dir).expanduser().absolute()
         base = self.local_dir / ".cache" if self.local_dir else self.store
         self.record = base / "mixtral_offload" / f"{quote(f'{repo_id}@{self.revision}', safe='@')}.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .arguments import split_arguments
 from .checkpoint import DEMO, Checkpoint, open_checkpoint
 from .hub import resolve
 from .offload import build_skeleton
@@ -82,8 +83,9 @@ def memory_use(path_or_repo_id: str | Path | None = None, *, hub: dict | None = 
     A hub repository that is not here yet is downloaded, as `from_pretrained` would. Raises the same OffloadErrors:
     DownloadError, CheckpointError, CapacityError, OptionError.
     """
+    options, hub = split_arguments(options, hub)
     parsed = OffloadOptions.parse(options)
-    checkpoint = open_checkpoint(DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {})))
+    checkpoint = open_checkpoint(DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **hub))
     *_, parsed = build_skeleton(checkpoint, parsed)  # what from_pretrained refuses is refused here too
     return _use(checkpoint, parsed)
 

@@ -21,6 +21,7 @@ from .experts import ALIGNMENT
 from .packed import dequantized_bytes
 from .plan import Sizes
 from .quantization import PAPER, Quantization, field_specs
+from .skeleton import has_plain_experts
 
 Shape = tuple[int, int]
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
@@ -283,8 +284,6 @@ def _kv_elements(module: nn.Module) -> int | None:
 
 def _runs(config, experts: nn.Module) -> list[str]:
     """What stands between this plan and `from_pretrained`."""
-    from .offload import has_plain_experts
-
     if not has_plain_experts(experts):
         return [
             f"a plan only: from_pretrained does not run {config.model_type}'s experts yet (biases or another layout)"

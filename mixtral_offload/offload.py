@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import time
 import weakref
 from collections.abc import Iterator
@@ -22,14 +21,14 @@ from typing import NoReturn
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import forward as _registers_the_experts_function  # noqa: F401
 from .absent import remove_weights
+from .arguments import split_arguments
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
-from .config_check import building
-from .errors import CheckpointError, OptionError
+from .errors import OptionError
 from .experts import ExpertLayout, dequantize_expert
 from .hub import resolve
 from .options import OffloadOptions, compile_choice, device_layout, plan_for
@@ -41,6 +40,7 @@ from .prefetch import Gate, Prefetcher, find_gates
 from .quantization import QuantizedLinear, matmul
 from .recorder import Recorder
 from .settings import read_generation_config
+from .skeleton import build_meta, check_experts
 from .store import FileStore, RamStore
 from .transfer import make_engine
 from .trunk import load_trunk
@@ -139,18 +139,21 @@ def from_pretrained(
     """An ordinary transformers model whose experts are offloaded.
 
     path_or_repo_id: a folder, a hub repository, or None for the small model that ships with the package.
-    hub: arguments for `mixtral_offload.hub.download` (revision, endpoint, token, local_dir).
-    options: see `OffloadOptions`. Raises OffloadError (DownloadError, CheckpointError, CapacityError, OptionError).
+    hub: arguments for `mixtral_offload.hub.download` (revision, endpoint, token, local_dir, cache_dir).
+    options: see `OffloadOptions`. Arguments of transformers' own `from_pretrained` are understood where they make sense
+    here (torch_dtype, device_map for one device, attn_implementation, token, revision, cache_dir, local_files_only), and
+    otherwise refused with what to do instead. Raises OffloadError (DownloadError, CheckpointError, CapacityError, OptionError).
     The model has `model.offload` with the plan, the cache and its counters.
     """
+    options, hub = split_arguments(options, hub)
     with torch.device(
         "cpu"
     ):  # whatever default device the caller has set: each tensor's own is in the options
         return _build(path_or_repo_id, hub, OffloadOptions.parse(options))
 
 
-def _build(path_or_repo_id: str | Path | None, hub: dict | None, options: OffloadOptions) -> PreTrainedModel:
-    folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
+def _build(path_or_repo_id: str | Path | None, hub: dict, options: OffloadOptions) -> PreTrainedModel:
+    folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **hub)
     checkpoint = open_checkpoint(folder)
     generation = read_generation_config(folder)
     model, modules, gates, options = build_skeleton(checkpoint, options)
@@ -192,37 +195,18 @@ def _compile_now(model: PreTrainedModel) -> float:
 def build_skeleton(checkpoint: Checkpoint, options: OffloadOptions):
     """(model without any weights, its modules of experts by name -> layer, gates to guess by, options with the number of
     guesses). Whatever cannot be offloaded is refused here, before any weight is read."""
-    model = _skeleton(checkpoint, options)
-    modules = _layers(model, checkpoint)
+    options = options.for_checkpoint(checkpoint)
+    model, modules = _skeleton(checkpoint, options)
     return model, modules, *_gates(model, modules, options)
 
 
-def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedModel:
-    """The model without any weights, its experts' parameters gone for good."""
-    with building(checkpoint.folder / "config.json"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=options.dtype)
-    for name, module in _experts_modules(model):
-        if not has_plain_experts(module):
-            raise CheckpointError(
-                f"experts of {checkpoint.config.model_type} are not supported yet", key=name,
-                expected="gated experts without bias or norm, as in Mixtral, Qwen-MoE or OLMoE",
-            )  # fmt: skip
-        remove_weights(module)
-    return model
-
-
-def has_plain_experts(module: nn.Module) -> bool:
-    """Whether these are gated experts as `expert_forward` runs them: no bias, no norm, transformers' usual layout."""
-    plain = {"has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False}
-    as_usual = all(getattr(module, name, None) is value for name, value in plain.items())
-    return as_usual and not getattr(module, "has_post_expert_norm", False)
-
-
-def _experts_modules(model: nn.Module):
-    """The modules that call transformers' experts interface (its decorator leaves these attributes)."""
-    for name, module in model.named_modules():
-        if hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate"):
-            yield name, module
+def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The model without any weights, its experts' parameters gone for good; and its modules of experts -> their layers."""
+    model = build_meta(checkpoint.config, options.dtype, options.attn_implementation)
+    layers, _ = check_experts(model)
+    for name in layers:
+        remove_weights(model.get_submodule(name))
+    return model, layers
 
 
 def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) -> ExpertCache:
@@ -263,18 +247,6 @@ def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.de
         else:
             dequantize_expert(buffer.to(device), stored, slot, cache.layout)
         yield expert
-
-
-def _layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, int]:
-    """Name of each module of experts -> its layer."""
-    layers = {name: int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name, _ in _experts_modules(model)}
-    if tuple(layers.values()) != checkpoint.layers:
-        raise CheckpointError(
-            "the checkpoint's expert layers are not the model's", path=checkpoint.folder,
-            expected=f"layers {list(layers.values())}", found=f"layers {list(checkpoint.layers)}",
-            hint="download the checkpoint's index and config again",
-        )  # fmt: skip
-    return layers
 
 
 def _gates(

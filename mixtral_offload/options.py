@@ -32,7 +32,8 @@ class OffloadOptions:
     """How to offload.
 
     device: "cpu", "cuda", "cuda:1" ...; default: cuda where there is one. dtype: of activations and of the trunk;
-    default: float16 on CUDA, float32 on the CPU. cache_size: experts per layer on the device (one number, or one for each layer),
+    default: float16 on CUDA, float32 on the CPU; "auto": the checkpoint's own. attn_implementation: as in transformers.
+    cache_size: experts per layer on the device (one number, or one for each layer),
     or "auto" for all that fit; default: what the checkpoint asks for, or "auto". store: home of the other experts, "ram", "disk" or "auto".
     vram, ram: bytes (or text like "15GB") that may be used; default: what is free. On the CPU both are one memory, and
     the smaller of those given counts. context_length: tokens to leave room for; a chat goes no further. batch_size: how
@@ -46,6 +47,7 @@ class OffloadOptions:
 
     device: str | torch.device | None = None
     dtype: torch.dtype | str | None = None
+    attn_implementation: str | None = None
     cache_size: int | str | Sequence[int] | None = None
     store: str = "auto"
     vram: int | str | None = None
@@ -73,12 +75,14 @@ class OffloadOptions:
                 raise OptionError("unknown option", found=name, expected=", ".join(known), hint=hint)
         device = parse_device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = options.get("dtype") or (torch.float16 if device.type == "cuda" else torch.float32)
-        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if dtype not in DTYPES:
-            raise OptionError(
-                "unknown dtype", expected="float16, bfloat16 or float32", found=options["dtype"]
-            )
+        if dtype != "auto":  # the checkpoint's, see `for_checkpoint`
+            dtype = _parse_dtype(dtype)
         parsed = cls(**{**options, "device": device, "dtype": dtype})
+        attention = parsed.attn_implementation
+        if attention is not None and not (isinstance(attention, str) and attention):
+            raise OptionError(
+                "impossible attn_implementation", expected='a name, such as "sdpa"', found=attention
+            )
         for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1), ("batch_size", 1)):
             value = getattr(parsed, name)
             if value is not None and (type(value) is not int or value < least):
@@ -95,6 +99,14 @@ class OffloadOptions:
             parsed, **{name: _size(name, getattr(parsed, name)) for name in ("vram", "ram", "link")}
         )
 
+    def for_checkpoint(self, checkpoint: Checkpoint) -> OffloadOptions:
+        """With the checkpoint's dtype where "auto" was asked for: what config.json says, or its first floating tensor's."""
+        if self.dtype != "auto":
+            return self
+        plain = (of.dtype for key, of in checkpoint.trunk.items() if checkpoint.places[key].field is None)
+        stored = next((dtype for dtype in plain if dtype.is_floating_point), None)
+        return replace(self, dtype=_parse_dtype(getattr(checkpoint.config, "dtype", None) or stored))
+
     def with_prefetch(self, possible: bool = True) -> OffloadOptions:
         """With the default number of guesses where none was asked for; none where the model has no way to guess."""
         if self.prefetch is not None:
@@ -106,6 +118,13 @@ class OffloadOptions:
     def n_staging(self) -> int:
         """Rows for guesses."""
         return staging_rows(self.prefetch, self.look_ahead)
+
+
+def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
+        raise OptionError("unknown dtype", expected='float16, bfloat16, float32 or "auto"', found=dtype)
+    return found
 
 
 def _size(name: str, value) -> int | None:
@@ -198,7 +217,8 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     """Device bytes beside the experts, by name: the "trunk"; for the context the "KV cache"; and as "scratch" the
     activations of one layer's experts and one dequantized matrix."""
     config, layout, item = checkpoint.config, checkpoint.layout, options.dtype.itemsize
-    trunk = sum(_trunk_bytes(key, tensor, options) for key, tensor in checkpoint.trunk.items())
+    kept = checkpoint.kept.get(options.dtype, frozenset())
+    trunk = sum(_trunk_bytes(key, tensor, options, key in kept) for key, tensor in checkpoint.trunk.items())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     context = min(options.context_length, config.max_position_embeddings)
     kv = (
@@ -222,9 +242,10 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     return {"trunk": trunk, "KV cache": kv, "scratch": scratch}
 
 
-def _trunk_bytes(key: str, stored: StoredTensor, options: OffloadOptions) -> int:
-    """Device bytes of one tensor beside the experts; of a packed one to be unpacked, as many as it could hold at most."""
-    item = options.dtype.itemsize
+def _trunk_bytes(key: str, stored: StoredTensor, options: OffloadOptions, is_kept: bool) -> int:
+    """Device bytes of one tensor beside the experts; of a packed one to be unpacked, as many as it could hold at most.
+    is_kept: in fp32."""
+    item = 4 if is_kept else options.dtype.itemsize
     if options.unpack and key.endswith(".W_q"):
         return stored.n_elements * item * (4 if stored.dtype == torch.uint8 else 10)  # values in a word
     is_plain = stored.dtype.is_floating_point and ".meta." not in key

@@ -10,6 +10,7 @@ Mixtral-8x7B checkpoint (dvmazur/mixtral-offloading): `W_q`, `meta.scale_q`, `me
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ FieldSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 class Quantization:
     """How a matrix is stored.
 
-    bits: 16 (plain fp16), 8, 4, 3 or 2. group_size: weights that share a scale and a zero.
+    bits: 16 (plain weights: fp16, or bf16 or fp32 as they are stored), 8, 4, 3 or 2. group_size: weights that share a scale and a zero.
     scale_group_size: scales that share an 8-bit quantization of their own, or None for fp16 scales.
     quantize_zero: zeros in 8 bits with one scale and zero for the matrix, or fp16 zeros.
     split: of 3 bits only: the two lower ones in W_q and the highest in W_high, 3 bits a weight; else ten values in 32 bits
@@ -133,8 +134,8 @@ def infer(shape: tuple[int, int], sizes: dict[str, tuple[torch.dtype, int]]) -> 
     """
     found = Quantization(16) if "weight" in sizes else _infer_packed(shape, sizes)
     expected = {name: (dtype, math.prod(dims)) for name, (dtype, dims) in field_specs(shape, found).items()}
-    if sizes.get("weight", (None, 0))[0] == torch.bfloat16:  # the other 16-bit dtype is as good
-        expected["weight"] = (torch.bfloat16, expected["weight"][1])
+    if sizes.get("weight", (None, 0))[0] in (torch.bfloat16, torch.float32):  # as good: products convert them
+        expected["weight"] = (sizes["weight"][0], expected["weight"][1])
     for name in expected.keys() | sizes.keys():
         if name not in sizes or name not in expected or sizes[name] != expected[name]:
             raise CheckpointError(
@@ -268,19 +269,66 @@ def _packed(q: Tensor, quantization: Quantization) -> Fields:
     }
 
 
-class QuantizedLinear(torch.nn.Module):
-    """A bias-free linear layer whose weight stays quantized; buffers are named as in the checkpoint.
+def check_replaceable(linear: torch.nn.Module) -> None:
+    """Raise a CheckpointError unless a `QuantizedLinear` can keep all that this module holds and does."""
+    if not isinstance(linear, torch.nn.Linear):
+        raise CheckpointError(
+            "a quantized matrix is not for a linear layer",
+            expected="torch.nn.Linear",
+            found=type(linear).__name__,
+        )
+    state = linear.__dict__.keys() - torch.nn.Linear(1, 1, device="meta").__dict__.keys()
+    lost = [
+        *(name for name in linear._parameters if name not in ("weight", "bias")), *linear._buffers, *linear._modules,
+        *(name for name in state if not name.startswith("_")),
+        *(name for name in ("_forward_hooks", "_forward_pre_hooks", "_parametrizations") if getattr(linear, name, None)),
+    ]  # fmt: skip
+    if type(linear).forward is not torch.nn.Linear.forward:
+        lost.append(f"the forward of {type(linear).__name__}")
+    if lost:
+        raise CheckpointError(
+            "a linear layer has more than its quantized form can keep", expected="a weight and a bias", found=", ".join(lost),
+            hint="convert the checkpoint again, with this layer in 16 bits",
+        )  # fmt: skip
 
-    product: multiplies with the quantized matrix, with `matmul`'s arguments.
+
+class QuantizedLinear(torch.nn.Module):
+    """A linear layer whose weight stays quantized; buffers are named as in the checkpoint.
+
+    Args:
+        shape: (N, K) of the weight.
+        quantization: How it is stored.
+        product: Multiplies with the quantized matrix, with `matmul`'s arguments.
+        bias: [N], or None.
     """
 
-    def __init__(self, shape: tuple[int, int], quantization: Quantization, product=matmul):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        quantization: Quantization,
+        product: Callable[..., Tensor] = matmul,
+        bias: torch.nn.Parameter | None = None,
+    ):
         super().__init__()
         self.out_features, self.in_features = shape
         self.quantization, self.product = quantization, product
         self._names = {name: name.replace(".", "__") for name in field_specs(shape, quantization)}
         for name, (dtype, dims) in field_specs(shape, quantization).items():
             self.register_buffer(self._names[name], torch.empty(dims, dtype=dtype, device="meta"))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def replacing(
+        cls, linear: torch.nn.Linear, quantization: Quantization, product: Callable[..., Tensor] = matmul
+    ) -> QuantizedLinear:
+        """What stands in for a linear layer and keeps all of it but the weight, which is still to be set.
+
+        Raises:
+            CheckpointError: If something of the layer would be lost.
+        """
+        check_replaceable(linear)
+        layer = cls((linear.out_features, linear.in_features), quantization, product, linear.bias)
+        return layer.train(linear.training)
 
     def set_field(self, name: str, value: Tensor) -> None:
         """Put one stored tensor in place, reshaped to the shape expected."""
@@ -292,7 +340,9 @@ class QuantizedLinear(torch.nn.Module):
         fields = {name: getattr(self, buffer) for name, buffer in self._names.items()}
         rows = x.reshape(-1, self.in_features)
         y = self.product(rows, fields, (self.out_features, self.in_features), self.quantization)
+        if self.bias is not None:
+            y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.quantization}"
+        return f"{self.in_features} -> {self.out_features}, {self.quantization}, bias={self.bias is not None}"

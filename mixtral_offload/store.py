@@ -102,11 +102,13 @@ class FileStore:
 
     def pieces(self, expert: ExpertId) -> Pieces:
         stored = [(field.offset, self._experts[expert][field.matrix, field.name]) for field in self._fields]
-        first, last = (pick(of.offset for _, of in stored) for pick in (min, max))
-        span = first, last - first  # of one file, as a rule; at worst, some of it is fetched in vain
         pieces = [(at, FilePart(self._open, self._pool, of.path, of.offset, of.n_bytes)) for at, of in stored]
-        pieces[0] = pieces[0][0], pieces[0][1]._replace(ahead=span)
-        return pieces
+        first, last = (pick(of.offset for _, of in stored) for pick in (min, max))
+        if last - first <= sum(of.n_bytes for _, of in stored) and len({of.path for _, of in stored}) == 1:
+            pieces[0] = pieces[0][0], pieces[0][1]._replace(ahead=(first, last - first))
+            return pieces
+        # the rest of the file lies between: where all experts are in one tensor, or their matrices in several files
+        return [(at, of._replace(ahead=(of.offset, of.n_bytes))) for at, of in pieces]
 
 
 class FilePart(NamedTuple):

@@ -5,50 +5,77 @@ Knows parameter names and modules of a model on the meta device. Knows nothing o
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .headers import StoredTensor, in_threads
-from .quantization import Fields, Quantization, QuantizedLinear, dequantize, field_specs, infer, matmul
+from .keys import split_quantized
+from .quantization import Fields, Quantization, QuantizedLinear, dequantize, field_specs, matmul
 
-QUANTIZED = (".W_q", ".W_high", ".meta.")
-
-
-def parameter_name(key: str) -> str:
-    """A stored key -> transformers' name; checkpoints of Mixtral keep the block's first name."""
-    return key.replace(".block_sparse_moe.", ".mlp.")
-
-
-def split_quantized(key: str) -> tuple[str, str] | None:
-    """`...q_proj.meta.scale_q` -> (`...q_proj`, `meta.scale_q`); None for the key of a plain tensor."""
-    for mark in QUANTIZED:
-        if mark in key:
-            module, _, rest = key.partition(mark)
-            return module, (mark + rest).removeprefix(".")
-    return None
+__all__ = ["load_trunk", "split_quantized"]
 
 
 def load_trunk(
-    model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, product=matmul
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    product: Callable[..., Tensor] | None = matmul,
 ) -> None:
-    """Fill `model` (meta device) tensor by tensor; quantized linear layers stay quantized.
+    """Fill a model tensor by tensor; quantized linear layers stay quantized.
 
-    product: multiplies with them (see `QuantizedLinear`); None: they are dequantized once. Raises CheckpointError for a key that the model does not have, a wrong shape, or a parameter left without value.
+    What is put where is decided before anything is read, by one thread; the others only read.
+
+    Args:
+        model: On the meta device, without its experts' parameters.
+        checkpoint: Checked against this model's class.
+        device: Of the parameters.
+        dtype: Of all floating ones but those that transformers keeps in fp32.
+        product: Multiplies with the quantized layers, see `QuantizedLinear`; None: they are dequantized once.
+
+    Raises:
+        CheckpointError: For a file that cannot be read, or a parameter left without value.
     """
-    tasks, quantized = [], {}
-    for key, stored in checkpoint.trunk.items():
-        if split := split_quantized(parameter_name(key)):
-            quantized.setdefault(split[0], {})[split[1]] = stored
-        else:
-            tasks.append((_set_parameter, model, key, stored, device, dtype))
-    tasks += [(_set_quantized, model, name, tensors, device, product) for name, tensors in quantized.items()]
-    for _ in in_threads(tasks):
-        pass
-    model.tie_weights()
+    missing = set(model.state_dict()) - {place.parameter for place in checkpoint.places.values()}
     _fill_buffers(model, device)
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    kept, places = checkpoint.kept.get(dtype, frozenset()), checkpoint.places
+    packed: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    plain: dict[str, tuple[StoredTensor, torch.dtype | None]] = {}
+    for key, stored in checkpoint.trunk.items():
+        if places[key].field is not None:
+            packed[places[key].name][places[key].field] = stored
+        else:
+            wanted = torch.float32 if key in kept else dtype
+            plain[places[key].name] = stored, wanted if stored.dtype.is_floating_point else None
+    tasks, homes = [], []
+    for name, (stored, wanted) in plain.items():
+        tasks.append((stored.read, wanted, device))
+        homes.append(name)
+    for name, fields in packed.items():
+        quantization, shape = checkpoint.linears[name]
+        if product is None:
+            tasks.append((_read_dequantized, fields, shape, quantization, dtype, device))
+            homes.append(f"{name}.weight")
+            continue
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, QuantizedLinear.replacing(getattr(owner, child), quantization, product))
+        for field, stored in fields.items():
+            tasks.append((stored.read, None, device))
+            homes.append((name, field))
+    for home, value in zip(homes, in_threads(tasks), strict=True):
+        if isinstance(home, tuple):
+            model.get_submodule(home[0]).set_field(home[1], value)
+        else:
+            _put(model, home, value)
+    model.tie_weights(missing_keys=missing)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise CheckpointError(
             f"{len(left)} parameters have no value in the checkpoint", path=checkpoint.folder, key=left[0],
@@ -56,76 +83,40 @@ def load_trunk(
         )  # fmt: skip
 
 
-def _module(model: nn.Module, name: str, key: str, stored: StoredTensor) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise CheckpointError(
-            f"{type(model).__name__} has no place for this tensor", path=stored.path, key=key,
-            hint="check that config.json belongs to these files",
-        ) from None  # fmt: skip
-
-
-def _set_parameter(model: nn.Module, key: str, stored: StoredTensor, device, dtype) -> None:
-    owner, _, name = parameter_name(key).rpartition(".")
-    module = _module(model, owner, key, stored)
-    is_buffer = name in module._buffers
-    target = module._buffers.get(name) if is_buffer else module._parameters.get(name)
-    expected = None if target is None else tuple(target.shape)
-    if expected != stored.shape or (stored.dtype.is_floating_point != target.dtype.is_floating_point):
-        raise CheckpointError(
-            "a tensor does not fit the model", path=stored.path, key=key,
-            expected="no such tensor" if target is None else f"{expected} of {target.dtype}",
-            found=f"{stored.shape} of {stored.dtype}", hint="check that config.json belongs to these files",
-        )  # fmt: skip
-    value = stored.read(dtype if stored.dtype.is_floating_point else None, device)
-    if is_buffer:
-        module._buffers[name] = value
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
     else:
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-def _set_quantized(
-    model: nn.Module, name: str, tensors: dict[str, StoredTensor], device: torch.device, product
-) -> None:
-    first = next(iter(tensors.values()))
-    linear = _module(model, name, name, first)
-    shape = (linear.out_features, linear.in_features)
-    try:
-        quantization = infer(
-            shape, {field: (stored.dtype, stored.n_elements) for field, stored in tensors.items()}
-        )
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}", path=first.path) from error
-    fields = {field: stored.read(device=device) for field, stored in tensors.items()}
-    if product is None:
-        linear._parameters["weight"] = nn.Parameter(
-            _plain(fields, shape, quantization, linear.weight.dtype), False
-        )
-        return
-    layer = QuantizedLinear(shape, quantization, product)
-    for field, value in fields.items():
-        layer.set_field(field, value)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def _plain(fields: Fields, shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype) -> Tensor:
+def _read_dequantized(
+    fields: dict[str, StoredTensor],
+    shape: tuple[int, int],
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     specs = field_specs(shape, quantization)
-    return dequantize(
-        {name: value.view(specs[name][1]) for name, value in fields.items()}, shape, quantization, dtype
-    )
+    read: Fields = {name: stored.read(device=device).view(specs[name][1]) for name, stored in fields.items()}
+    return dequantize(read, shape, quantization, dtype)
 
 
-def _fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) are computed by transformers' own initialisation."""
+def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Let transformers' own initialisation compute the buffers that no checkpoint holds (rotary frequencies).
+
+    Parameters and the other buffers are still on the meta device, where it does nothing to them: what a checkpoint lacks
+    is found missing later, not made up here.
+    """
     for module in model.modules():
-        meta = {
+        computed = {
             name: buffer
             for name, buffer in module._buffers.items()
-            if isinstance(buffer, Tensor) and buffer.is_meta
+            if isinstance(buffer, Tensor) and buffer.is_meta and name in module._non_persistent_buffers_set
         }
-        for name, buffer in meta.items():
+        for name, buffer in computed.items():
             module._buffers[name] = torch.empty_like(buffer, device=device)
-        if meta:
+        if computed:
             model._init_weights(module)
