@@ -23,7 +23,7 @@ from torch import Tensor
 from .config_check import MOST_INDEX_BYTES, check_config, check_file, check_index, check_size, readable
 from .errors import CheckpointError
 from .experts import ExpertLayout, Field
-from .foreign import refuse_foreign
+from .foreign import refuse_keys, refuse_method
 from .headers import StoredTensor, in_threads, read_header
 from .keys import ExpertPlace, FusedPlace, KeyMap, TrunkPlace
 from .quantization import Quantization, check_replaceable, infer
@@ -121,8 +121,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     config = read_config(folder)
+    refuse_method(folder, config)
     weight_map = _weight_map(folder)
-    refuse_foreign(folder, config, weight_map)
+    refuse_keys(folder, config, weight_map)
     model = build_meta(config, torch.float16, path=folder / "config.json")
     layers, shape = check_experts(model, folder / "config.json")
     found = _Found(folder, KeyMap(model, layers), layers, shape)
@@ -245,13 +246,14 @@ class _Found:
         linears = {name: self._check_packed(name, fields) for name, fields in packed.items()}
         tensors = self.key_map.tensors
         there = {id(tensors[place.parameter]) for place in self.places.values()}
-        missing = [
-            name for name, tensor in tensors.items()
+        missing = {
+            id(tensor): name
+            for name, tensor in reversed(tensors.items())  # of a tied one, its first name
             if id(tensor) not in there and name.rpartition(".")[0] not in self.layers
-        ]  # fmt: skip
+        }
         if missing:
             raise CheckpointError(
-                f"{len(missing)} parameters have no value in the checkpoint", path=self.folder, key=missing[0],
+                f"{len(missing)} parameters have no value in the checkpoint", path=self.folder, key=min(missing.values()),
                 found="no such tensor", hint=f"download the index again, or {WRONG_CONFIG}",
             )  # fmt: skip
         return linears

@@ -27,21 +27,25 @@ FOREIGN_KEYS = (
 )
 
 
-def refuse_foreign(folder: Path, config: PretrainedConfig, keys: Iterable[str]) -> None:
-    """Raise a CheckpointError that names the format if the weights are quantized in one that this package does not read.
+def refuse_method(folder: Path, config: PretrainedConfig) -> None:
+    """Raise a CheckpointError that names the format if config.json says that it is one that this package does not read.
 
     Args:
         folder: Of the checkpoint.
         config: Its configuration.
-        keys: Its tensors' keys.
     """
     method = quant_method(config)
-    if method == OUR_METHOD:
-        return
-    keys = list(keys)
-    published = any(".meta." in key for key in keys)  # the published Mixtral's own form of hqq
-    if method is not None and not (published and method == "hqq"):
+    if method not in (None, OUR_METHOD, "hqq"):  # of hqq, one form is read: see `refuse_keys`
         raise _refused(folder, method, "quantization_config.quant_method")
+
+
+def refuse_keys(folder: Path, config: PretrainedConfig, keys: Iterable[str]) -> None:
+    """The same for what the keys of the checkpoint's tensors say, where config.json says nothing."""
+    keys = list(keys)
+    if quant_method(config) == "hqq" and not any(
+        ".meta." in key for key in keys
+    ):  # the published Mixtral's form
+        raise _refused(folder, "hqq", "quantization_config.quant_method")
     for pattern, name in FOREIGN_KEYS:
         if key := next(filter(pattern.search, keys), None):
             raise _refused(folder, name, key)

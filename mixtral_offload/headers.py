@@ -129,6 +129,12 @@ def _parse(path: Path) -> tuple[dict[str, dict], int]:
 
 
 def _stored(path: Path, key: str, entry: dict, data_begin: int) -> StoredTensor:
+    if str(entry["dtype"]).startswith(("F8", "F6", "F4")):
+        raise CheckpointError(
+            f"the weights are quantized in another format ({entry['dtype'][:20]}), which is not supported", path=path, key=key,
+            expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote", found=entry["dtype"][:20],
+            hint="take the model's unquantized checkpoint; mixtral-offload convert makes any bit width of it",
+        )  # fmt: skip
     if entry["dtype"] not in DTYPES:
         raise CheckpointError(
             "unknown dtype", path=path, key=key, expected=", ".join(DTYPES), found=entry["dtype"],

@@ -123,7 +123,7 @@ class KeyMap:
         if is_converted:
             raise CheckpointError(
                 "a tensor is stored in a form that this package does not read", key=key,
-                expected="one tensor for each matrix of an expert, or gate_up_proj and down_proj as transformers' modules have them",
+                expected="tensors as transformers' modules hold them, or one for each matrix of an expert",
                 hint="load the checkpoint with transformers and save it with save_original_format=False, then convert that folder",
             )  # fmt: skip
         if name not in self.tensors:
