@@ -24,6 +24,7 @@ from .hub import resolve
 from .offload import from_pretrained
 from .plan import gb
 from .quantization import Quantization
+from .templates import encode
 
 #: the shipped model in 16 bits, to quantize
 DEMO_16 = DEMO.parent / "fp16"
@@ -82,7 +83,7 @@ def predictions(model, tokenizer, texts: Sequence[Text], limit: int = 1024) -> I
         if isinstance(text, str):
             ids = tokenizer(text)["input_ids"]
         else:
-            ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True)["input_ids"]
+            ids = encode(tokenizer, text, add_generation_prompt=False)
         ids = torch.tensor(ids[:limit])
         if len(ids) > 1:
             empty = False

@@ -23,6 +23,7 @@ from .batch import ADMIT_AT, Request
 from .checkpoint import DEMO
 from .errors import OffloadError, OptionError
 from .recorder import record
+from .templates import encode
 from .variants import _empty, layer_seconds, slow_link
 from .variants_batch import continuous, in_groups, no_end, static_batches, unquantized, unsorted
 
@@ -95,8 +96,7 @@ def workload(
     requests = []
     for number in range(n_requests):
         talk = talks[number % len(talks)]
-        ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"]
-        requests.append(Request(list(ids), rng.choice(lengths)))
+        requests.append(Request(encode(tokenizer, talk), rng.choice(lengths)))
     return requests
 
 

@@ -3,8 +3,11 @@
 import threading
 
 import pytest
+from transformers import DynamicCache, MixtralConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from mixtral_offload import ChatSession
+from mixtral_offload.chat import _can_be_cut
 from mixtral_offload.errors import CheckpointError, ConversationError, OptionError
 from mixtral_offload.offload import DEMO
 from mixtral_offload.terminal import notices
@@ -228,3 +231,16 @@ def test_a_system_prompt_and_settings_count_from_the_next_answer_on(session):
     with pytest.raises(OptionError, match="temperature"):
         list(session.send("Hello!"))
     assert len(session.messages) == 2
+
+
+def test_a_kept_cache_is_cut_only_where_every_layer_keeps_everything(session):
+    """A layer with a sliding window or a recurrent state has forgotten what a shorter prompt would need."""
+    assert _can_be_cut(DynamicCache(config=session.model.config)) and _can_be_cut(DynamicCache())
+    for kinds in (["sliding_attention"] * 2, ["full_attention", "sliding_attention"]):
+        config = MixtralConfig(num_hidden_layers=2, sliding_window=4, layer_types=kinds)
+        assert not _can_be_cut(DynamicCache(config=config))
+    list(session.send("Hello!"))
+    past = session._past
+    assert session._reuse(session._past_ids) is past
+    past.layers[2] = DynamicSlidingWindowLayer(sliding_window=4)
+    assert session._reuse(session._past_ids) is not past
