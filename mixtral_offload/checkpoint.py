@@ -377,7 +377,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            "cannot read the index", path=index, expected="JSON with weight_map: key to file name", found=repr(error)[:300],
+            "cannot read the index", path=index, expected="JSON with weight_map: key to file name", found=f"{type(error).__name__}: {error}",
             hint="download this file again",
         ) from error  # fmt: skip
     if outside:

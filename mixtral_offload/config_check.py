@@ -33,7 +33,13 @@ SIZES = {
     "num_local_experts": 1 << 14, "num_experts": 1 << 14, "n_routed_experts": 1 << 14,
     "num_experts_per_tok": 1 << 14, "num_experts_per_token": 1 << 14, "moe_topk": 1 << 14, "moe_k": 1 << 14,
 }  # fmt: skip
-MAY_BE_ZERO = {"sliding_window", "shared_expert_intermediate_size", "num_local_experts", "num_experts", "n_routed_experts"}
+MAY_BE_ZERO = {
+    "sliding_window",
+    "shared_expert_intermediate_size",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+}
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")

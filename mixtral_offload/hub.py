@@ -14,25 +14,35 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hf
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
-from .errors import CheckpointError, DownloadError
-from .hub_record import AGAIN, Record
+from .errors import CheckpointError, DownloadError, OffloadError
+from .hub_access import HINT as TOKEN
+from .hub_access import hub_token
+from .hub_leftovers import remove_leftovers
+from .hub_record import AGAIN, COMMIT, Record, is_entry, is_safe
 from .plan import gb
+from .redaction import redact_chain
+from .safe_text import visible
 
-LEAVE = ["consolidated*", "*/consolidated*", "original/*"]  # the same weights once more, in other layouts
+LEAVE = [
+    "consolidated*",
+    "*/consolidated*",
+    "original/*",  # the same weights once more, in other layouts
+    ".cache/*",
+]  # the libraries' notes about somebody else's download: ours are kept there
 KEEP = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 RULES = {"allow_patterns": KEEP, "ignore_patterns": LEAVE}
 WORKERS = 8
-TOKEN = "set HF_TOKEN to a token that may read it, or pass token="
 HTTP = next(k for k in hf.HfHubHTTPError.__mro__ if k.__name__ == "HTTPError")  # of the httpx the hub uses
 CAUSES = (  # the first match counts: kind of error, what happened, what to do
     (hf.HFValidationError, "{repo!r} is no repository id", "use owner/name as on the model's page"),
+    (hf.LocalTokenNotFoundError, "token=True, but no token is stored here", TOKEN),
     (hf.GatedRepoError, "{repo} is gated", "accept the terms on {hub}/{repo} and " + TOKEN),
     (hf.RepositoryNotFoundError, "{hub} shows no repository {repo}", "check its name; if private, " + TOKEN),
     (hf.RevisionNotFoundError, "{repo} has no such revision", "use a branch, tag or commit of it"),
@@ -93,7 +103,10 @@ def plan_download(
     repo_id, *, revision=None, endpoint=None, token=None, local_dir=None, cache_dir=None
 ) -> DownloadPlan:
     """Ask the hub what a download needs; fetches no file."""
-    return _plan(_ask(repo_id, revision, endpoint, token, local_dir, cache_dir))
+    try:
+        return _plan(_ask(repo_id, revision, endpoint, hub_token(token), local_dir, cache_dir))
+    except Exception as error:
+        raise _explain(error, repo_id, endpoint) from _cause(error)
 
 
 def download(
@@ -105,6 +118,18 @@ def download(
     Without a connection a complete earlier download is used as it is. cache_dir: in place of the hub's cache.
     local_files_only: do not ask the hub.
     """
+    try:
+        token = hub_token(token)
+        return _download(
+            repo_id, revision, endpoint, token, local_dir, cache_dir, local_files_only, progress, verify
+        )
+    except Exception as error:
+        raise _explain(error, repo_id, endpoint) from _cause(error)
+
+
+def _download(
+    repo_id, revision, endpoint, token, local_dir, cache_dir, local_files_only, progress, verify
+) -> Path:
     try:
         if local_files_only:
             hint = "leave local_files_only out to fetch what is not here"
@@ -123,6 +148,7 @@ def download(
     todo = [n for n in job.files if not job.intact(n) or (verify and not job.proven(n))]
     if todo:
         _fetch_all(job, todo, plan, {"endpoint": endpoint, "token": token}, progress, verify)
+    remove_leftovers(job)
     return plan.folder
 
 
@@ -134,24 +160,27 @@ def resolve(path_or_repo_id, **kwargs) -> Path:
 def fetch_file(repo_id, name, *, revision=None, endpoint=None, token=None) -> Path:
     """One small file of a repository, in the hub's cache; an earlier copy where the hub does not answer."""
     try:
-        where = {"revision": revision, "endpoint": endpoint, "token": token}
+        where = {"revision": revision, "endpoint": endpoint, "token": hub_token(token)}
         return Path(hf_hub_download(repo_id, name, **where))
     except Exception as error:
-        raise _explain(error, repo_id, endpoint) from error
+        raise _explain(error, repo_id, endpoint) from _cause(error)
 
 
 def local_folder(path_or_repo_id) -> Path | None:
     """The folder of this name, or None for what can only be a repository. Raises CheckpointError for other paths."""
     text = os.fspath(path_or_repo_id)
     path = Path(os.path.expanduser(text))
-    if text and path.is_dir():
+    if text and os.path.isdir(
+        path
+    ):  # of os.path, because Path's own raise where a name is too long or out of reach
         return path
+    exists = bool(text) and os.path.exists(path)
     is_path = not isinstance(path_or_repo_id, str) or text.startswith((".", "~")) or path.is_absolute()
-    if not (is_path or (text and path.exists()) or text.count("/") > 1 or "\\" in text):
+    if not (is_path or exists or text.count("/") > 1 or "\\" in text):
         return None
     what, hint = f"{text} is not a folder", "check the spelling and the working directory"
     expected = "a folder with a model's files, or a repository such as owner/name"
-    found = "a file" if path.exists() else "nothing there"
+    found = "a file" if exists else "nothing there"
     raise CheckpointError(what, path=path.absolute(), expected=expected, found=found, hint=hint)
 
 
@@ -160,20 +189,26 @@ def _ask(repo_id, revision, endpoint, token, local_dir, cache_dir):
         api = HfApi(endpoint=endpoint, token=token)
         info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=20)
         job = Record(repo_id, revision, local_dir, cache_dir)
+        if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+            raise DownloadError(f"{repo_id} has no commit", expected="a hash", found=info.sha)
         job.commit, job.files = info.sha, {}
         found = filter_repo_objects(info.siblings or (), key=lambda s: s.rfilename, **RULES)
         for file in sorted(found, key=lambda s: s.rfilename):
-            size, digest = file.size, file.blob_id
+            entry = [file.size, file.blob_id]
             if file.lfs is not None:
-                size, digest = file.lfs.size, file.lfs.sha256
-            name = file.rfilename
-            safe = ".." not in name.split("/") and name[0] != "/" and not set(name) & set("\\:")
-            if size is None or not digest or not safe:
+                entry = [file.lfs.size, file.lfs.sha256]
+            job.files[file.rfilename] = entry
+            if not is_safe(file.rfilename) or not is_entry(entry):
                 what = f"{repo_id} lists a file without size or hash, or with an unsafe name"
-                raise DownloadError(what, path=name)
-            job.files[name] = [size, digest]
+                hint = "use another repository or revision, or ask its owner to rename this file"
+                raise DownloadError(what, path=file.rfilename, hint=hint)
+        folders = {parent.as_posix(): name for name in job.files for parent in PurePosixPath(name).parents}
+        if both := sorted(job.files.keys() & folders.keys()):
+            raise DownloadError(
+                f"{repo_id} lists one path as a file and as a folder", path=both[0], found=folders[both[0]]
+            )
     except Exception as error:
-        raise _explain(error, repo_id, endpoint) from error
+        raise _explain(error, repo_id, endpoint) from _cause(error)
     if not job.files:
         raise DownloadError(f"{repo_id} has none of the files a model needs", expected=" ".join(KEEP))
     return job
@@ -190,7 +225,9 @@ def _plan(job):
 def _fetch_all(job, todo, plan, source, progress, verify):
     stop, lock, pool = threading.Event(), threading.Lock(), ThreadPoolExecutor(WORKERS)
     sizes = {"total": plan.total_bytes, "initial": plan.total_bytes - plan.remaining_bytes}
-    bar = tqdm(**sizes, desc=job.repo_id, unit="B", unit_scale=True, disable=not progress)
+    bar = tqdm(
+        **sizes, desc=visible(job.repo_id, one_line=True), unit="B", unit_scale=True, disable=not progress
+    )
     try:
         tasks = [pool.submit(_fetch, job, n, _Meter(bar, lock, stop), source, verify) for n in todo]
         for task in as_completed(tasks):
@@ -216,7 +253,7 @@ def _fetch(job, name, meter, source, verify):
     except _Stopped:
         raise
     except Exception as error:
-        raise _explain(error, job.repo_id, source["endpoint"], path) from error
+        raise _explain(error, job.repo_id, source["endpoint"], path) from _cause(error)
     if not job.intact(name) or (verify and not job.proven(name)):
         job.verify(name)
 
@@ -237,7 +274,7 @@ def _without_hub(job, verify, error):
     for name in job.files:
         if verify and not job.proven(name):
             job.verify(name)
-    log.warning("%s; using the complete copy in %s", reason, where)
+    log.warning("%s; using the complete copy in %s", reason, visible(str(where), one_line=True))
     return where
 
 
@@ -256,13 +293,35 @@ def _foreign_copy(job):
     index = found / "model.safetensors.index.json"
     named = {"config.json", "model.safetensors"}
     if index.is_file():
-        named = {"config.json", *json.loads(index.read_text())["weight_map"].values()}
+        named = {"config.json", *_shards(index)}
     return found, sorted(name for name in named if not (found / name).is_file())
+
+
+def _shards(index):
+    """The files that an index names; raises DownloadError for one that is damaged."""
+    found = "no weight_map of keys and file names"
+    try:
+        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        names, found = [None], f"{type(error).__name__}: {error}"
+    if all(map(is_safe, names)):
+        return names
+    what = "the copy in the hub's cache has a damaged index, and the hub cannot be asked for another"
+    hint = f"when the hub answers, {AGAIN}"
+    raise DownloadError(
+        what, path=index, expected="JSON with weight_map: key to file name", found=found, hint=hint
+    )
+
+
+def _cause(error):
+    """What to chain: the error itself, or for one of ours what it came from."""
+    return error.__cause__ if isinstance(error, OffloadError) else error
 
 
 def _explain(error, repo_id, endpoint, path=None):
     """One DownloadError for whatever huggingface_hub, the network or the disk raised."""
-    if isinstance(error, DownloadError):
+    redact_chain(error)
+    if isinstance(error, OffloadError):
         return error
     if isinstance(error, hf.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
@@ -271,5 +330,5 @@ def _explain(error, repo_id, endpoint, path=None):
     texts = next(cause[1:] for cause, fits in zip(CAUSES, same) if fits)
     hub = (endpoint or constants.ENDPOINT).rstrip("/")
     what, hint = (text.format(repo=repo_id, hub=hub, code=code) for text in texts)
-    found = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    found = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return DownloadError(what, path=path, found=found, hint=hint)

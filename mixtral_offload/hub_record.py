@@ -4,11 +4,11 @@ Knows the hub cache's folders and the record file beside them, `mixtral_offload/
 Does not know the network.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import threading
 from pathlib import Path
 from urllib.parse import quote
@@ -16,9 +16,28 @@ from urllib.parse import quote
 from huggingface_hub import constants
 
 from .errors import DownloadError
+from .safe_text import visible
 
 AGAIN = "call again: complete files are kept, only the rest is fetched"
+LONGEST = 1 << 26  # bytes of a record: more is none of ours
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{7,64}")
 log = logging.getLogger(__name__)
+
+
+def is_safe(name: object) -> bool:
+    """Whether this is a file's path inside a repository, in one plain spelling, that can be shown and stored anywhere."""
+    if not isinstance(name, str) or visible(name, one_line=True) != name or set(name) & set("\\:"):
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= 200 for part in name.split("/"))
+
+
+def is_entry(entry: object) -> bool:
+    """Whether this is [bytes, hash] of a file."""
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    size, digest = entry
+    return type(size) is int and size >= 0 and isinstance(digest, str) and bool(HASH.fullmatch(digest))
 
 
 class Record:
@@ -34,8 +53,12 @@ class Record:
         self.lock = threading.Lock()
         # files: name -> [bytes, hash]; verified: name -> [bytes, hash, mtime_ns when it was hashed]
         self.commit, self.files, self.verified = None, {}, {}
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            self.commit, self.files, self.verified = json.loads(self.record.read_text())
+        try:
+            self.commit, self.files, self.verified = _read(self.record)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, RecursionError) as error:
+            log.debug("the record %s is ignored, and written again: %s", self.record, error)
 
     @property
     def folder(self):
@@ -59,8 +82,12 @@ class Record:
         try:
             for path, text in texts.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f"{path.name}.{os.getpid()}.part")
-                part.write_text(text)
+                part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+                part.unlink(missing_ok=True)
+                with part.open(
+                    "x", encoding="utf-8"
+                ) as file:  # never through a link that somebody left there
+                    file.write(text)
                 part.replace(path)
         except OSError as error:
             log.debug("the record of %s was not written: %s", self.repo_id, error)
@@ -81,6 +108,23 @@ class Record:
         what = f"{name} of {self.repo_id} is damaged, not the bytes the hub has; it was deleted"
         hint = f"{AGAIN}; if it happens again, suspect the network, a proxy or the disk"
         raise DownloadError(what, path=path, expected=f"{size} bytes, hash {digest}", found=found, hint=hint)
+
+
+def _read(path):
+    """(commit, files, verified) of a record; ValueError where it is not one in every part."""
+    if path.stat().st_size > LONGEST or not path.is_file():
+        raise ValueError("not a record")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, list) or len(record) != 3:
+        raise ValueError("not a list of three")
+    commit, files, verified = record
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+        raise ValueError("no commit")
+    if not isinstance(files, dict) or not files or not isinstance(verified, dict):
+        raise ValueError("no files")
+    if not all(is_safe(name) and is_entry(entry) for name, entry in files.items()):
+        raise ValueError("an impossible file")
+    return commit, files, verified
 
 
 def hash_of(path, like):

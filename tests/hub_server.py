@@ -26,13 +26,16 @@ class HubServer:
     slow: name -> seconds of pause after each KiB
     missing: names that are listed and answer 404
     answer: None, or for every request 401, 404, 503, "gated"; "gated-files" spares the description
+    headers: more headers of every answer
+    on_headers: called with the headers of every request
     on_get: called with the name before a file's body is sent
     """
 
     def __init__(self, folder, repo_id="someone/model"):
         self.folder, self.repo_id = Path(folder), repo_id
         self.drop, self.drops_left, self.flip, self.slow = {}, {}, {}, {}
-        self.missing, self.answer, self.on_get = set(), None, None
+        self.missing, self.answer, self.on_get, self.headers = set(), None, None, {}
+        self.on_headers = None
         self.gets, self.heads, self.ranges, self.requests = Counter(), Counter(), [], 0
         self.closed, self.connections = threading.Event(), []
 
@@ -103,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self, head=False):
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         hub.requests += 1
+        if hub.on_headers:
+            hub.on_headers(self.headers)
         if hub.closed.is_set():
             return self._hang_up()
         if hub.answer and not (hub.answer == "gated-files" and path.startswith("/api/")):
@@ -138,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, status, headers):
         self.send_response(status)
-        for key, value in headers.items():
+        for key, value in {**headers, **self.hub.headers}.items():
             self.send_header(key, str(value))
         self.end_headers()
 

@@ -1,12 +1,21 @@
 """Downloads against a hub on 127.0.0.1 that drops connections, flips bytes, refuses and lies."""
 
+import base64
 import collections
+import contextlib
 import errno
+import hashlib
 import json
+import logging
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +25,7 @@ from huggingface_hub import constants
 from mixtral_offload import from_pretrained, hub, hub_record
 from mixtral_offload.cli import main
 from mixtral_offload.errors import CheckpointError, DownloadError
+from mixtral_offload.hub_leftovers import remove_leftovers
 from mixtral_offload.plan import gb
 from tests.hub_server import HubServer
 
@@ -362,11 +372,267 @@ def test_a_disk_that_fills_up_on_the_way(server, place, monkeypatch):
     assert "make room" in str(caught.value)
 
 
-def test_names_that_leave_the_folder_are_refused(server, monkeypatch):
+UNSAFE_NAMES = [
+    "../x.json", "a/../../x.json", "/abs.json", "..\\x.json", "C:x.json", "a\nb.json", "a\x1b[31m.json", "a\u202e.json",
+    "./x.json", "a//b.json", "a/./b.json", "x" * 300 + ".json", "nul\0.json", "config.json/x.json", "a/.json/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSAFE_NAMES)
+def test_a_listing_with_an_impossible_name_is_refused_before_anything_is_fetched(
+    server, place, name, tmp_path
+):
     real = server.files
-    server.files = lambda: {**real(), "../outside.json": b"{}"}
-    with pytest.raises(DownloadError, match="unsafe name"):
+    server.files = lambda: {**real(), name: b"{}"}
+    if name.endswith("/"):
+        server.files = lambda: {**real(), name + "x.json": b"{}", name[:-1]: b"{}"}
+    with pytest.raises(DownloadError, match=r"unsafe name|as a file and as a folder") as caught:
+        get(server, **place)
+    assert str(caught.value).isprintable() or "\x1b" not in str(caught.value)
+    assert not server.gets and not list(tmp_path.rglob("x.json"))
+
+
+@pytest.mark.parametrize(
+    "size, digest", [(-1, "a" * 40), ("7", "a" * 40), (7, "../../x"), (7, None), (None, "a" * 40)]
+)
+def test_a_listing_with_an_impossible_size_or_hash_is_refused(server, monkeypatch, size, digest):
+    real = hub.HfApi.model_info
+
+    def model_info(*args, **kwargs):
+        info = real(*args, **kwargs)
+        info.siblings[0].rfilename, info.siblings[0].lfs = "config.json", None
+        info.siblings[0].size, info.siblings[0].blob_id = size, digest
+        return info
+
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
+    with pytest.raises(DownloadError, match="without size or hash"):
         get(server)
+    assert not server.gets
+
+
+def test_notes_of_other_downloads_that_were_uploaded_are_left_out(server, place):
+    """A listing cannot write where records are kept."""
+    real = server.files
+    server.files = lambda: {
+        **real(),
+        ".cache/mixtral_offload/x.json": b"[]",
+        ".cache/huggingface/x.json": b"[]",
+    }
+    get(server, **place)
+    assert not any(name.startswith(".cache") for name in server.gets)
+
+
+DAMAGED_RECORDS = [
+    b"", b"{}", b"null", b"[]", b"[1]", b"[1,2,3]", b'["a","b","c"]', b'{"a":1,"b":2,"c":3}', b"[null,{},{}]",
+    b'["../../../../../tmp",{"config.json":[1,"a"]},{}]', b'["x",{"config.json":3},{}]', b'["x",[1,2],{}]',
+    b'["aaaaaaa",{"config.json":3},{}]', b'["aaaaaaa",{"config.json":["a","b"]},{}]', b'["aaaaaaa",{},[]]',
+    b'["aaaaaaa",{"../../x":[1,"%s"]},{}]' % (b"a" * 40), b'["aaaaaaa",{"config.json":[true,"%s"]},{}]' % (b"a" * 40),
+    b'["aaaaaaa",{"config.json":[700,"%s"]},[]]' % (b"a" * 40), b"[" * 100_000, b"\xff\xfe", b"[1" + b"0" * 6000 + b",{},{}]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED_RECORDS)
+def test_a_damaged_record_is_ignored_and_written_again(server, place, damage, tmp_path):
+    folder = get(server, **place)
+    record = next(tmp_path.rglob("mixtral_offload/*.json"))
+    good = record.read_bytes()
+    record.write_bytes(damage)
+    assert get(server, **place) == folder and held(folder) == whole(server)
+    assert json.loads(record.read_text())[:2] == json.loads(good)[:2]
+    assert server.gets == dict.fromkeys(NEEDED, 1)
+    record.write_bytes(damage)
+    server.close()  # without the hub: what is here as other programs would find it, or one message
+    if place:
+        with pytest.raises(DownloadError, match="no connection"):
+            get(server, **place)
+    else:
+        assert get(server) == folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "endless", "too large"])
+def test_a_record_that_is_no_ordinary_file(server, kind, monkeypatch):
+    get(server)
+    record = next(Path(constants.HF_HUB_CACHE).rglob("mixtral_offload/*.json"))
+    if kind == "too large":
+        monkeypatch.setattr(hub_record, "LONGEST", 10)
+    else:
+        record.unlink()
+        record.mkdir() if kind == "folder" else record.symlink_to("/dev/zero")
+    assert held(get(server)) == whole(server)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[]", b"{}", b'{"weight_map":3}', b'{"weight_map":{"a":3}}', b'{"weight_map":{"a":"../../x"}}',
+     b'{"weight_map":{"a":null}}', b"[" * 100_000, b"\xff"],
+)  # fmt: skip
+def test_a_damaged_index_that_another_program_left_is_one_message(server, damage):
+    folder = Path(huggingface_hub.snapshot_download(REPO, endpoint=server.endpoint, revision="main"))
+    (folder / "model.safetensors.index.json").resolve().write_bytes(damage)
+    server.close()
+    with pytest.raises(DownloadError, match="damaged index") as caught:
+        get(server)
+    assert "model.safetensors.index.json" in str(caught.value) and "when the hub answers" in str(caught.value)
+
+
+TOKENS = [
+    "hf_SECRETsecret",
+    "hf_SECRET\n",
+    "\r\n hf_SECRET \t",
+    "hf_SECRET\nsecret",
+    "hf_SECRET secret",
+    "hf_SECRETé",
+    "hf_SECRET\0x",
+]
+
+
+@pytest.fixture
+def everything_logged(caplog):
+    """All loggers at their most talkative, as where somebody looks for a fault."""
+    caplog.set_level(logging.DEBUG)
+    for name in ("huggingface_hub", "httpx", "httpcore"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    return caplog
+
+
+@pytest.mark.parametrize("answer", [None, 401, "gated", 503, "closed"])
+@pytest.mark.parametrize("source", ["argument", "HF_TOKEN", "file"])
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_token_is_sent_or_refused_and_never_shown(
+    server, token, source, answer, everything_logged, monkeypatch, tmp_path, capfd
+):
+    sent, server.answer = [], None if answer == "closed" else answer
+    server.headers = {
+        "Set-Cookie": "id=cookieSECRET",
+        "X-Next": "http://u:pwSECRET@h/x?X-Amz-Signature=abSECRET",
+    }
+    server.on_headers = lambda headers: sent.append(headers.get("Authorization"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    options = {}
+    if source == "argument":
+        options["token"] = token
+    elif source == "file":
+        (tmp_path / "token").write_text(token, encoding="utf-8")
+    elif "\0" in token:
+        pytest.skip("the environment holds no NUL")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    if answer == "closed":
+        server.close()
+    said = ""
+    try:
+        get(server, **options)
+    except DownloadError as error:
+        chain = error
+        while chain is not None:
+            said += f"{chain} {chain!r}\n" + "".join(traceback.format_exception(chain))
+            chain = chain.__cause__ or chain.__context__
+    good = re.fullmatch(r"\w+", token.strip(), re.ASCII)
+    assert (said == "") == bool(good and answer is None)
+    if good and answer != "closed":
+        assert set(sent) == {f"Bearer {token.strip()}"}
+    elif not good:
+        assert "cannot be sent" in said and sent == []
+    said += everything_logged.text + "".join(capfd.readouterr())
+    assert "SECRET" not in said
+
+
+def test_no_token_where_none_is_wanted(server, monkeypatch):
+    sent = []
+    server.on_headers = lambda headers: sent.append(headers.get("Authorization"))
+    monkeypatch.setenv("HF_TOKEN", "hf_something")
+    get(server, token=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    get(server)
+    assert set(sent) == {None}
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    with pytest.raises(DownloadError, match="no token is stored here"):
+        hub.plan_download(REPO, endpoint=server.endpoint, token=True)
+
+
+DOWNLOAD = """import sys
+from huggingface_hub import constants
+constants.HF_HUB_CACHE, constants.DOWNLOAD_CHUNK_SIZE = sys.argv[2], 1024
+from mixtral_offload import hub
+hub.download(sys.argv[1], endpoint=sys.argv[3], local_dir=sys.argv[4] or None, progress=False)"""
+
+
+def partial_files(tmp_path):
+    return sorted(p for p in tmp_path.rglob("*") if p.is_file() and p.name.endswith((".incomplete", ".part")))
+
+
+def in_another_process(server, place):
+    """A download that will be slow with every large file; returns once some of each is there."""
+    server.slow = dict.fromkeys(SHARDS, 0.05)
+    arguments = [REPO, constants.HF_HUB_CACHE, server.endpoint, str(place.get("local_dir", ""))]
+    other = subprocess.Popen([sys.executable, "-c", DOWNLOAD, *arguments], stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not all(server.gets[shard] for shard in SHARDS) and time.monotonic() < until:
+        time.sleep(0.02)
+    return other
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_download_left_is_removed_by_the_next_one(server, place, tmp_path, how):
+    other = in_another_process(server, place)
+    other.send_signal(how)
+    other.communicate()
+    server.slow = {}
+    assert partial_files(tmp_path)
+    assert held(get(server, **place)) == whole(server)
+    assert partial_files(tmp_path) == []
+
+
+def test_what_a_running_download_writes_is_left_alone(server, place, tmp_path):
+    """Another process still fetches one file; this one finds all others complete, and takes nothing from it."""
+    get(server, **place)
+    folder = hub.plan_download(REPO, endpoint=server.endpoint, **place).folder
+    for shard in SHARDS:
+        (folder / shard).resolve().unlink()
+        (folder / shard).unlink(missing_ok=True)
+    server.gets.clear()
+    other = in_another_process(server, place)
+    job = hub._ask(REPO, None, server.endpoint, None, place.get("local_dir"))
+    before = partial_files(tmp_path)
+    assert len(before) == len(SHARDS)
+    assert remove_leftovers(job) == [] and partial_files(tmp_path) == before
+    assert other.communicate()[1] == b"" and other.returncode == 0
+    assert held(folder) == whole(server) and partial_files(tmp_path) == []
+
+
+def test_other_repositories_and_other_files_are_left_alone(server, place, tmp_path):
+    get(server, **place)
+    strangers = [tmp_path / "cache" / "models--someone--other" / "blobs" / f"{'a' * 64}.12345678.incomplete"]
+    if place:
+        strangers += [
+            tmp_path / "mine" / "data.incomplete",
+            tmp_path / "mine/.cache/huggingface/download/x.y.incomplete",
+        ]
+    for path in strangers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"somebody else's")
+    get(server, **place)
+    assert partial_files(tmp_path) == sorted(strangers)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_where_locks_exclude_nobody_only_old_leftovers_are_removed(server, place, tmp_path, monkeypatch, old):
+    """On some network file systems every process gets every lock."""
+    folder = get(server, **place)
+    if place:
+        short = base64.urlsafe_b64encode(hashlib.sha1(b"config.json.metadata").digest()).decode()
+        left = folder / ".cache" / "huggingface" / "download" / f"{short}.{'a' * 40}.12345678.incomplete"
+    else:
+        left = folder.parent.parent / "blobs" / f"{'a' * 40}.12345678.incomplete"
+    left.write_bytes(b"partial")
+    monkeypatch.setattr(
+        "mixtral_offload.hub_leftovers.WeakFileLock", lambda *a, **k: contextlib.nullcontext()
+    )
+    if old:
+        os.utime(left, (0, 0))
+    get(server, **place)
+    assert left.exists() != old
 
 
 def test_one_progress_bar_counts_every_byte_once(server, place, monkeypatch):

@@ -1,0 +1,55 @@
+"""Text from outside (files, configurations, models, the hub) made safe to show.
+
+Control characters and escape sequences can move a terminal's cursor, change its title or its clipboard; bidirectional
+overrides show text in another order than it has. Knows characters only.
+"""
+
+from __future__ import annotations
+
+#: bidirectional embeddings, overrides and isolates; line separators; halves of characters, which no stream can encode
+_UNSAFE = (
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    0x2028,
+    0x2029,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),
+)
+_NAMED = {"\n": "\\n", "\r": "\\r"}
+_ONE_LINE = {code: _NAMED.get(chr(code), f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+             for code in _UNSAFE if chr(code) != "\t"}  # fmt: skip
+_LINES = {code: text for code, text in _ONE_LINE.items() if chr(code) != "\n"}
+
+
+def visible(text: str, one_line: bool = False) -> str:
+    r"""Replace characters that act on a terminal by visible escapes, such as ``\x1b``.
+
+    Args:
+        text: what to show.
+        one_line: also replace newlines. Tabs always stay; other newlines stay, "\r\n" as "\n".
+
+    Returns:
+        The text; the same object where nothing had to be replaced.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return text.translate(_ONE_LINE) if one_line else text.replace("\r\n", "\n").translate(_LINES)
+
+
+def shorten(text: str, limit: int) -> str:
+    """Leave out the middle of a text that is longer than `limit` characters, and say how much."""
+    if len(text) <= limit:
+        return text
+    gap = f" ... {len(text) - limit:,} characters left out ... "
+    keep = max(limit - len(gap), 0)
+    begin = keep * 2 // 3
+    return text[:begin] + gap + text[len(text) - (keep - begin) :]
+
+
+def as_text(value: object) -> str:
+    """`str(value)`, also of values that cannot be written: whole numbers of thousands of digits, broken objects."""
+    try:
+        return str(value)
+    except Exception as error:  # of any kind: `value` is of any class
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
