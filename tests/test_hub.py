@@ -593,7 +593,7 @@ def test_what_a_running_download_writes_is_left_alone(server, place, tmp_path):
         (folder / shard).unlink(missing_ok=True)
     server.gets.clear()
     other = in_another_process(server, place)
-    job = hub._ask(REPO, None, server.endpoint, None, place.get("local_dir"))
+    job = hub._ask(REPO, None, server.endpoint, None, place.get("local_dir"), None)
     before = partial_files(tmp_path)
     assert len(before) == len(SHARDS)
     assert remove_leftovers(job) == [] and partial_files(tmp_path) == before
