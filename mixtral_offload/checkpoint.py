@@ -20,7 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config_check import MOST_INDEX_BYTES, check_config, check_file, check_index, check_size, readable
+from .config_check import (
+    MOST_INDEX_BYTES,
+    check_config,
+    check_file,
+    check_index,
+    check_size,
+    readable,
+    text_config,
+)
 from .errors import CheckpointError
 from .experts import ExpertLayout, Field
 from .foreign import refuse_keys, refuse_method
@@ -318,10 +326,10 @@ def read_config(folder: Path):
     config = load_config(folder / "config.json")
     if n_experts_of(config):
         return config
-    if n_experts_of(config.get_text_config()):
+    if n_experts_of(inner := text_config(config)):
         raise CheckpointError(
             f"{config.model_type} holds its language model inside another one: not supported yet",
-            path=folder / "config.json", found=f"experts in {config.get_text_config().model_type}",
+            path=folder / "config.json", found=f"experts in {inner.model_type}",
         )  # fmt: skip
     raise CheckpointError(
         f"{config.model_type} is a dense model: it has no experts to offload", path=folder / "config.json",

@@ -34,8 +34,9 @@ SIZES = {
     "num_experts_per_tok": 1 << 14, "num_experts_per_token": 1 << 14, "moe_topk": 1 << 14, "moe_k": 1 << 14,
 }  # fmt: skip
 MAY_BE_ZERO = {
-    "sliding_window",
     "shared_expert_intermediate_size",
+    "sliding_window",
+    "head_dim",
     "num_local_experts",
     "num_experts",
     "n_routed_experts",
@@ -75,19 +76,16 @@ def check_file(path: Path) -> None:
 
 def check_config(config: object, path: Path) -> None:
     """Raises CheckpointError where a size of transformers' configuration is none, or two of them do not go together."""
-    text = config.get_text_config()
+    text = text_config(config)
     for part in [config] if text is config else [config, text]:
-        values = vars(part)
         for name, most in SIZES.items():
             value = _value(part, name)
             # some families have one number for each layer
             for one in value if isinstance(value, (list, tuple)) and value else [value]:
-                if (
-                    one is None
-                    and value is None
-                    and (part is not text or name not in NEEDED or name not in values)
+                if value is None and not (
+                    part is text and name in NEEDED and vars(part).get(name, 1) is None
                 ):
-                    continue
+                    continue  # not given, or each layer has its own
                 least = 0 if name in MAY_BE_ZERO else 1
                 if type(one) is not int or not least <= one <= most:
                     raise _error(path, name, f"a whole number from {least} to {most}", _shown(one))
@@ -106,6 +104,14 @@ def check_config(config: object, path: Path) -> None:
             and not (_is_number(value) and 0 < value < math.inf)
         ):
             raise _error(path, key, "a number above 0", _shown(value))
+
+
+def text_config(config: object) -> object:
+    """The configuration of the language model inside; the whole one where that is not one model's."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # several of them
+        return config
 
 
 @contextmanager
@@ -165,12 +171,7 @@ def check_size(path: Path, most: int) -> None:
 
 
 def _check_heads(config: object, path: Path) -> None:
-    hidden, heads, kv, head_dim = (
-        _value(config, name)
-        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    )
-    if type(hidden) is type(heads) is int and head_dim is None and hidden % heads:
-        raise _error(path, "num_attention_heads", f"a number that divides hidden_size, {hidden}", heads)
+    heads, kv = _value(config, "num_attention_heads"), _value(config, "num_key_value_heads")
     if type(heads) is type(kv) is int and heads % kv:
         raise _error(path, "num_key_value_heads", f"a number that divides num_attention_heads, {heads}", kv)
 
