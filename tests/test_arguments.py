@@ -19,9 +19,10 @@ HARMLESS = {
 
 def test_what_changes_nothing_is_accepted():
     assert split_arguments(HARMLESS, None) == ({}, {})
-    model = from_pretrained(device="cpu", cache_size=2, **HARMLESS)
+    budget = {"device": "cpu", "cache_size": 2, "ram": "500MB"}
+    model = from_pretrained(**budget, **HARMLESS)
     assert model.dtype == torch.float32
-    assert memory_use(device="cpu", cache_size=2, **HARMLESS).plan == model.offload.plan
+    assert memory_use(**budget, **HARMLESS).plan == model.offload.plan
 
 
 @pytest.mark.parametrize(
