@@ -82,6 +82,14 @@ class ExpertLayout:
     def stored_bytes(self) -> int:
         return sum(field.n_bytes for field in self.fields)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """How the matrices are stored, in words: "32-bit", "2-bit, group 16, ..."."""
+        wide = {field.matrix for field in self.fields if field.dtype == torch.float32}
+        return tuple(
+            sorted({"32-bit" if matrix in wide else str(of) for matrix, of in self.quantization.items()})
+        )
+
     def views(self, buffer: Tensor) -> dict[str, Fields]:
         """matrix -> field -> tensor, as views of `buffer` (uint8 [n_bytes]); nothing is copied."""
         views: dict[str, Fields] = {matrix: {} for matrix in MATRICES}

@@ -38,11 +38,10 @@ def _contents(checkpoint: Checkpoint) -> list[str]:
     layout, config = checkpoint.layout, checkpoint.config
     files = {stored.path for fields in checkpoint.experts.values() for stored in fields.values()}
     n_parameters = sum(n * k for n, k in layout.shapes.values())
-    kinds = sorted({str(quantization) for quantization in layout.quantization.values()})
     return [
         f"{checkpoint.folder}: {config.model_type}, {len(checkpoint.layers)} layers x {checkpoint.n_experts} experts, "
         f"{checkpoint.top_k} per token",
-        f"  expert: {n_parameters:,} parameters, {'; '.join(kinds)}, {gb(layout.stored_bytes)}"
+        f"  expert: {n_parameters:,} parameters, {'; '.join(layout.kinds)}, {gb(layout.stored_bytes)}"
         f" ({8 * layout.stored_bytes / n_parameters:.2f} bits per weight)",
         f"  experts: {gb(len(checkpoint.experts) * layout.stored_bytes)} in {len(files)} files;"
         f" trunk: {gb(checkpoint.trunk_bytes)}",

@@ -188,6 +188,7 @@ def test_32_bit_checkpoints_load_and_convert_exactly(name, tmp_path, offloaded):
             errors[source.name] = float((ours(ids).logits - wanted).abs().max() / wanted.abs().max())
         weights = {field.dtype for field in ours.offload.layout.fields}
         assert weights == {torch.float16 if source == halved else torch.float32}
+        assert ours.offload.layout.kinds == ("16-bit" if source == halved else "32-bit",)
     assert max(errors["plain"], errors["kept"]) < 1e-6 < errors["halved"] < 0.1
     packed = offloaded(
         convert_checkpoint(tmp_path / "plain", tmp_path / "packed", Quantization(8, 32)), cache_size=2
