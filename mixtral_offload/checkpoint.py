@@ -17,9 +17,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .checksums import with_checks
 from .errors import CheckpointError
-from .experts import ExpertLayout, Field
+from .experts import MATRICES, ExpertLayout, Field
 from .headers import StoredTensor, in_threads, read_header
+from .manifest import Manifest, check_experts, check_modules, read_manifest
+from .quantization import split_quantized
 
 #: the small model that ships with the package
 DEMO = Path(__file__).parent / "demo" / "4bit"
@@ -57,6 +60,11 @@ class Checkpoint:
     experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]]
     trunk: dict[str, StoredTensor]
     keys: tuple[str, ...]
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """What config.json states of the matrices; None for the published format and plain checkpoints."""
+        return read_manifest(self.config, self.folder / "config.json")
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -107,6 +115,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     config = read_config(folder)
     weight_map = _weight_map(folder)
     headers = {path: read_header(path) for path in sorted({folder / name for name in weight_map.values()})}
+    headers = with_checks(folder / INDEX, headers)
     experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]] = {}
     trunk: dict[str, StoredTensor] = {}
     owners: dict[str, ExpertId] = {}
@@ -132,6 +141,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 )  # fmt: skip
         experts.setdefault(expert, {})[MATRIX_NAMES[match["matrix"]], match["field"]] = stored
     layout = _check_experts(folder, config, experts)
+    check_modules(
+        read_manifest(config, folder / "config.json"),
+        {split[0] for key in trunk if (split := split_quantized(key)) is not None},
+    )
     return Checkpoint(folder, config, layout, experts, trunk, tuple(weight_map))
 
 
@@ -243,7 +256,9 @@ def _check_experts(folder: Path, config, experts) -> ExpertLayout:
         sizes = {name: (tensor.dtype, tensor.n_elements) for name, tensor in tensors.items()}
         path = next(iter(tensors.values())).path
         if layout is None:
-            reference, layout = sizes, _layout(path, expert, hidden, intermediate, sizes)
+            manifest = read_manifest(config, folder / "config.json")
+            reference, layout = sizes, _layout(path, expert, hidden, intermediate, sizes, manifest)
+            _check_plain_shapes(layout, experts)
         elif sizes != reference:
             wrong = min(
                 (n for n in sizes.keys() | reference.keys() if sizes.get(n) != reference.get(n)), key=str
@@ -256,8 +271,25 @@ def _check_experts(folder: Path, config, experts) -> ExpertLayout:
     return layout
 
 
-def _layout(path, expert, hidden, intermediate, sizes) -> ExpertLayout:
+def _layout(path, expert, hidden, intermediate, sizes, manifest: Manifest | None) -> ExpertLayout:
+    shapes = {matrix: (intermediate, hidden) for matrix in MATRICES} | {"down": (hidden, intermediate)}
+    by_matrix = {
+        matrix: {field: size for (m, field), size in sizes.items() if m == matrix} for matrix in shapes
+    }
+    check_experts(manifest, path, f"expert {expert[1]} of layer {expert[0]}", shapes, by_matrix)
     try:
         return ExpertLayout.build(hidden, intermediate, sizes)
     except CheckpointError as error:
         raise CheckpointError(f"expert {expert[1]} of layer {expert[0]}: {error}", path=path) from error
+
+
+def _check_plain_shapes(layout: ExpertLayout, experts) -> None:
+    """Refuse plain matrices of another shape than config.json's sizes give, though as many elements."""
+    for expert, tensors in experts.items():
+        for (matrix, field), stored in tensors.items():
+            if field == "weight" and stored.shape != layout.shapes.get(matrix):
+                raise CheckpointError(
+                    f"a matrix of expert {expert[1]} of layer {expert[0]} has another shape than config.json gives",
+                    path=stored.path, key=stored.key, expected=layout.shapes.get(matrix), found=stored.shape,
+                    hint="check that config.json belongs to these files",
+                )  # fmt: skip

@@ -23,10 +23,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
+from .checksums import finish_checks
 from .errors import CheckpointError, OptionError
 from .experts import ExpertLayout, dequantize_expert
 from .forward import skip_padding
 from .hub import resolve
+from .manifest import plain_config
 from .options import OffloadOptions, compile_choice, device_layout, plan_for
 from .packed import PACKED_TOKENS, Run, linear, make_run
 from .plan import Plan
@@ -100,6 +102,7 @@ def from_pretrained(
     compiled = compile_choice(checkpoint, options)
     product = None if options.unpack else linear if compiled[0] else matmul
     load_trunk(model, checkpoint, options.device, options.dtype, product)
+    finish_checks(checkpoint.trunk.values())
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
     # a copy that knows nothing of the model, which would otherwise hold itself
@@ -142,7 +145,7 @@ def build_skeleton(checkpoint: Checkpoint, options: OffloadOptions):
 def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> PreTrainedModel:
     """The model without any weights, its experts' parameters gone for good."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=options.dtype)
+        model = AutoModelForCausalLM.from_config(plain_config(checkpoint.config), dtype=options.dtype)
     for name, module in _experts_modules(model):
         if not has_plain_experts(module):
             raise CheckpointError(

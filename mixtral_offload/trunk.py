@@ -11,23 +11,21 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .headers import StoredTensor, in_threads
-from .quantization import Fields, Quantization, QuantizedLinear, dequantize, field_specs, infer, matmul
-
-QUANTIZED = (".W_q", ".W_high", ".meta.")
+from .manifest import Manifest, recognise
+from .quantization import (
+    Fields,
+    Quantization,
+    QuantizedLinear,
+    dequantize,
+    field_specs,
+    matmul,
+    split_quantized,
+)
 
 
 def parameter_name(key: str) -> str:
     """A stored key -> transformers' name; checkpoints of Mixtral keep the block's first name."""
     return key.replace(".block_sparse_moe.", ".mlp.")
-
-
-def split_quantized(key: str) -> tuple[str, str] | None:
-    """`...q_proj.meta.scale_q` -> (`...q_proj`, `meta.scale_q`); None for the key of a plain tensor."""
-    for mark in QUANTIZED:
-        if mark in key:
-            module, _, rest = key.partition(mark)
-            return module, (mark + rest).removeprefix(".")
-    return None
 
 
 def load_trunk(
@@ -43,7 +41,8 @@ def load_trunk(
             quantized.setdefault(split[0], {})[split[1]] = stored
         else:
             tasks.append((_set_parameter, model, key, stored, device, dtype))
-    tasks += [(_set_quantized, model, name, tensors, device, product) for name, tensors in quantized.items()]
+    rest = device, product, checkpoint.manifest
+    tasks += [(_set_quantized, model, name, tensors, *rest) for name, tensors in quantized.items()]
     for _ in in_threads(tasks):
         pass
     model.tie_weights()
@@ -86,17 +85,19 @@ def _set_parameter(model: nn.Module, key: str, stored: StoredTensor, device, dty
 
 
 def _set_quantized(
-    model: nn.Module, name: str, tensors: dict[str, StoredTensor], device: torch.device, product
+    model: nn.Module,
+    name: str,
+    tensors: dict[str, StoredTensor],
+    device: torch.device,
+    product,
+    manifest: Manifest | None,
 ) -> None:
     first = next(iter(tensors.values()))
     linear = _module(model, name, name, first)
     shape = (linear.out_features, linear.in_features)
-    try:
-        quantization = infer(
-            shape, {field: (stored.dtype, stored.n_elements) for field, stored in tensors.items()}
-        )
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}", path=first.path) from error
+    sizes = {field: (stored.dtype, stored.n_elements) for field, stored in tensors.items()}
+    stored_name = split_quantized(first.key)[0]
+    quantization = recognise(manifest, first.path, stored_name, shape, sizes)
     fields = {field: stored.read(device=device) for field, stored in tensors.items()}
     if product is None:
         linear._parameters["weight"] = nn.Parameter(
