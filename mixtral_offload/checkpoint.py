@@ -52,6 +52,7 @@ class Checkpoint:
     """A validated checkpoint: nothing but its headers has been read.
 
     experts: (layer, expert) -> (matrix, field) -> StoredTensor. trunk: key -> StoredTensor. keys: all keys as stored.
+    manifest: what config.json states of the matrices; None for the published format and plain checkpoints.
     """
 
     folder: Path
@@ -60,11 +61,7 @@ class Checkpoint:
     experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]]
     trunk: dict[str, StoredTensor]
     keys: tuple[str, ...]
-
-    @cached_property
-    def manifest(self) -> Manifest | None:
-        """What config.json states of the matrices; None for the published format and plain checkpoints."""
-        return read_manifest(self.config, self.folder / "config.json")
+    manifest: Manifest | None = None
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -140,12 +137,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                     found=f"the file of expert {owners[name][1]} of layer {owners[name][0]}", hint=f"download {INDEX} again",
                 )  # fmt: skip
         experts.setdefault(expert, {})[MATRIX_NAMES[match["matrix"]], match["field"]] = stored
-    layout = _check_experts(folder, config, experts)
-    check_modules(
-        read_manifest(config, folder / "config.json"),
-        {split[0] for key in trunk if (split := split_quantized(key)) is not None},
-    )
-    return Checkpoint(folder, config, layout, experts, trunk, tuple(weight_map))
+    manifest = read_manifest(config, folder / "config.json")
+    layout = _check_experts(folder, config, experts, manifest)
+    check_modules(manifest, {split[0] for key in trunk if (split := split_quantized(key)) is not None})
+    return Checkpoint(folder, config, layout, experts, trunk, tuple(weight_map), manifest)
 
 
 def read_config(folder: Path):
@@ -232,7 +227,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_experts(folder: Path, config, experts) -> ExpertLayout:
+def _check_experts(folder: Path, config, experts, manifest: Manifest | None) -> ExpertLayout:
     """The one layout of all experts; refuses a missing expert, a missing tensor, or an expert of another layout."""
     if not experts:
         raise CheckpointError(
@@ -256,7 +251,6 @@ def _check_experts(folder: Path, config, experts) -> ExpertLayout:
         sizes = {name: (tensor.dtype, tensor.n_elements) for name, tensor in tensors.items()}
         path = next(iter(tensors.values())).path
         if layout is None:
-            manifest = read_manifest(config, folder / "config.json")
             reference, layout = sizes, _layout(path, expert, hidden, intermediate, sizes, manifest)
             _check_plain_shapes(layout, experts)
         elif sizes != reference:

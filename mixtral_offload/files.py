@@ -52,8 +52,11 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
     path = Path(path)
     part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
     try:
-        open_new(part).close()
+        with open_new(part) as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield part
+        if stat.S_IMODE(os.lstat(part).st_mode) != mode:  # safetensors makes a file of its own, for its owner alone
+            os.chmod(part, mode)
         if sync:
             sync_path(part)
         os.replace(part, path)
