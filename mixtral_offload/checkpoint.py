@@ -266,7 +266,7 @@ def _check_experts(folder: Path, config, experts, manifest: Manifest | None) -> 
 
 
 def _layout(path, expert, hidden, intermediate, sizes, manifest: Manifest | None) -> ExpertLayout:
-    shapes = {matrix: (intermediate, hidden) for matrix in MATRICES} | {"down": (hidden, intermediate)}
+    shapes = dict.fromkeys(MATRICES, (intermediate, hidden)) | {"down": (hidden, intermediate)}
     by_matrix = {
         matrix: {field: size for (m, field), size in sizes.items() if m == matrix} for matrix in shapes
     }

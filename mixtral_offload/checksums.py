@@ -43,7 +43,9 @@ class Ledger(FileCheck):
         self.path, self.expected = path, expected
         self.header = header_bytes(path)
         # byte offset -> number of bytes; tensors without any are part of the header alone
-        self.tensors = {of.offset: of.n_bytes for of in sorted(tensors, key=lambda of: of.offset) if of.n_bytes}
+        self.tensors = {
+            of.offset: of.n_bytes for of in sorted(tensors, key=lambda of: of.offset) if of.n_bytes
+        }
         self.digests: dict[int, bytes] = {}
         self.error: CheckpointError | None = None
 

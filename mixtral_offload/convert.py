@@ -306,7 +306,10 @@ def _small_files(
     try:
         config = json.loads(read_small(checkpoint.folder / "config.json"))
         for path in sorted(checkpoint.folder.iterdir()):
-            if path.suffix in (".json", ".model", ".jinja", ".txt") and path.name not in ("config.json", INDEX):
+            if path.suffix in (".json", ".model", ".jinja", ".txt") and path.name not in (
+                "config.json",
+                INDEX,
+            ):
                 files[path.name] = read_small(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(

@@ -55,7 +55,9 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
         with open_new(part) as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield part
-        if stat.S_IMODE(os.lstat(part).st_mode) != mode:  # safetensors makes a file of its own, for its owner alone
+        if (
+            stat.S_IMODE(os.lstat(part).st_mode) != mode
+        ):  # safetensors makes a file of its own, for its owner alone
             os.chmod(part, mode)
         if sync:
             sync_path(part)

@@ -37,7 +37,9 @@ AGAIN = "delete this file and download it again"
 
 
 class FileCheck(Protocol):
-    """Proves one file while its tensors are read: see `checksums.Ledger`."""
+    """Proves one file while its tensors are read: see `checksums.Ledger`. error: what is wrong with it."""
+
+    error: CheckpointError | None
 
     def begin(self): ...
 

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import threading
 from pathlib import Path
 from urllib.parse import quote
@@ -16,6 +15,7 @@ from urllib.parse import quote
 from huggingface_hub import constants
 
 from .errors import DownloadError
+from .files import replace_file
 
 AGAIN = "call again: complete files are kept, only the rest is fetched"
 log = logging.getLogger(__name__)
@@ -58,9 +58,7 @@ class Record:
         try:
             for path, text in texts.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f"{path.name}.{os.getpid()}.part")
-                part.write_text(text)
-                part.replace(path)
+                replace_file(path, text)
         except OSError as error:
             log.debug("the record of %s was not written: %s", self.repo_id, error)
 

@@ -11,6 +11,7 @@ import torch
 
 from . import plots, plots_cache
 from .errors import OptionError
+from .files import replacing
 from .prefetch import find_gates
 from .recorder import record
 from .speculation import collect_states, measure_recall
@@ -88,12 +89,14 @@ def write_report(
     written = [folder / "trace.safetensors", folder / "trace.csv"]
     trace.save(written[0])
     rows = trace.rows()
-    with written[1].open("w", newline="", encoding="utf-8") as file:
+    with replacing(written[1]) as part, part.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(rows)
         table.writerows(zip(*(column.tolist() for column in rows.values())))
     for name, figure, array in pictures(model, trace, texts, sets):
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        np.save(folder / f"{name}.npy", array)
+        with replacing(folder / f"{name}.png") as part:
+            figure.savefig(part, dpi=130, format="png")
+        with replacing(folder / f"{name}.npy") as part, part.open("wb") as file:
+            np.save(file, array)
         written += [folder / f"{name}.png", folder / f"{name}.npy"]
     return trace, written
