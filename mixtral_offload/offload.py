@@ -28,6 +28,7 @@ from .absent import remove_weights
 from .arguments import split_arguments
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
+from .checksums import finish_checks
 from .errors import OptionError
 from .experts import ExpertLayout, dequantize_expert
 from .hub import resolve
@@ -161,6 +162,7 @@ def _build(path_or_repo_id: str | Path | None, hub: dict, options: OffloadOption
     compiled = compile_choice(checkpoint, options)
     product = None if options.unpack else linear if compiled[0] else matmul
     load_trunk(model, checkpoint, options.device, options.dtype, product)
+    finish_checks(checkpoint.trunk.values())
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
     # a copy that knows nothing of the model, which would otherwise hold itself
