@@ -167,7 +167,7 @@ def test_transformers_refuses_the_folder_and_says_who_reads_it(tmp_path, kind):
         convert_checkpoint(DEMO.parent / "fp16", tmp_path / "attention", None, PAPER[8]),
     ]
     for folder in folders:
-        with pytest.raises(ValueError, match="mixtral_offload.from_pretrained"):
+        with pytest.raises(ValueError, match=r"mixtral_offload\.from_pretrained"):
             kind.from_pretrained(folder)
     assert REFUSAL in json.loads((DEMO / "config.json").read_text())["transformers_weights"]
 
