@@ -25,7 +25,7 @@ from . import __version__
 from .checkpoint import INDEX, Checkpoint, open_checkpoint
 from .checksums import as_metadata, checksum_of, checksum_of_tensors
 from .errors import CheckpointError
-from .files import read_small, replacing, write_new
+from .files import read_small, replace_file, replacing, write_new
 from .headers import StoredTensor, in_threads, read_header
 from .keys import TrunkPlace
 from .manifest import METHOD, OURS, Manifest, Matrix, by_pattern
@@ -97,6 +97,44 @@ def convert_checkpoint(
         report(_check_after(work, total, took_s))
         work.finish()
     return target
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: str | Path, trunk: dict[str, Tensor], small: dict[str, str] | None = None
+) -> None:
+    """Write a checkpoint of our format into a folder that may exist: experts as `checkpoint` has them, the rest as given.
+
+    Every file is made whole before it takes its name, and the index comes last: with its checksums, it does not fit files
+    of an earlier checkpoint that an interruption has left there.
+
+    Args:
+        checkpoint: Where the experts are read.
+        folder: Is made where there is none. Other files in it stay.
+        trunk: The tensors of `checkpoint.trunk`, by the same keys, on the CPU.
+        small: Other files to write: name -> text.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or an expert cannot be read.
+    """
+    folder, n_files = Path(folder).absolute(), len(checkpoint.experts) + 1
+    manifest = _check_before(checkpoint, None, None)
+    weight_map: dict[str, str] = {}
+    checksums: dict[str, str] = {}
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, expert in enumerate([*sorted(checkpoint.experts), None], 1):
+            name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
+            prefixes = None if expert is None else checkpoint.prefixes[expert]
+            tensors = trunk if expert is None else _expert_tensors(checkpoint, expert, prefixes, None, None)
+            with replacing(folder / name) as part:
+                save_file(tensors, part, metadata={"format": "pt"})
+                checksums[name] = checksum_of_tensors(part, tensors)
+            weight_map.update(dict.fromkeys(tensors, name))
+        total = sum((folder / name).stat().st_size for name in checksums)
+        metadata = {"total_size": total, "checksums": as_metadata(checksums)}
+        index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
+        for name, data in (_small_files(checkpoint, manifest, {}) | (small or {}) | {INDEX: index}).items():
+            replace_file(folder / name, data)
 
 
 def _settings(checkpoint: Checkpoint, experts, attention, device, config_extra) -> dict:

@@ -40,6 +40,7 @@ from .policy import POLICIES
 from .prefetch import Gate, Prefetcher, find_gates
 from .quantization import QuantizedLinear, matmul
 from .recorder import Recorder
+from .save import save_whole
 from .settings import read_generation_config
 from .skeleton import build_meta, check_experts
 from .store import FileStore, RamStore
@@ -275,6 +276,7 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
         if options.unpack:
             _lend_weights(module, offload.cache, layer)
     model.set_experts_implementation("offloaded")
+    save_whole(model)
     for module in (model, model.base_model):
         module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
     track_passes(model.base_model, offload.passes)

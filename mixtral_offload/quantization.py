@@ -360,14 +360,40 @@ class QuantizedLinear(torch.nn.Module):
         buffer = self._names[name]
         setattr(self, buffer, value.view(getattr(self, buffer).shape))
 
+    @property
+    def fields(self) -> Fields:
+        """The stored tensors, by their names in a checkpoint."""
+        return {name: getattr(self, buffer) for name, buffer in self._names.items()}
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """`rows [T, K] @ W.T` -> `[T, N]`."""
+        return self.product(rows, self.fields, (self.out_features, self.in_features), self.quantization)
+
     @torch.compiler.disable  # or a compiled model would round differently from an eager one
     def forward(self, x: Tensor) -> Tensor:
-        fields = {name: getattr(self, buffer) for name, buffer in self._names.items()}
         rows = x.reshape(-1, self.in_features)
-        y = self.product(rows, fields, (self.out_features, self.in_features), self.quantization)
+        needs_grad = torch.is_grad_enabled() and rows.requires_grad
+        y = _FrozenProduct.apply(rows, self) if needs_grad else self.multiply(rows)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.quantization}, bias={self.bias is not None}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`QuantizedLinear.multiply` for autograd. The matrix is dequantized again in backward: kept, it would be as large as a
+    model that never was quantized."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.multiply(rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None]:
+        layer = ctx.layer
+        shape = layer.out_features, layer.in_features
+        return grad_y @ dequantize(layer.fields, shape, layer.quantization, grad_y.dtype), None
