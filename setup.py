@@ -27,6 +27,7 @@ setup(
         "numpy>=1.26",
         "psutil>=5.9",
         "tqdm>=4.66",
+        "xxhash>=3.5",
     ],
     entry_points={"console_scripts": ["mixtral-offload = mixtral_offload.cli:main"]},
 )

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checksums import with_checks
 from .config_check import (
     MOST_INDEX_BYTES,
     check_config,
@@ -30,11 +31,13 @@ from .config_check import (
     text_config,
 )
 from .errors import CheckpointError
-from .experts import ExpertLayout, Field
+from .experts import MATRICES, ExpertLayout, Field
 from .foreign import refuse_keys, refuse_method
 from .headers import StoredTensor, in_threads, read_header
 from .keys import ExpertPlace, FusedPlace, KeyMap, TrunkPlace
-from .quantization import Quantization, check_replaceable, infer
+from .manifest import Manifest, check_modules, read_manifest, recognise
+from .manifest import check_experts as check_stated_experts
+from .quantization import Quantization, check_replaceable, split_quantized
 from .skeleton import ExpertsShape, build_meta, check_experts, kept_in_fp32
 
 #: the small model that ships with the package
@@ -60,7 +63,8 @@ class Checkpoint:
     without their fields, where each expert has its own; else what they are called when they are written.
     trunk: key -> StoredTensor. places: key of the trunk -> its place in the model. linears: name of a quantized linear
     layer in the model -> how its weight is stored, and its shape. kept: dtype to load in -> keys of the trunk that stay
-    in fp32. ignored: keys without a place. keys: all keys as stored.
+    in fp32. ignored: keys without a place. keys: all keys as stored. manifest: what config.json states of the matrices;
+    None for the published format and plain checkpoints.
     """
 
     folder: Path
@@ -74,6 +78,7 @@ class Checkpoint:
     kept: dict[torch.dtype, frozenset[str]]
     ignored: tuple[str, ...]
     keys: tuple[str, ...]
+    manifest: Manifest | None = None
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -134,13 +139,16 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     refuse_keys(folder, config, weight_map)
     model = build_meta(config, torch.float16, path=folder / "config.json")
     layers, shape = check_experts(model, folder / "config.json")
-    found = _Found(folder, KeyMap(model, layers), layers, shape)
     headers = {path: read_header(path) for path in sorted({folder / name for name in weight_map.values()})}
+    headers = with_checks(folder / INDEX, headers)
+    manifest = read_manifest(config, folder / "config.json")
+    found = _Found(folder, KeyMap(model, layers), layers, shape, manifest)
     for key in sorted(weight_map):
         found.add(key, folder / weight_map[key], headers[folder / weight_map[key]])
     ignored = found.ignore()
-    layout = _check_experts(folder, layers, shape, found.experts)
+    layout = _check_experts(folder, layers, shape, found.experts, manifest)
     linears = found.check_trunk()
+    check_modules(manifest, {split[0] for key in found.trunk if (split := split_quantized(key)) is not None})
     if ignored:
         some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
         warnings.warn(
@@ -154,15 +162,23 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             dtype: frozenset(key for key, place in found.places.items() if place.field is None and place.name in names)
             for dtype, names in kept.items()
         },
-        tuple(ignored), tuple(weight_map),
+        tuple(ignored), tuple(weight_map), manifest,
     )  # fmt: skip
 
 
 class _Found:
     """The tensors of a checkpoint, each in its place."""
 
-    def __init__(self, folder: Path, key_map: KeyMap, layers: dict[str, int], shape: ExpertsShape):
+    def __init__(
+        self,
+        folder: Path,
+        key_map: KeyMap,
+        layers: dict[str, int],
+        shape: ExpertsShape,
+        manifest: Manifest | None,
+    ):
         self.folder, self.key_map, self.layers, self.shape = folder, key_map, layers, shape
+        self.manifest = manifest
         self.experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]] = {}
         self.prefixes: dict[ExpertId, dict[str, str]] = {}
         self.trunk: dict[str, StoredTensor] = {}
@@ -246,12 +262,14 @@ class _Found:
     def check_trunk(self) -> dict[str, tuple[Quantization, tuple[int, int]]]:
         """Compare everything but the experts with the model; returns its quantized linear layers, see `Checkpoint`."""
         packed: dict[str, dict[str, StoredTensor]] = {}
+        stored_names: dict[str, str] = {}
         for key, place in self.places.items():
             if place.field is None:
                 self._check_plain(key, self.trunk[key], self.key_map.tensors[place.name])
             else:
                 packed.setdefault(place.name, {})[place.field] = self.trunk[key]
-        linears = {name: self._check_packed(name, fields) for name, fields in packed.items()}
+                stored_names[place.name] = split_quantized(key)[0]
+        linears = {name: self._check_packed(name, stored_names[name], of) for name, of in packed.items()}
         tensors = self.key_map.tensors
         there = {id(tensors[place.parameter]) for place in self.places.values()}
         missing = {
@@ -273,7 +291,7 @@ class _Found:
             raise _does_not_fit(stored, key, tuple(target.shape), target.dtype)
 
     def _check_packed(
-        self, name: str, fields: dict[str, StoredTensor]
+        self, name: str, stored_name: str, fields: dict[str, StoredTensor]
     ) -> tuple[Quantization, tuple[int, int]]:
         path = next(iter(fields.values())).path
         if other := self._filled.get(TrunkPlace(f"{name}.weight")):
@@ -281,11 +299,11 @@ class _Found:
         linear = self.key_map.model.get_submodule(name)
         try:
             check_replaceable(linear)
-            shape = tuple(linear.weight.shape)
-            sizes = {field: (stored.dtype, stored.n_elements) for field, stored in fields.items()}
-            return infer(shape, sizes), shape
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}", path=path) from error
+        shape = tuple(linear.weight.shape)
+        sizes = {field: (stored.dtype, stored.n_elements) for field, stored in fields.items()}
+        return recognise(self.manifest, path, stored_name, shape, sizes), shape
 
 
 def _twice(key: str, path: Path, other: str) -> CheckpointError:
@@ -404,7 +422,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_experts(folder: Path, modules: dict[str, int], shape: ExpertsShape, experts) -> ExpertLayout:
+def _check_experts(
+    folder: Path, modules: dict[str, int], shape: ExpertsShape, experts, manifest: Manifest | None
+) -> ExpertLayout:
     """The one layout of all experts; refuses a missing expert, a missing tensor, or an expert of another layout."""
     if not experts:
         name = next(iter(modules))
@@ -431,7 +451,10 @@ def _check_experts(folder: Path, modules: dict[str, int], shape: ExpertsShape, e
         sizes = {name: (tensor.dtype, tensor.n_elements) for name, tensor in tensors.items()}
         path = next(iter(tensors.values())).path
         if layout is None:
-            reference, layout = sizes, _layout(path, expert, shape.hidden, shape.intermediate, sizes)
+            reference, layout = (
+                sizes,
+                _layout(path, expert, shape.hidden, shape.intermediate, sizes, manifest),
+            )
         elif sizes != reference:
             wrong = min(
                 (n for n in sizes.keys() | reference.keys() if sizes.get(n) != reference.get(n)), key=str
@@ -443,16 +466,17 @@ def _check_experts(folder: Path, modules: dict[str, int], shape: ExpertsShape, e
             )  # fmt: skip
         for (matrix, field), stored in tensors.items():
             if field == "weight" and stored.shape != layout.shapes[matrix]:
-                raise _does_not_fit(
-                    stored,
-                    f"expert {expert[1]} of layer {expert[0]}, {matrix}",
-                    layout.shapes[matrix],
-                    stored.dtype,
-                )
+                key = f"{stored.key} ({matrix} of expert {expert[1]} of layer {expert[0]})"
+                raise _does_not_fit(stored, key, layout.shapes[matrix], stored.dtype)
     return layout
 
 
-def _layout(path, expert, hidden, intermediate, sizes) -> ExpertLayout:
+def _layout(path, expert, hidden, intermediate, sizes, manifest: Manifest | None) -> ExpertLayout:
+    shapes = dict.fromkeys(MATRICES, (intermediate, hidden)) | {"down": (hidden, intermediate)}
+    by_matrix = {
+        matrix: {field: size for (m, field), size in sizes.items() if m == matrix} for matrix in shapes
+    }
+    check_stated_experts(manifest, path, f"expert {expert[1]} of layer {expert[0]}", shapes, by_matrix)
     try:
         return ExpertLayout.build(hidden, intermediate, sizes)
     except CheckpointError as error:

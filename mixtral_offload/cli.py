@@ -1,4 +1,4 @@
-"""The command line: chat, generate, trace, download, info, plan, convert.
+"""The command line: chat, generate, trace, download, info, plan, convert, verify.
 
 Knows the terminal. Everything it does is a function of the package, called with the options given.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .errors import DownloadError, OffloadError, OptionError
 from .parser import DEMO, build_parser
@@ -24,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "chat": run_chat, "generate": run_generate, "trace": run_trace,
         "download": run_download, "info": run_info, "plan": run_plan, "convert": run_convert,
+        "verify": run_verify,
     }  # fmt: skip
     arguments = build_parser(commands).parse_args(argv)
     try:
@@ -245,11 +250,14 @@ def run_plan(arguments) -> None:
 
 
 def run_convert(arguments) -> None:
+    from pathlib import Path
+
     from tqdm import tqdm
 
     from .checkpoint import open_checkpoint
     from .convert import convert_checkpoint
     from .options import parse_device
+    from .work_folder import resume_hint
 
     device = parse_device(arguments.device)
     experts, attention = (
@@ -263,12 +271,52 @@ def run_convert(arguments) -> None:
             expected = f"{checkpoint.top_k} to {checkpoint.n_experts}"
             raise OptionError("impossible default cache size", expected=expected, found=recommended)
         extra = {"offload": {"cache_size": recommended}}
-    with tqdm(total=len(checkpoint.experts), unit="expert", desc="convert") as bar:
-        convert_checkpoint(
-            arguments.source, arguments.target, experts, attention,
-            device=device, config_extra=extra, progress=bar.update,
-        )  # fmt: skip
+    with tqdm(total=len(checkpoint.experts), unit="expert", desc="convert") as bar, terminable():
+        try:
+            convert_checkpoint(
+                arguments.source, arguments.target, experts, attention, device=device, config_extra=extra,
+                progress=bar.update, report=lambda text: bar.write(text, file=sys.stderr),
+            )  # fmt: skip
+        except (KeyboardInterrupt, SystemExit):
+            if hint := resume_hint(Path(arguments.target).absolute()):
+                bar.write(hint, file=sys.stderr)
+            raise
     print(f"written: {arguments.target}")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what runs inside as Ctrl-C does, with its exit status: files in work are closed and said to be there."""
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_verify(arguments) -> None:
+    from tqdm import tqdm
+
+    from .checkpoint import DEMO as demo_folder
+    from .hub import resolve
+    from .verify import verify
+
+    folder = demo_folder if arguments.model == DEMO else resolve(arguments.model, **_revision(arguments))
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+        result = verify(folder, bar.update)
+    print(result)
+
+
+def _revision(arguments) -> dict:
+    return {"revision": arguments.revision} if arguments.revision else {}
 
 
 def _quantization(arguments, bits: int | None):

@@ -1,16 +1,19 @@
 """Write checkpoints: one file per expert plus a trunk, readable by anyone with safetensors.
 
-Knows how to read a checkpoint tensor by tensor and quantize it. One expert at most is held in memory.
+Knows how to read a checkpoint tensor by tensor and quantize it. One expert at most, or the trunk, is held in memory.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
+import math
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,10 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import __version__
 from .checkpoint import INDEX, Checkpoint, open_checkpoint
+from .checksums import as_metadata, checksum_of, checksum_of_tensors
 from .errors import CheckpointError
-from .quantization import Quantization, dequantize, field_specs, quantize, repack
-from .trunk import split_quantized
+from .files import read_small, replace_file, replacing, write_new
+from .headers import StoredTensor, in_threads, read_header
+from .keys import TrunkPlace
+from .manifest import METHOD, OURS, Manifest, Matrix, by_pattern
+from .plan import gb
+from .preflight import check_loads
+from .quantization import Quantization, dequantize, field_specs, quantize, repack, split_quantized
+from .work_folder import WorkFolder, resume_hint, target_exists
 
 ATTENTION = (
     ".self_attn.q_proj.weight",
@@ -40,61 +51,198 @@ def convert_checkpoint(
     device: str = "cpu",
     config_extra: dict | None = None,
     progress: Callable[[int], None] = lambda n_done: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Read the checkpoint `source`, write it to `target` with experts and attention quantized as asked.
 
-    None keeps the bytes as they are stored. A quantized matrix is dequantized first, then quantized anew, unless only its
-    packing differs (`Quantization.split`): then the weights stay the same. config_extra is merged
-    into config.json. progress is called with 1 after each expert. The work is done in a new folder beside `target`,
-    renamed at the end: an interruption leaves no half-made checkpoint. Raises CheckpointError if `target` exists, cannot
-    be written, or if weights are not finite.
+    A quantized matrix is dequantized first, then quantized anew, unless only its packing differs (`Quantization.split`):
+    then the weights stay the same. What `from_pretrained` would refuse afterwards is refused before any work. The work is
+    done in `target.converting`, renamed at the end. Interrupted or killed, it leaves that folder, and the next call with
+    the same arguments goes on from its finished files; the result is byte for byte the same. At the end everything
+    that was written is read again and compared with its checksums, and the structure is opened.
+
+    Args:
+        source: folder of a checkpoint.
+        target: folder to write; must not exist.
+        experts: how to store the experts' matrices; None keeps the bytes as they are stored.
+        attention: the same for the attention's projections.
+        device: where to solve.
+        config_extra: merged into config.json.
+        progress: called with 1 after each expert.
+        report: called with a sentence about what was resumed and checked.
+
+    Returns:
+        The target's absolute path.
+
+    Raises:
+        CheckpointError: `target` exists, is being written by another process or cannot be written; `source` is damaged,
+            is of a family that cannot be loaded, or has weights that are not finite.
+        OptionError: a group size that does not divide a matrix.
     """
-    source, target = Path(source), Path(target).absolute()
-    if target.exists():
-        raise CheckpointError("target exists", path=target, hint="choose another folder or remove this one")
+    source, target, began_s = Path(source), Path(target).absolute(), time.perf_counter()
+    if os.path.lexists(target):
+        raise target_exists(target)
     checkpoint = open_checkpoint(source)
-    with _new_folder(target) as partial:
-        weight_map = _write_weights(checkpoint, partial, experts, attention, torch.device(device), progress)
-        total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        _copy_small_files(checkpoint.folder, partial, config_extra or {})
+    manifest = _check_before(checkpoint, experts, attention)
+    small = _small_files(checkpoint, manifest, config_extra or {})
+    settings = _settings(checkpoint, experts, attention, device, config_extra)
+    with _told(target), WorkFolder(target, settings, report) as work:
+        weight_map = _write_weights(checkpoint, work, experts, attention, torch.device(device), progress)
+        total = sum((work.path / name).stat().st_size for name in work.finished)
+        metadata = {"total_size": total, "checksums": as_metadata(work.finished)}
+        small[INDEX] = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
+        for name, data in small.items():
+            write_new(work.path / name, data)
+        took_s = time.perf_counter() - began_s
+        report(_check_after(work, total, took_s))
+        work.finish()
     return target
 
 
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: str | Path, trunk: dict[str, Tensor], small: dict[str, str] | None = None
+) -> None:
+    """Write a checkpoint of our format into a folder that may exist: experts as `checkpoint` has them, the rest as given.
+
+    Every file is made whole before it takes its name, and the index comes last: with its checksums, it does not fit files
+    of an earlier checkpoint that an interruption has left there.
+
+    Args:
+        checkpoint: Where the experts are read.
+        folder: Is made where there is none. Other files in it stay.
+        trunk: The tensors of `checkpoint.trunk`, by the same keys, on the CPU.
+        small: Other files to write: name -> text.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or an expert cannot be read.
+    """
+    folder, n_files = Path(folder).absolute(), len(checkpoint.experts) + 1
+    manifest = _check_before(checkpoint, None, None)
+    weight_map: dict[str, str] = {}
+    checksums: dict[str, str] = {}
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, expert in enumerate([*sorted(checkpoint.experts), None], 1):
+            name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
+            prefixes = None if expert is None else checkpoint.prefixes[expert]
+            tensors = trunk if expert is None else _expert_tensors(checkpoint, expert, prefixes, None, None)
+            with replacing(folder / name) as part:
+                save_file(tensors, part, metadata={"format": "pt"})
+                checksums[name] = checksum_of_tensors(part, tensors)
+            weight_map.update(dict.fromkeys(tensors, name))
+        total = sum((folder / name).stat().st_size for name in checksums)
+        metadata = {"total_size": total, "checksums": as_metadata(checksums)}
+        index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
+        for name, data in (_small_files(checkpoint, manifest, {}) | (small or {}) | {INDEX: index}).items():
+            replace_file(folder / name, data)
+
+
+def _settings(checkpoint: Checkpoint, experts, attention, device, config_extra) -> dict:
+    """All that decides the bytes which are written."""
+    files = {path: path.stat() for path in sorted(checkpoint.folder.iterdir()) if path.is_file()}
+    return {
+        "source": {path.name: [of.st_size, of.st_mtime_ns] for path, of in files.items()},
+        "experts": repr(experts), "attention": repr(attention), "device": str(device), "config_extra": config_extra,
+        "versions": {name: version(name) for name in ("torch", "hqq", "safetensors")} | {"this": __version__},
+    }  # fmt: skip
+
+
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to work in, renamed to `target` at the end, removed with all that is in it if that is not reached."""
-    partial = None
+def _told(target: Path) -> Iterator[None]:
+    """Errors of the file system as one message."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
-        yield partial
-        partial.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp's is for its owner alone
-        partial.rename(target)
-        partial = None
+        yield
     except (OSError, SafetensorError) as error:
         path, found = getattr(error, "filename", None) or target, getattr(error, "strerror", None) or error
-        hint = "choose another folder, or make room there"
+        hint = resume_hint(target)
+        hint = f"make room there; {hint}" if hint else "choose another folder, or make room there"
         raise CheckpointError("cannot write the checkpoint", path=path, found=found, hint=hint) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_weights(checkpoint: Checkpoint, folder, experts, attention, device, progress) -> dict[str, str]:
+def _check_before(checkpoint: Checkpoint, experts, attention) -> Manifest | None:
+    """Refuse, before any work, what cannot be written or loaded; what the target will state about itself."""
+    layout = checkpoint.layout
+    matrices = {
+        name: Matrix(shape, layout.quantization[name] if experts is None else experts)
+        for name, shape in layout.shapes.items()
+    }
+    for matrix in matrices.values():
+        field_specs(matrix.shape, matrix.quantization)  # the groups must divide it
+    trunk, places, linears = dict(checkpoint.trunk), dict(checkpoint.places), dict(checkpoint.linears)
+    modules = {}
+    for module, fields in _modules_of(checkpoint.trunk).items():
+        stored = _stored_matrix(checkpoint, module, fields)
+        wanted = stored if attention is None else Matrix(stored.shape, attention)
+        if wanted.quantization.bits < 16:
+            modules[module] = wanted
+        if wanted == stored:
+            continue
+        name, path = _name_in_model(checkpoint, module), next(iter(fields.values())).path
+        for field in fields:
+            del trunk[f"{module}.{field}"], places[f"{module}.{field}"]
+        linears.pop(name, None)
+        is_plain = wanted.quantization.bits == 16
+        if not is_plain:
+            linears[name] = wanted.quantization, wanted.shape
+        for field, (dtype, dims) in field_specs(wanted.shape, wanted.quantization).items():
+            key = f"{module}.{field}"
+            trunk[key] = StoredTensor(path, dtype, dims, 0, math.prod(dims) * dtype.itemsize, key)
+            places[key] = TrunkPlace(f"{name}.weight") if is_plain else TrunkPlace(name, field)
+    config = checkpoint.folder / "config.json"
+    manifest = Manifest(config, matrices, by_pattern(modules))
+    is_packed = bool(modules) or any(of.quantization.bits < 16 for of in matrices.values())
+    manifest = manifest if is_packed else None  # else it is a plain checkpoint, which transformers reads too
+    check_loads(replace(checkpoint, manifest=manifest, trunk=trunk, places=places, linears=linears))
+    return manifest
+
+
+def _check_after(work: WorkFolder, total: int, took_s: float) -> str:
+    """Read everything again and open the result; says what that took."""
+    began_s = time.perf_counter()
+    written = list(work.finished.items())[work.n_kept :]  # the others were proven when they were taken over
+    for _ in in_threads((_check_file, work.path / name, checksum) for name, checksum in written):
+        pass
+    check_loads(open_checkpoint(work.path))
+    check_s = time.perf_counter() - began_s
+    return (
+        f"checked: {gb(total)} read again in {check_s:.1f} s ({check_s / max(took_s, 1e-9):.0%} of the "
+        f"{took_s:.1f} s before), checksums and structure are right"
+    )
+
+
+def _check_file(path: Path, checksum: str) -> None:
+    found = checksum_of(path)
+    if found != checksum:
+        raise CheckpointError(
+            "what was written cannot be read again: its checksum is wrong", path=path, expected=checksum, found=found,
+            hint="suspect the disk or the memory of this machine; convert again, elsewhere if it happens twice",
+        )  # fmt: skip
+
+
+def _write_weights(
+    checkpoint: Checkpoint, work: WorkFolder, experts, attention, device, progress
+) -> dict[str, str]:
+    """Write what is not finished yet; returns key -> file name."""
     n_files = len(checkpoint.experts) + 1
     weight_map: dict[str, str] = {}
 
-    def save(number: int, tensors: dict[str, Tensor]) -> None:
+    def save(number: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
         name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
+        path = work.path / name
+        if name not in work.finished:
+            made = tensors()
+            with replacing(path) as part:
+                save_file(made, part, metadata={"format": "pt"})
+                checksum = checksum_of_tensors(part, made)
+            work.keep(name, checksum)
+        weight_map.update(dict.fromkeys(read_header(path), name))
 
     for number, expert in enumerate(sorted(checkpoint.experts), 1):
-        save(number, _expert_tensors(checkpoint, expert, checkpoint.prefixes[expert], experts, device))
+        save(
+            number, partial(_expert_tensors, checkpoint, expert, checkpoint.prefixes[expert], experts, device)
+        )
         progress(1)
-    save(n_files, _trunk_tensors(checkpoint, attention, device))
+    save(n_files, partial(_trunk_tensors, checkpoint, attention, device))
     return weight_map
 
 
@@ -140,33 +288,66 @@ def _quantize(key: str, weight: Tensor, quantization: Quantization) -> dict[str,
 
 def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, device) -> dict[str, Tensor]:
     """The trunk as it is stored, attention matrices quantized where asked."""
-    tensors, modules = {}, {}
-    for key, stored in checkpoint.trunk.items():
+    trunk = dict(checkpoint.trunk)
+    tensors = {}
+    for module, fields in _modules_of(trunk).items() if attention is not None else ():
+        matrix = _stored_matrix(checkpoint, module, fields)
+        read = {name: trunk.pop(f"{module}.{name}").read() for name in fields}
+        made = _requantized(f"{module}.", read, matrix.shape, matrix.quantization, attention, device)
+        tensors |= {f"{module}.{name}": value for name, value in made.items()}
+    return {key: stored.read() for key, stored in trunk.items()} | tensors
+
+
+def _modules_of(trunk: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """Name of each projection of the attention, and of each packed matrix -> field -> tensor."""
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for key, stored in trunk.items():
         split = (key.removesuffix(".weight"), "weight") if key.endswith(ATTENTION) else split_quantized(key)
-        if attention is None or split is None:
-            tensors[key] = stored.read()
-        else:
-            modules.setdefault(split[0], {})[split[1]] = stored.read()
-    for module, fields in modules.items():
-        fields = _attention_fields(checkpoint, module, fields, attention, device)
-        tensors |= {f"{module}.{name}": value for name, value in fields.items()}
-    return tensors
+        if split is not None:
+            modules.setdefault(split[0], {})[split[1]] = stored
+    return modules
 
 
-def _attention_fields(
-    checkpoint: Checkpoint, module: str, fields: dict[str, Tensor], wanted: Quantization, device: torch.device
-) -> dict[str, Tensor]:
-    """module: as stored. fields: of its weight, plain or quantized."""
-    if "weight" in fields:
-        stored, shape = Quantization(16), tuple(fields["weight"].shape)
-    else:
-        stored, shape = checkpoint.linears[checkpoint.places[f"{module}.W_q"].name]
-    return _requantized(f"{module}.", fields, shape, stored, wanted, device)
+def _stored_matrix(checkpoint: Checkpoint, module: str, fields: dict[str, StoredTensor]) -> Matrix:
+    """module: as in the stored keys."""
+    plain = fields.get("weight")
+    if plain is not None:
+        return Matrix(tuple(plain.shape), Quantization(16))
+    quantization, shape = checkpoint.linears[_name_in_model(checkpoint, module)]
+    return Matrix(shape, quantization)
 
 
-def _copy_small_files(source: Path, target: Path, config_extra: dict) -> None:
-    config = json.loads((source / "config.json").read_text()) | config_extra
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in sorted(source.iterdir()):
-        if path.suffix in (".json", ".model", ".jinja", ".txt") and path.name not in ("config.json", INDEX):
-            shutil.copy2(path, target / path.name)
+def _name_in_model(checkpoint: Checkpoint, module: str) -> str:
+    """The model's name of a module that has this name in the stored keys."""
+    places = checkpoint.places
+    packed, plain = places.get(f"{module}.W_q"), places.get(f"{module}.weight")
+    return plain.name.removesuffix(".weight") if packed is None else packed.name
+
+
+def _small_files(
+    checkpoint: Checkpoint, manifest: Manifest | None, config_extra: dict
+) -> dict[str, bytes | str]:
+    """The files beside the weights: config.json, with what the target states about itself, and copies of the others.
+
+    Raises CheckpointError for a device, a pipe or a file that is too large to be of a model.
+    """
+    files: dict[str, bytes | str] = {}
+    try:
+        config = json.loads(read_small(checkpoint.folder / "config.json"))
+        for path in sorted(checkpoint.folder.iterdir()):
+            if path.suffix in (".json", ".model", ".jinja", ".txt") and path.name not in (
+                "config.json",
+                INDEX,
+            ):
+                files[path.name] = read_small(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "cannot copy a file", path=getattr(error, "filename", None) or checkpoint.folder,
+            expected="a regular file, or a link to one", found=getattr(error, "strerror", None) or error,
+            hint="remove it from the source, or replace it by a copy",
+        ) from error  # fmt: skip
+    ours = config.get("quantization_config") or {}
+    if isinstance(ours, dict) and ours.get("quant_method") == METHOD:
+        config = {name: value for name, value in config.items() if name not in OURS}
+    config |= config_extra | (manifest.as_config() if manifest is not None else {})
+    return {"config.json": json.dumps(config, indent=2) + "\n", **files}

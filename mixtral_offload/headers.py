@@ -1,6 +1,7 @@
 """The tensors of one safetensors file: where their bytes lie, and reading them without a copy in between.
 
-Knows the file format. Knows nothing of models.
+Knows the file format. Knows nothing of models. What is read is checked on the way, while it is in the processor's cache:
+floating-point numbers must be finite, and a file that has a checksum must be what it says.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,18 +26,43 @@ DTYPES = {
 N_READERS = 4
 PART_BYTES = 4 << 20
 MOST_HEADER_BYTES = 32 << 20  # of one file: about 200,000 tensors (the format allows 100 MB)
+#: read and checked at a time: small enough to be still in the second-level cache when it is hashed
+STEP_BYTES = 256 << 10
+#: dtype -> integers of the same size, all bits but the sign, and what those bits are at least where a value is not finite
+NOT_FINITE = {
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+}
 AGAIN = "delete this file and download it again"
+
+
+class FileCheck(Protocol):
+    """Proves one file while its tensors are read: see `checksums.Ledger`. error: what is wrong with it."""
+
+    error: CheckpointError | None
+
+    def begin(self): ...
+
+    def add(self, offset: int, digest: bytes) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie: file, absolute byte offset, number of bytes."""
+    """Where a tensor's bytes lie: file, absolute byte offset, number of bytes.
+
+    key: as the file has it. check: proves the file as its tensors are read, where it has a checksum.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
+    key: str = field(default="", compare=False)
+    check: FileCheck | None = field(default=None, compare=False, repr=False)
 
     @property
     def n_elements(self) -> int:
@@ -44,25 +71,46 @@ class StoredTensor:
     def rows(self, start: int, n: int, columns: int) -> StoredTensor:
         """`n` of the tensor's rows from `start` on, seen as a matrix of rows of `columns` elements; [n, columns]."""
         row = columns * self.dtype.itemsize
-        return StoredTensor(self.path, self.dtype, (n, columns), self.offset + start * row, n * row)
+        return StoredTensor(self.path, self.dtype, (n, columns), self.offset + start * row, n * row, self.key)
 
     def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor, in memory of its own; converted and moved a few MB at a time, so that it is never there twice."""
+        """The tensor, in memory of its own; converted and moved a few MB at a time, so that it is never there twice.
+
+        Raises:
+            CheckpointError: the file is damaged, or a value is not finite (also: not within the range of `dtype`).
+        """
         value = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
         with open(self.path, "rb", buffering=0) as file:
             if value.dtype == self.dtype and value.device.type == "cpu":
                 self.read_into(file, value.view(-1).view(torch.uint8))
                 return value
-            part = torch.empty(min(self.n_bytes, PART_BYTES), dtype=torch.uint8)
+            watch, part = Watch(self), torch.empty(min(self.n_bytes, PART_BYTES), dtype=torch.uint8)
             for start in range(0, self.n_bytes, PART_BYTES):
                 piece = part[: self.n_bytes - start]
-                self.read_into(file, piece, start)
+                self._read_part(file, piece, start, watch)
                 begin = start // self.dtype.itemsize
-                value.view(-1)[begin:][: len(piece) // self.dtype.itemsize].copy_(piece.view(self.dtype))
+                target = value.view(-1)[begin:][: len(piece) // self.dtype.itemsize]
+                target.copy_(piece.view(self.dtype))
+                if target.dtype == torch.float16 != self.dtype and not is_finite(target):
+                    raise CheckpointError(
+                        "weights are beyond the range of float16", path=self.path, key=self.key,
+                        expected="at most 65504", found=f"{piece.view(self.dtype).abs().max():g}",
+                        hint='ask for dtype="bfloat16" or "float32"',
+                    )  # fmt: skip
         return value
 
     def read_into(self, file, data: Tensor, start: int = 0) -> None:
-        """Fill `data` (uint8, contiguous, CPU) with the tensor's bytes from `start` on, without a copy in between."""
+        """Fill `data` (uint8, contiguous, CPU) with the tensor's bytes from `start` on, checked, without a copy in between."""
+        self._read_part(file, data, start, Watch(self))
+
+    def _read_part(self, file, data: Tensor, start: int, watch: Watch) -> None:
+        for at in range(0, len(data), STEP_BYTES):
+            step = data[at : at + STEP_BYTES]
+            self.fill(file, step, start + at)
+            watch.see(start + at, step)
+
+    def fill(self, file, data: Tensor, start: int) -> None:
+        """Fill `data` (uint8, contiguous, CPU) with the tensor's bytes from `start` on; nothing is checked."""
         file.seek(self.offset + start)
         rest = memoryview(data.numpy())
         while rest:
@@ -73,6 +121,55 @@ class StoredTensor:
                     found=f"{len(rest)} fewer", hint=AGAIN,
                 )  # fmt: skip
             rest = rest[n_read:]
+
+
+class Watch:
+    """Checks a tensor's bytes as they come, in order: finite values, and the digest for the file's checksum."""
+
+    def __init__(self, stored: StoredTensor):
+        self._stored, self._next, self._hash = stored, -1, None
+
+    def see(self, start: int, data: Tensor) -> bool:
+        """Check bytes `data` (uint8, CPU) of the tensor, from `start` on; whether the tensor has now been seen whole.
+
+        Raises:
+            CheckpointError: a value is not finite, or this was the last of the file and its checksum is wrong.
+        """
+        stored = self._stored
+        if stored.dtype.is_floating_point:
+            check_finite(stored, data.view(stored.dtype))
+        if start == 0:
+            self._next, self._hash = 0, stored.check.begin() if stored.check else None
+        if start != self._next:  # out of order: `FileCheck.finish` reads it again
+            self._next = -1
+            return False
+        if self._hash is not None:
+            self._hash.update(data.numpy())
+        self._next += len(data)
+        if self._next < stored.n_bytes:
+            return False
+        if self._hash is not None:
+            stored.check.add(stored.offset, self._hash.digest())
+        return True
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; ten times as fast as `isfinite` on half precision."""
+    if values.dtype not in NOT_FINITE or not values.numel():
+        return bool(values.isfinite().all())
+    integers, mask, least = NOT_FINITE[values.dtype]
+    return bool((values.view(integers) & mask).max() < least)
+
+
+def check_finite(stored: StoredTensor, values: Tensor) -> None:
+    """Raises CheckpointError, naming file and tensor, if one of its values is NaN or infinite."""
+    if not is_finite(values):
+        n_wrong = int((~values.isfinite()).sum())
+        raise CheckpointError(
+            "weights are not finite", path=stored.path, key=stored.key, expected="finite numbers",
+            found=f"{n_wrong} NaN or infinite in a piece of {values.numel()} values",
+            hint="download or convert this checkpoint again; if its makers' own file is so, it cannot be used",
+        )  # fmt: skip
 
 
 def in_threads(tasks: Iterable[tuple]) -> Iterator:
@@ -112,6 +209,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {key: _stored(path, key, entry, begin) for key, entry in header.items()}
 
 
+def header_bytes(path: Path) -> bytes:
+    """The raw header: everything in front of the data. Of a file that `read_header` accepts."""
+    with open(path, "rb") as file:
+        n_header = file.read(8)
+        return n_header + file.read(int.from_bytes(n_header, "little"))
+
+
 def _parse(path: Path) -> tuple[dict[str, dict], int]:
     """(key -> entry, where the data begins)."""
     with open(path, "rb") as file:
@@ -141,4 +245,5 @@ def _stored(path: Path, key: str, entry: dict, data_begin: int) -> StoredTensor:
             hint="convert the file with a program that knows it",
         )  # fmt: skip
     begin, end = entry["data_offsets"]
-    return StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data_begin + begin, end - begin)
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    return StoredTensor(path, dtype, shape, data_begin + begin, end - begin, key)

@@ -184,7 +184,7 @@ def local_folder(path_or_repo_id) -> Path | None:
     raise CheckpointError(what, path=path.absolute(), expected=expected, found=found, hint=hint)
 
 
-def _ask(repo_id, revision, endpoint, token, local_dir, cache_dir):
+def _ask(repo_id, revision, endpoint, token, local_dir, cache_dir=None):
     try:
         api = HfApi(endpoint=endpoint, token=token)
         info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=20)

@@ -7,7 +7,6 @@ Does not know the network.
 import hashlib
 import json
 import logging
-import os
 import re
 import threading
 from pathlib import Path
@@ -16,6 +15,7 @@ from urllib.parse import quote
 from huggingface_hub import constants
 
 from .errors import DownloadError
+from .files import replace_file
 from .safe_text import visible
 
 AGAIN = "call again: complete files are kept, only the rest is fetched"
@@ -82,13 +82,7 @@ class Record:
         try:
             for path, text in texts.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-                part.unlink(missing_ok=True)
-                with part.open(
-                    "x", encoding="utf-8"
-                ) as file:  # never through a link that somebody left there
-                    file.write(text)
-                part.replace(path)
+                replace_file(path, text)
         except OSError as error:
             log.debug("the record of %s was not written: %s", self.repo_id, error)
 

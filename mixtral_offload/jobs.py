@@ -65,7 +65,8 @@ class Job:
     def __init__(self, options: JobOptions):
         self.options = options
         self.sha256, self.lines = read_lines(options.input, options.raw)
-        self.journal = Journal(Path(os.path.realpath(options.output)), options.restart)
+        output = options.output  # of a link, the link itself is replaced: nothing is written through it
+        self.journal = Journal(Path(os.path.realpath(output.parent)) / output.name, options.restart)
         self.seed: int | None = None
         self.n_kept = 0  # answers that were there before this run
         self.took = TurnStats()

@@ -15,11 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import JobError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .files import CAN_LOCK, is_there, open_locked, open_new, sync_path
 
 FORMAT = "mixtral_offload job 1"
 MAGIC = b'{"format": "mixtral_offload job '  # every header begins so
@@ -79,7 +75,7 @@ class Journal:
             if self.header is None:
                 self.header = {"format": FORMAT, **keep, "job": job}
                 self._append(as_line(self.header))
-                _sync_folder(self.path.parent)
+                sync_path(self.path.parent)
 
     def add(self, number: int, record: dict) -> None:
         """Keep one answer; it is on the disk when this returns."""
@@ -101,11 +97,13 @@ class Journal:
                 with suppress(OSError):
                     ordered.unlink(missing_ok=True)
                 raise
-            _sync_folder(self.output.parent)
+            sync_path(self.output.parent)
             self.path.unlink()
 
     def _write(self, ordered: Path, numbers: Iterable[int], others: dict[int, dict]) -> None:
-        with open(ordered, "wb") as target, open(self.path, "rb") as source:
+        with suppress(FileNotFoundError):
+            os.unlink(ordered)  # left by a killed process, or a link that somebody planted
+        with open_new(ordered) as target, open(self.path, "rb") as source:
             for number in numbers:
                 if number in others:
                     target.write(as_line(others[number]))
@@ -121,7 +119,7 @@ class Journal:
         if self._file.closed:
             return
         with suppress(OSError):
-            if os.fstat(self._file.fileno()).st_size == 0 and _is_there(self._file, self.path):
+            if os.fstat(self._file.fileno()).st_size == 0 and is_there(self._file, self.path):
                 self.path.unlink()
         self._file.close()
 
@@ -201,42 +199,16 @@ def _parse(line: bytes) -> dict | None:
 
 
 def _open_locked(path: Path):
-    """The file, new where there was none, locked against other processes until it is closed."""
-    if fcntl is None:
+    """The file, new where there was none, locked against other processes until it is closed; never through a link."""
+    if not CAN_LOCK:
         raise JobError("jobs need file locks, which this system lacks", path=path, expected="Linux or macOS")
     with _told("cannot open the journal", path, "name another --output"):
-        while True:
-            file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_there(file, path):  # or its owner finished and removed it in between
-                    return file
-            except BlockingIOError:
-                file.close()
-                raise JobError(
-                    "another process is at work on this output", path=path, hint="wait for it, or name another --output"
-                ) from None  # fmt: skip
-            except BaseException:
-                file.close()
-                raise
-            file.close()
-
-
-def _is_there(file, path: Path) -> bool:
-    """Whether the open file is the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names are on the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            return open_locked(path)
+        except BlockingIOError:
+            raise JobError(
+                "another process is at work on this output", path=path, hint="wait for it, or name another --output"
+            ) from None  # fmt: skip
 
 
 @contextmanager

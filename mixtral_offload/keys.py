@@ -20,9 +20,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from .errors import CheckpointError
+from .quantization import split_quantized
 from .skeleton import LAYER
 
-QUANTIZED = (".W_q", ".W_high", ".meta.")
 EXPERT_KEY = re.compile(
     r"^(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj)\.(?P<field>.+)$"
 )
@@ -38,15 +38,6 @@ MATRIX_NAMES = {
 FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 #: buffers that models compute and old checkpoints hold all the same
 COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.masked_bias$")
-
-
-def split_quantized(key: str) -> tuple[str, str] | None:
-    """`...q_proj.meta.scale_q` -> (`...q_proj`, `meta.scale_q`); None for the key of a plain tensor."""
-    for mark in QUANTIZED:
-        if mark in key:
-            module, _, rest = key.partition(mark)
-            return module, (mark + rest).removeprefix(".")
-    return None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 
 from .checkpoint import DEMO
 from .hub import local_folder, plan_download
+from .machine import free_memory, total_memory
 from .plan import gb
 
 #: Mixtral-8x7B-Instruct with 2-bit experts and 4-bit attention, as 2312.17238's authors published it
@@ -43,8 +44,7 @@ def show_versions() -> None:
         print(f"cuda:{number}: {card.name}, {gb(card.total_memory)}")
     if not torch.cuda.is_available():
         print("no GPU")
-    memory = psutil.virtual_memory()
-    print(f"{psutil.cpu_count()} CPU cores, {gb(memory.available)} of {gb(memory.total)} RAM free")
+    print(f"{psutil.cpu_count()} CPU cores, {gb(free_memory())} of {gb(total_memory())} RAM free")
 
 
 def _version(name: str) -> str:

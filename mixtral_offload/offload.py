@@ -28,6 +28,7 @@ from .absent import remove_weights
 from .arguments import split_arguments
 from .cache import CacheStats, ExpertCache
 from .checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
+from .checksums import finish_checks
 from .errors import OptionError
 from .experts import ExpertLayout, dequantize_expert
 from .hub import resolve
@@ -39,6 +40,7 @@ from .policy import POLICIES
 from .prefetch import Gate, Prefetcher, find_gates
 from .quantization import QuantizedLinear, matmul
 from .recorder import Recorder
+from .save import save_whole
 from .settings import read_generation_config
 from .skeleton import build_meta, check_experts
 from .store import FileStore, RamStore
@@ -161,6 +163,7 @@ def _build(path_or_repo_id: str | Path | None, hub: dict, options: OffloadOption
     compiled = compile_choice(checkpoint, options)
     product = None if options.unpack else linear if compiled[0] else matmul
     load_trunk(model, checkpoint, options.device, options.dtype, product)
+    finish_checks(checkpoint.trunk.values())
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
     # a copy that knows nothing of the model, which would otherwise hold itself
@@ -273,6 +276,7 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
         if options.unpack:
             _lend_weights(module, offload.cache, layer)
     model.set_experts_implementation("offloaded")
+    save_whole(model)
     for module in (model, model.base_model):
         module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
     track_passes(model.base_model, offload.passes)

@@ -10,13 +10,13 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-import psutil
 import torch
 
 from .checkpoint import Checkpoint
 from .errors import CapacityError, OptionError
 from .experts import ROWS, ExpertLayout
 from .headers import StoredTensor
+from .machine import free_memory
 from .packed import choose, dequantized_bytes
 from .plan import Plan, Sizes, gb, make_plan, parse_size
 from .policy import make_policy, staging_rows
@@ -201,7 +201,7 @@ def plan_within(
 
 def budgets(options: OffloadOptions) -> tuple[int, int]:
     """Bytes that may be used on the device and in RAM; on the CPU, they are the same."""
-    free = int(0.9 * psutil.virtual_memory().available)
+    free = int(0.9 * free_memory())
     if options.device.type == "cpu":
         asked = [size for size in (options.vram, options.ram) if size is not None]
         budget = min(asked, default=free)

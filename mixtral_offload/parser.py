@@ -156,7 +156,7 @@ def add_sampling_options(parser) -> None:
 
 def add_convert_options(parser) -> None:
     parser.add_argument("source", help="folder of a checkpoint, 16-bit or quantized")
-    parser.add_argument("target", help="folder to write; must not exist")
+    parser.add_argument("target", help="folder to write; must not exist (an interrupted run goes on)")
     parser.add_argument(
         "--bits", type=int, choices=(16, 8, 4, 3, 2), help="of the experts (default: as stored)"
     )
@@ -175,6 +175,11 @@ def add_convert_options(parser) -> None:
         help="recommend a cache size to those who load it without naming one",
     )
     parser.add_argument("--device", default="cpu", help="where to solve (default: cpu)")
+
+
+def add_verify_options(parser) -> None:
+    parser.add_argument("model", help='folder or hub repository, or "demo"')
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
 
 def _cache_size(text: str) -> int | str:
@@ -220,5 +225,9 @@ COMMANDS = {
     "convert": (
         "quantize a checkpoint: one file per expert, readable with safetensors",
         add_convert_options,
+    ),
+    "verify": (
+        "read every byte of a checkpoint: checksums, structure, finite numbers",
+        add_verify_options,
     ),
 }

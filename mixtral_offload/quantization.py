@@ -22,6 +22,7 @@ from .errors import CheckpointError, OptionError
 
 Fields = dict[str, Tensor]
 FieldSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Sizes = dict[str, tuple[torch.dtype, int]]  # field -> dtype, number of elements
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,34 @@ def field_specs(shape: tuple[int, int], quantization: Quantization) -> FieldSpec
     return specs
 
 
-def infer(shape: tuple[int, int], sizes: dict[str, tuple[torch.dtype, int]]) -> Quantization:
-    """The `Quantization` of a stored matrix, from its fields' dtypes and element counts alone.
+#: parts of a key that belong to a packed matrix
+PACKED_MARKS = (".W_q", ".W_high", ".meta.")
+#: (bits, group size) of published checkpoints. Counts of elements fit two of them for no matrix: the words of a group
+#: (16 / 4, 64 / 2, 64 / 1; another dtype or another field for 3 bits) differ
+PUBLISHED = frozenset((of.bits, of.group_size) for of in PAPER.values())
 
-    shape: (N, K). sizes: field name -> (dtype, number of elements). Raises CheckpointError if nothing fits.
+
+def split_quantized(key: str) -> tuple[str, str] | None:
+    """`...q_proj.meta.scale_q` -> (`...q_proj`, `meta.scale_q`); None for the key of a plain tensor."""
+    for mark in PACKED_MARKS:
+        if mark in key:
+            module, _, rest = key.partition(mark)
+            return module, (mark + rest).removeprefix(".")
+    return None
+
+
+def infer(shape: tuple[int, int], sizes: Sizes) -> Quantization:
+    """Find the `Quantization` of a stored matrix from its fields' dtypes and element counts alone.
+
+    With a wrong shape the answer may be wrong too: 4-bit groups of 64 look like 2-bit groups of 128 of a matrix twice as
+    large. So what it finds must be what the checkpoint states, or `PUBLISHED`: see `manifest.recognise`.
+
+    Args:
+        shape: (N, K).
+        sizes: field name -> (dtype, number of elements).
+
+    Raises:
+        CheckpointError: nothing fits.
     """
     found = Quantization(16) if "weight" in sizes else _infer_packed(shape, sizes)
     expected = {name: (dtype, math.prod(dims)) for name, (dtype, dims) in field_specs(shape, found).items()}
@@ -335,14 +360,40 @@ class QuantizedLinear(torch.nn.Module):
         buffer = self._names[name]
         setattr(self, buffer, value.view(getattr(self, buffer).shape))
 
+    @property
+    def fields(self) -> Fields:
+        """The stored tensors, by their names in a checkpoint."""
+        return {name: getattr(self, buffer) for name, buffer in self._names.items()}
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """`rows [T, K] @ W.T` -> `[T, N]`."""
+        return self.product(rows, self.fields, (self.out_features, self.in_features), self.quantization)
+
     @torch.compiler.disable  # or a compiled model would round differently from an eager one
     def forward(self, x: Tensor) -> Tensor:
-        fields = {name: getattr(self, buffer) for name, buffer in self._names.items()}
         rows = x.reshape(-1, self.in_features)
-        y = self.product(rows, fields, (self.out_features, self.in_features), self.quantization)
+        needs_grad = torch.is_grad_enabled() and rows.requires_grad
+        y = _FrozenProduct.apply(rows, self) if needs_grad else self.multiply(rows)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.quantization}, bias={self.bias is not None}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`QuantizedLinear.multiply` for autograd. The matrix is dequantized again in backward: kept, it would be as large as a
+    model that never was quantized."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.multiply(rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None]:
+        layer = ctx.layer
+        shape = layer.out_features, layer.in_features
+        return grad_y @ dequantize(layer.fields, shape, layer.quantization, grad_y.dtype), None

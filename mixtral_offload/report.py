@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from . import plots, plots_cache
 from .batch import Request, generate_batch
 from .errors import ConversationError, OptionError
+from .files import replacing
 from .prefetch import Gate, find_gates
 from .recorder import record
 from .settings import check_sampling
@@ -103,14 +104,20 @@ def write_report(
     with _writing(written[0]):
         trace.save(written[0])
     rows = trace.rows()
-    with _writing(written[1]), written[1].open("w", newline="", encoding="utf-8") as file:
+    with (
+        _writing(written[1]),
+        replacing(written[1]) as part,
+        part.open("w", newline="", encoding="utf-8") as file,
+    ):
         table = csv.writer(file)
         table.writerow(rows)
         table.writerows(zip(*(column.tolist() for column in rows.values())))
     for name, figure, array in pictures(model, trace, texts, sets):
         with _writing(folder / f"{name}.png"):
-            figure.savefig(folder / f"{name}.png", dpi=130)
-            np.save(folder / f"{name}.npy", array)
+            with replacing(folder / f"{name}.png") as part:
+                figure.savefig(part, dpi=130, format="png")
+            with replacing(folder / f"{name}.npy") as part, part.open("wb") as file:
+                np.save(file, array)
         written += [folder / f"{name}.png", folder / f"{name}.npy"]
     return trace, written
 

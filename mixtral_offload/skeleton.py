@@ -5,7 +5,6 @@ Knows transformers' model classes and the modules of their experts interface. Kn
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .errors import CheckpointError, OptionError
+from .manifest import plain_config
 
 #: `model.layers.3.mlp.experts` -> the list of layers, and the layer's number
 LAYER = re.compile(r"^(?P<list>.*?\blayers)\.(?P<number>\d+)\.")
@@ -48,7 +48,7 @@ def build_meta(
         OptionError: If this attention cannot be used here.
         CheckpointError: If transformers cannot build the model.
     """
-    config = copy.deepcopy(config)
+    config = plain_config(config)
     if hasattr(config, "quantization_config"):  # says how the weights are stored, not what the model is
         del config.quantization_config
     asked = {"attn_implementation": attn_implementation} if attn_implementation else {}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, ExpertId
 from .errors import CheckpointError
+from .headers import StoredTensor, Watch
 
 OPEN_FILES = 64  # at most, of a store on disk
 READERS = 2  # threads for one large read: from the system's page cache, one core copies slower than memory is
@@ -92,6 +93,7 @@ class FileStore:
         self.after_fork()
         self._fields = checkpoint.layout.fields
         self._experts = {expert: checkpoint.experts[expert] for expert in experts}
+        self._seen: set[StoredTensor] = set()  # read whole once, and found right
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._experts
@@ -102,7 +104,7 @@ class FileStore:
 
     def pieces(self, expert: ExpertId) -> Pieces:
         stored = [(field.offset, self._experts[expert][field.matrix, field.name]) for field in self._fields]
-        pieces = [(at, FilePart(self._open, self._pool, of.path, of.offset, of.n_bytes)) for at, of in stored]
+        pieces = [(at, self._piece(of)) for at, of in stored]
         first, last = (pick(of.offset for _, of in stored) for pick in (min, max))
         if last - first <= sum(of.n_bytes for _, of in stored) and len({of.path for _, of in stored}) == 1:
             pieces[0] = pieces[0][0], pieces[0][1]._replace(ahead=(first, last - first))
@@ -110,11 +112,30 @@ class FileStore:
         # the rest of the file lies between: where all experts are in one tensor, or their matrices in several files
         return [(at, of._replace(ahead=(of.offset, of.n_bytes))) for at, of in pieces]
 
+    def _piece(self, of: StoredTensor) -> FilePart:
+        """A tensor's bytes; checked when they are read for the first time, and again after a fault."""
+        is_sound = of in self._seen and (of.check is None or of.check.error is None)
+        check = None if is_sound else Check(Watch(of), of, self._seen)
+        return FilePart(self._open, self._pool, of.path, of.offset, of.n_bytes, check=check)
+
+
+class Check(NamedTuple):
+    """Looks at what is read of one tensor, and notes in `seen` that all of it was right."""
+
+    watch: Watch
+    stored: StoredTensor
+    seen: set[StoredTensor]
+
+    def see(self, offset: int, data: Tensor) -> None:
+        """Raises CheckpointError where the bytes `data`, from the file's byte `offset` on, cannot be right."""
+        if self.watch.see(offset - self.stored.offset, data):
+            self.seen.add(self.stored)
+
 
 class FilePart(NamedTuple):
     """Bytes of a file, with what a copy asks of a tensor: their number, a slice. Read by one thread only.
 
-    ahead: (first byte, number) of what will be read soon: the system fetches it meanwhile.
+    ahead: (first byte, number) of what will be read soon: the system fetches it meanwhile. check: of what was read.
     """
 
     open: Callable[[Path], FileIO]
@@ -123,6 +144,7 @@ class FilePart(NamedTuple):
     offset: int
     n_bytes: int
     ahead: tuple[int, int] | None = None
+    check: Check | None = None
 
     def numel(self) -> int:
         return self.n_bytes
@@ -132,7 +154,7 @@ class FilePart(NamedTuple):
         return self._replace(offset=self.offset + start, n_bytes=min(size, self.n_bytes - start), ahead=ahead)
 
     def read_into(self, target: Tensor) -> None:
-        """Raises CheckpointError where the file cannot be read, or has become shorter."""
+        """Raises CheckpointError where the file cannot be read, or has become shorter, or is damaged."""
         try:
             self._read_into(target)
         except OSError as error:
@@ -158,6 +180,8 @@ class FilePart(NamedTuple):
             wait(reads)  # whatever happens, nothing writes into the target any more
         for read in reads:
             read.result()
+        if self.check is not None:
+            self.check.see(self.offset, target)
 
     def _file(self) -> FileIO:
         try:

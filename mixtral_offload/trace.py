@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from .errors import OptionError
+from .files import replace_file
 
 HIT, MISS, PREFETCHED = 0, 1, 2
 OUTCOMES = ("hit", "miss", "prefetched")
@@ -160,7 +161,7 @@ class RoutingTrace:
             if isinstance(value, np.ndarray)
         }
         rest = {name: json.dumps(getattr(self, name)) for name in ("settings", "counters", "pieces")}
-        save_file(arrays, str(path), metadata={"format": FORMAT, **rest})
+        replace_file(path, save(arrays, metadata={"format": FORMAT, **rest}))
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:

@@ -15,10 +15,7 @@ from transformers import PreTrainedModel
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .headers import StoredTensor, in_threads
-from .keys import split_quantized
 from .quantization import Fields, Quantization, QuantizedLinear, dequantize, field_specs, matmul
-
-__all__ = ["load_trunk", "split_quantized"]
 
 
 def load_trunk(

@@ -19,7 +19,9 @@ HARMLESS = {
 
 def test_what_changes_nothing_is_accepted():
     assert split_arguments(HARMLESS, None) == ({}, {})
-    model = from_pretrained(device="cpu", cache_size=2, ram="1GB", **HARMLESS)  # what is free changes by itself
+    model = from_pretrained(
+        device="cpu", cache_size=2, ram="1GB", **HARMLESS
+    )  # what is free changes by itself
     assert model.dtype == torch.float32
     assert memory_use(device="cpu", cache_size=2, ram="1GB", **HARMLESS).plan == model.offload.plan
 

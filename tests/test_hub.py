@@ -722,3 +722,18 @@ def test_info_and_download_from_the_command_line(published, capsys, monkeypatch)
         assert "3 layers x 8 experts" in (text := capsys.readouterr().out) and "complete: " in text
         assert main(["info", "--model", "some/other"]) == 1
         assert "no connection" in capsys.readouterr().err
+
+
+def test_another_cache_and_no_question_to_the_hub(server, tmp_path):
+    cache = tmp_path / "another"
+    folder = get(server, cache_dir=cache)
+    assert cache in folder.parents and set(held(folder)) == NEEDED
+    before = server.gets.copy()
+    assert get(server, cache_dir=cache, local_files_only=True) == folder
+    assert server.gets == before
+    (folder / SHARDS[1]).unlink()
+    with pytest.raises(DownloadError, match="local_files_only") as caught:
+        get(server, cache_dir=cache, local_files_only=True)
+    assert SHARDS[1] in str(caught.value)
+    with pytest.raises(DownloadError, match="local_files_only"):
+        get(server, local_files_only=True)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from mixtral_offload import journal
+from mixtral_offload import files, journal
 from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.errors import JobError, OptionError
 from mixtral_offload.journal import Journal
@@ -212,14 +212,14 @@ def test_a_second_process_is_refused(tmp_path):
 
 def test_a_journal_that_ends_while_it_is_being_opened(monkeypatch, tmp_path):
     """Its owner finished between open and lock: a lock on a file without a name keeps nobody out."""
-    flock, removals = journal.fcntl.flock, iter([True])
+    flock, removals = files.fcntl.flock, iter([True])
 
     def late(file, how):
         flock(file, how)
         if next(removals, False):
             (tmp_path / "out.jsonl.partial").unlink()
 
-    monkeypatch.setattr(journal.fcntl, "flock", late)
+    monkeypatch.setattr(files.fcntl, "flock", late)
     found = Journal(tmp_path / "out.jsonl")
     with pytest.raises(JobError, match="another process"):
         Journal(tmp_path / "out.jsonl")
@@ -272,6 +272,6 @@ def test_places_that_cannot_be_written(monkeypatch, tmp_path, undisturbed):
 
 
 def test_a_system_without_locks_is_told_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(journal, "fcntl", None)
+    monkeypatch.setattr(journal, "CAN_LOCK", False)
     with pytest.raises(JobError, match="file locks"):
         Journal(tmp_path / "out.jsonl")

@@ -289,12 +289,14 @@ def test_mxfp4_and_an_unknown_format(save):
 
 
 def test_our_own_and_the_published_form_are_no_other_format(published, tmp_path, expected, offloaded):
-    for method in ("mixtral_offload", "hqq"):
-        folder = shutil.copytree(published, tmp_path / method)
-        path = folder / "config.json"
-        path.write_text(
-            json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}})
-        )
+    published_as_hqq = shutil.copytree(published, tmp_path / "hqq")
+    path = published_as_hqq / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "hqq"}})
+    )
+    ours = convert_checkpoint(published, tmp_path / "ours")
+    assert "mixtral_offload" in (ours / "config.json").read_text()
+    for folder in (published_as_hqq, ours):
         logits = offloaded(folder, cache_size=3)(expected["input_ids"]).logits
         assert (logits - expected["logits"]).abs().max() < 1e-4
 

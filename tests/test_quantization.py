@@ -179,3 +179,19 @@ def test_split_three_bits_are_the_same_weights_in_fewer_bytes(group, meta):
     for wrong in ((3, 12), (4, 16)):
         with pytest.raises(OptionError, match="cannot be split"):
             Quantization(*wrong, split=True)
+
+
+def test_gradients_through_a_quantized_layer_with_a_bias():
+    """Also where the product itself has none, as compiled ones, and after the layer's memory was filled anew."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32)
+    quantization = Quantization(4, 16)
+    layer = QuantizedLinear.replacing(linear, quantization, torch.no_grad()(matmul))
+    fields = quantize(linear.weight.detach(), quantization)
+    for name, value in fields.items():
+        layer.set_field(name, value)
+    weight = dequantize(fields, (32, 64), quantization, torch.float32)
+    x, upstream = torch.randn(3, 5, 64, requires_grad=True), torch.randn(3, 5, 32)
+    (expected,) = torch.autograd.grad(torch.nn.functional.linear(x, weight, linear.bias), x, upstream)
+    (found,) = torch.autograd.grad(layer(x), x, upstream)
+    assert torch.allclose(found, expected, atol=1e-5)

@@ -22,7 +22,7 @@ def test_answers_after_interrupts():
 
 
 def test_dropped_models_give_their_memory_back():
-    result = check_drops(n=12, warm_up=12)
+    result = check_drops(n=12, warm_up=20)
     assert not result.wrong, result.details
 
 

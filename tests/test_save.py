@@ -1,0 +1,122 @@
+"""save_pretrained writes a whole model, or refuses; transformers refuses what it has written."""
+
+import json
+import os
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mixtral_offload import from_pretrained, load_tokenizer
+from mixtral_offload.checkpoint import DEMO, INDEX
+from mixtral_offload.errors import OptionError
+from mixtral_offload.verify import verify
+
+IDS = torch.tensor([[300, 700, 900, 5, 6]])
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("source", [DEMO, DEMO.parent / "fp16", "published"])
+@pytest.mark.parametrize("store", ["ram", "disk"])
+def test_a_saved_model_is_the_same(offloaded, tmp_path, source, store, published):
+    model = offloaded(published if source == "published" else source, cache_size=3, store=store)
+    expected = model(IDS % 90).logits
+    model.save_pretrained(tmp_path / "saved")
+    again = offloaded(tmp_path / "saved", cache_size=2)
+    assert torch.equal(again(IDS % 90).logits, expected)
+    assert again.offload.layout == model.offload.layout
+    assert verify(tmp_path / "saved").by_checksum
+    if source == DEMO:
+        load_tokenizer(tmp_path / "saved")
+        with pytest.raises(ValueError, match=r"mixtral_offload\.from_pretrained"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        size = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*.safetensors"))
+        assert size <= 1.01 * sum(path.stat().st_size for path in DEMO.glob("*.safetensors"))
+
+
+def test_what_was_trained_is_saved(offloaded, tmp_path):
+    model = offloaded(cache_size=3)
+    norm = model.get_parameter("model.layers.3.post_attention_layernorm.weight").requires_grad_()
+    optimizer = torch.optim.SGD([norm], lr=1e-3)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")  # a second checkpoint takes the first one's place
+    again = offloaded(tmp_path / "saved", cache_size=2)
+    assert torch.equal(again.get_parameter("model.layers.3.post_attention_layernorm.weight"), norm)
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), logits(offloaded(cache_size=2)))
+
+
+def test_the_hubs_upload_gets_the_same_files(offloaded, tmp_path, monkeypatch):
+    model, seen = offloaded(cache_size=3), {}
+
+    def upload(self, working_dir, *args, **kwargs):
+        seen["files"] = sorted(os.listdir(working_dir))
+
+    api = SimpleNamespace(create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="a/b"))
+    hub = "transformers.utils.hub"
+    monkeypatch.setattr(f"{hub}.PushToHubMixin._upload_modified_files", upload)
+    monkeypatch.setattr(f"{hub}.hf_api", lambda: api, raising=False)
+    monkeypatch.setattr(f"{hub}.create_repo", api.create_repo, raising=False)  # of transformers 5.15
+    monkeypatch.setattr(
+        f"{hub}.create_and_tag_model_card", lambda *args, **kwargs: SimpleNamespace(save=lambda path: None)
+    )
+    model.push_to_hub("a/b")
+    model.save_pretrained(tmp_path / "saved")
+    assert set(seen["files"]) >= {path.name for path in (tmp_path / "saved").glob("model*")} | {
+        INDEX,
+        "config.json",
+    }
+
+
+def test_what_cannot_be_saved_is_refused(offloaded, tmp_path):
+    model = offloaded(cache_size=3)
+    for arguments, match in (
+        ({"save_directory": DEMO}, "reads its experts from"), ({"save_directory": tmp_path / "x", "variant": "fp16"}, "variant"),
+        ({"save_directory": tmp_path / "x", "safe_serialization": False}, "safe_serialization"),
+        ({"save_directory": tmp_path / "x", "push_to_hub": True}, "push_to_hub"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=match):
+            model.save_pretrained(**arguments)
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+    model.model.norm.register_parameter("adapter", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(OptionError, match=r"model\.norm\.adapter"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_state_dict_says_once_what_it_lacks(offloaded):
+    model = offloaded(cache_size=3)
+    with pytest.warns(UserWarning, match="holds no experts"):
+        state = model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert state.keys() == model.state_dict().keys()
+    model.load_state_dict(state)
+
+
+def test_an_unpacked_model_is_saved_as_transformers_does(offloaded, tmp_path):
+    model = offloaded(unpack=True)
+    model.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    with torch.no_grad():
+        assert (plain(IDS).logits - logits(model)).abs().max() < 1e-4
+    assert (logits(offloaded(tmp_path / "saved", cache_size=2)) - logits(model)).abs().max() < 1e-4
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_a_dropped_model_is_freed_at_once():
+    import weakref
+
+    model = from_pretrained(device="cpu", cache_size=2)
+    weak = weakref.ref(model.offload.cache)
+    del model
+    assert weak() is None
