@@ -7,3 +7,13 @@ Each script runs one program twice: on the shipped model with offloaded experts,
 this package runs. It prints a line for each check, and exits with 1 where a check fails. A program that is not installed is
 skipped with a notice. `modelling_tests.py` runs transformers' own tests.
 """
+
+import os
+
+# everything here is local; read when the programs are imported
+for _name, _value in (
+    ("HF_HUB_OFFLINE", "1"),
+    ("TOKENIZERS_PARALLELISM", "false"),
+    ("GRADIO_ANALYTICS_ENABLED", "False"),
+):
+    os.environ.setdefault(_name, _value)

@@ -5,7 +5,6 @@ Knows nothing of models or programs.
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
@@ -13,9 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything here is local; before any program is imported
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 

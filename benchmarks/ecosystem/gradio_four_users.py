@@ -8,19 +8,16 @@ A ChatInterface with a queue, on the loopback interface; four clients, each in a
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
-
-from .checks import Check, equal, exit_with, run_program
-from .twin import greedy, ours, questions, twin
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from transformers import TextIteratorStreamer
 
 from mixtral_offload.chat import ChatSession
 from mixtral_offload.tokenizer import load_tokenizer
+
+from .checks import Check, equal, exit_with, run_program
+from .twin import greedy, ours, questions, twin
 
 PACKAGES = ("gradio", "gradio_client")
 USERS, TURNS, LONGEST = 4, 2, 40

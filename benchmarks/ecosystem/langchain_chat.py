@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mixtral_offload.tokenizer import load_tokenizer
+
 from .checks import Check, equal, exit_with, run_program
 from .twin import greedy, ours, questions, twin
-
-from mixtral_offload.tokenizer import load_tokenizer
 
 PACKAGES = ("langchain-huggingface", "langchain-core")
 PROMPTS, LONGEST = 6, 32

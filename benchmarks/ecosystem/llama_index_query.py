@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mixtral_offload.tokenizer import load_tokenizer
+
 from .checks import Check, equal, exit_with, run_program
 from .twin import ours, questions, twin
-
-from mixtral_offload.tokenizer import load_tokenizer
 
 PACKAGES = ("llama-index-llms-huggingface", "llama-index-core")
 PROMPTS, LONGEST = 5, 32

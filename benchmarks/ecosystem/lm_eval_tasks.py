@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .checks import Check, close, equal, exit_with, run_program
-from .twin import conversations, ours, questions, twin
-
 import torch
 
 from mixtral_offload.tokenizer import load_tokenizer
+
+from .checks import Check, close, equal, exit_with, run_program
+from .twin import conversations, ours, twin
 
 PACKAGES = ("lm_eval", "datasets")
 QUESTIONS, TEXTS, BATCH = 16, 8, 4

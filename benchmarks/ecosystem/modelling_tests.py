@@ -142,10 +142,8 @@ def run_tests(
         "PYTHONPATH": os.pathsep.join([str(path) for path in (root / "src", ROOT) if path.is_dir()]),
         "HF_HUB_OFFLINE": "1", "OFFLOADED_FAMILIES": " ".join(families),
     }  # fmt: skip
-    if (
-        not (root / "src" / "transformers").is_dir()
-        or not (root / ".git").exists()
-        and (root / "PKG-INFO").exists()
+    if not (root / "src" / "transformers").is_dir() or (
+        not (root / ".git").exists() and (root / "PKG-INFO").exists()
     ):
         environment["PYTHONPATH"] = str(ROOT)  # the installed transformers is this one
     with tempfile.TemporaryDirectory() as folder:

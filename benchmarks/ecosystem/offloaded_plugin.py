@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mixtral_offload
-from mixtral_offload.offload import has_plain_experts
 
 #: families whose models get offloaded experts
 FAMILIES = tuple(os.environ.get("OFFLOADED_FAMILIES", "mixtral").split())
@@ -81,7 +80,7 @@ def offload_experts(model: PreTrainedModel) -> None:
     """Make `model` what `from_pretrained` opens from a checkpoint of it; leave one without weights or experts as it is."""
     experts = _experts_of(model)
     tensors = [*model.parameters(), *model.buffers()]
-    if not experts or any(tensor.is_meta for tensor in tensors) or not all(map(has_plain_experts, experts)):
+    if not experts or any(tensor.is_meta for tensor in tensors):
         return
     training, wanted = model.training, {n: p.requires_grad for n, p in model.named_parameters()}
     base, config = model.base_model, model.config

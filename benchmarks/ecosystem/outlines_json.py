@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from mixtral_offload.tokenizer import load_tokenizer
+
 from .checks import Check, equal, exit_with, run_program
 from .twin import ours, questions, twin
-
-from mixtral_offload.tokenizer import load_tokenizer
 
 PACKAGES = ("outlines", "outlines_core")
 PROMPTS, LONGEST = 6, 96
@@ -23,7 +23,7 @@ PROMPTS, LONGEST = 6, 96
 class City(BaseModel):
     name: str = Field(max_length=12)
     country: str = Field(max_length=12)
-    people: int = Field(ge=0, le=99)
+    kind: Literal["city", "town"]
     capital: bool
 
 

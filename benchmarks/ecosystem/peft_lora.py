@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import Check, close, exit_with, refused, run_program
-from .twin import conversations, ours, twin, variants
-
 from mixtral_offload.errors import OffloadError
 from mixtral_offload.tokenizer import load_tokenizer
+
+from .checks import Check, close, exit_with, refused, run_program
+from .twin import conversations, ours, twin, variants
 
 PACKAGES = ("peft",)
 STEPS, BATCHES, SEQUENCES, LONGEST = 20, 4, 4, 96
