@@ -1,0 +1,56 @@
+"""langchain on offloaded experts: chat, streaming, batches and a chain, through langchain-huggingface; the twin's are the right answers.
+
+python -m benchmarks.ecosystem.langchain_chat
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .checks import Check, equal, exit_with, run_program
+from .twin import greedy, ours, questions, twin
+
+from mixtral_offload.tokenizer import load_tokenizer
+
+PACKAGES = ("langchain-huggingface", "langchain-core")
+PROMPTS, LONGEST = 6, 32
+
+
+def chat(model, tokenizer):
+    from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
+    from transformers import pipeline
+
+    answers = pipeline(
+        "text-generation", model=model, tokenizer=tokenizer, max_new_tokens=LONGEST, do_sample=False, return_full_text=False
+    )  # fmt: skip
+    return ChatHuggingFace(llm=HuggingFacePipeline(pipeline=answers), tokenizer=tokenizer)
+
+
+def answers(model, tokenizer) -> dict[str, list[str]]:
+    """What each way of asking gives."""
+    from langchain_core.output_parsers import StrOutputParser
+    from langchain_core.prompts import ChatPromptTemplate
+
+    asked = [messages[0]["content"] for messages in questions(PROMPTS)]
+    model = chat(model, tokenizer)
+    chain = ChatPromptTemplate.from_messages([("human", "{question}")]) | model | StrOutputParser()
+    return {
+        "invoke": [model.invoke(text).content for text in asked],
+        "stream": ["".join(piece.content for piece in model.stream(text)) for text in asked],
+        "batch": [answer.content for answer in model.batch(asked)],
+        "a chain": [chain.invoke({"question": text}) for text in asked],
+    }
+
+
+def checks() -> Iterator[Check]:
+    tokenizer = load_tokenizer()
+    found, expected = (answers(model, tokenizer) for model in (ours(), twin()))
+    for way in found:
+        yield equal(f"answers from {way}", found[way], expected[way])
+    reference = twin()
+    plain = [greedy(reference, tokenizer, of, LONGEST) for of in questions(PROMPTS)]
+    yield equal("answers from invoke, as generate gives them", found["invoke"], plain)
+
+
+if __name__ == "__main__":
+    exit_with(run_program("langchain", PACKAGES, checks))

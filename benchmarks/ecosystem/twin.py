@@ -1,0 +1,89 @@
+"""The model that a check is about, and transformers' own MixtralForCausalLM on the same weights, dequantized.
+
+Knows how both are built. Knows nothing of the programs that run on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import MixtralForCausalLM, PreTrainedModel
+
+from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.convert import convert_checkpoint
+from mixtral_offload.offload import from_pretrained
+from mixtral_offload.quantization import Quantization
+
+FP16 = DEMO.parent / "fp16"
+TRAINING = Path(__file__).parents[2] / "training"
+#: experts per layer on the device, of 8: most passes load some
+CACHE_SIZE = 3
+#: as the shipped 4-bit model has it: its matrices are too small for the published groups of scales
+FOUR_BITS = Quantization(4, 64, 64, True)
+
+
+def ours(folder: Path = DEMO, **options) -> PreTrainedModel:
+    """The model with offloaded experts, most of them not on the device."""
+    return from_pretrained(folder, **{"device": "cpu", "cache_size": CACHE_SIZE} | options)
+
+
+def twin(folder: Path = DEMO) -> PreTrainedModel:
+    """transformers' own model on the same weights, dequantized: nothing of this package runs in it."""
+    unpacked = from_pretrained(folder, device="cpu", unpack=True)
+    config = copy.deepcopy(unpacked.config)
+    config._experts_implementation = None
+    model = MixtralForCausalLM(config).to(unpacked.dtype)
+    missing, unexpected = model.load_state_dict(unpacked.state_dict(), strict=False)
+    if missing or unexpected:
+        raise RuntimeError(f"the twin has other parameters: {missing + unexpected}")
+    model.set_experts_implementation("eager")
+    model.generation_config = copy.deepcopy(unpacked.generation_config)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def variants() -> Iterator[dict[str, Path]]:
+    """Folders of the shipped model: 16- and 4-bit experts, each with plain and with 4-bit attention."""
+    folder = Path(tempfile.mkdtemp(prefix="ecosystem."))
+    try:
+        yield {
+            "fp16 experts, plain attention": FP16,
+            "fp16 experts, 4-bit attention": convert_checkpoint(FP16, folder / "fp16-4bit", attention=FOUR_BITS),
+            "4-bit experts, plain attention": convert_checkpoint(DEMO, folder / "4bit-plain", attention=Quantization(16)),
+            "4-bit experts, 4-bit attention": DEMO,
+        }  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def questions(n: int, one_turn: bool = True) -> list[list[dict[str, str]]]:
+    """n held-out conversations that end with the user's message, spread over all domains."""
+    lines = [json.loads(line)["messages"] for line in (TRAINING / "heldout.jsonl").read_text().splitlines()]
+    lines = [messages for messages in lines if len(messages) == 1 or not one_turn]
+    return lines[:: len(lines) // n][:n]
+
+
+def conversations(n: int) -> list[list[dict[str, str]]]:
+    """n held-out conversations with their answers."""
+    lines = (TRAINING / "heldout_text.jsonl").read_text().splitlines()
+    return [json.loads(line)["messages"] for line in lines[:: len(lines) // n][:n]]
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, tokenizer, messages: list[dict[str, str]], n_tokens: int = 40) -> str:
+    """The greedy answer, from transformers' own `generate`."""
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(
+        prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=n_tokens, do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
