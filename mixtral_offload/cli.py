@@ -15,11 +15,13 @@ from contextlib import contextmanager
 
 from .errors import DownloadError, OffloadError, OptionError
 from .parser import DEMO, build_parser
+from .safe_output import safe_output
 
 OPTIONS = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length", "link", "prefetch", "look_ahead",
            "policy", "shared_slots", "compile", "unpack")  # fmt: skip
 
 
+@safe_output()
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors of ours are one message, never a traceback."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):

@@ -16,6 +16,7 @@ from .checkpoint import DEMO
 from .hub import local_folder, plan_download
 from .machine import free_memory, total_memory
 from .plan import gb
+from .safe_text import visible
 
 #: Mixtral-8x7B-Instruct with 2-bit experts and 4-bit attention, as 2312.17238's authors published it
 PUBLISHED = "lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo"
@@ -64,7 +65,7 @@ def choose_model(name: str | Path = "auto") -> str | Path:
         print("the small Mixtral that ships with the package, as asked")
         return DEMO
     if name != "auto":
-        print(f"{name}, as asked")
+        print(f"{visible(str(name), one_line=True)}, as asked")
         return name
     cards = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
     if cards and cards[0].total_memory >= VRAM_FOR_PUBLISHED:
@@ -85,4 +86,4 @@ def show_download(source: str | Path) -> None:
         f"{plan.repo_id}: {len(plan.files)} files, {gb(plan.total_bytes)}; {gb(plan.remaining_bytes)} to fetch"
     )
     enough = "enough" if plan.free_bytes >= plan.remaining_bytes else "TOO LITTLE"
-    print(f"into {plan.folder}\nwhere {gb(plan.free_bytes)} are free: {enough}")
+    print(f"into {visible(str(plan.folder), one_line=True)}\nwhere {gb(plan.free_bytes)} are free: {enough}")

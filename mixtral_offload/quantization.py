@@ -360,6 +360,16 @@ class QuantizedLinear(torch.nn.Module):
         buffer = self._names[name]
         setattr(self, buffer, value.view(getattr(self, buffer).shape))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move to another device; `model.to(dtype)` converts the bias alone: other scales would be other weights."""
+        stored = self.fields
+        super()._apply(fn, recurse)
+        for name, value in stored.items():
+            moved = getattr(self, self._names[name])
+            if moved.dtype != value.dtype:
+                setattr(self, self._names[name], value.to(moved.device))
+        return self
+
     @property
     def fields(self) -> Fields:
         """The stored tensors, by their names in a checkpoint."""

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator
 
 from .chat import ChatSession
-from .errors import OffloadError
+from .errors import describe
+from .safe_output import safe_output
 
 HELP = (
     "Write a message. Ctrl-C stops an answer; /again answers anew; /clear forgets all; /exit or Ctrl-D ends."
@@ -19,6 +20,7 @@ HELP = (
 PASTE_S = 0.03
 
 
+@safe_output()
 def chat_loop(session: ChatSession, prompt: str = "\nyou> ") -> None:
     """Read messages and stream answers until the input ends; then print what it took.
 
@@ -76,12 +78,10 @@ def stream(session: ChatSession, ask, *arguments) -> None:
         print_pieces(ask(*arguments))
         for line in notices(session):
             print(f"[{line}]", file=sys.stderr)
-    except OffloadError as error:
-        print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:
         raise
     except Exception as error:  # the conversation goes on
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
 
 
 def print_pieces(answer: Iterator[str]) -> None:

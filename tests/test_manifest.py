@@ -39,8 +39,8 @@ def demo(tmp_path):
 
 CHANGES = [
     ({"intermediate_size": 512}, "gate", "256x192, 4-bit, group 64", "512x192"),
-    ({"intermediate_size": 128}, "gate", "256x192, 4-bit, group 64", "32x192"),
-    ({"head_dim": 64}, "self_attn.k_proj", "64x192, 4-bit, group 64", "32x192"),
+    ({"intermediate_size": 128}, "gate", "256x192, 4-bit, group 64", "128x192"),
+    ({"head_dim": 64}, "self_attn.k_proj", "64x192, 4-bit, group 64", "128x192"),
     ({"head_dim": 16}, "self_attn.k_proj", "64x192, 4-bit, group 64", "32x192"),
     ({"num_key_value_heads": 1}, "self_attn.k_proj", "64x192, 4-bit, group 64", "32x192"),
     ({"num_attention_heads": 12}, "self_attn.o_proj", "192x192, 4-bit, group 64", "192x384"),

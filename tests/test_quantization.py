@@ -195,3 +195,17 @@ def test_gradients_through_a_quantized_layer_with_a_bias():
     (expected,) = torch.autograd.grad(torch.nn.functional.linear(x, weight, linear.bias), x, upstream)
     (found,) = torch.autograd.grad(layer(x), x, upstream)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype_of_the_model_leaves_stored_weights_alone(dtype):
+    torch.manual_seed(0)
+    linear, quantization = torch.nn.Linear(64, 32), Quantization(4, 16, 32, True)
+    layer = QuantizedLinear.replacing(linear, quantization)
+    fields = quantize(linear.weight.detach(), quantization)
+    for name, value in fields.items():
+        layer.set_field(name, value)
+    layer.to(dtype)
+    assert layer.bias.dtype == dtype
+    assert all(torch.equal(layer.fields[name], value.view(layer.fields[name].shape)) for name, value in fields.items())
+    assert layer(torch.randn(2, 64, dtype=dtype)).dtype == dtype

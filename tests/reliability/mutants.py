@@ -60,7 +60,7 @@ MUTANTS = (
         "tests/reliability/test_detect.py",
     ),
     Mutant(
-        "w1 and w3 are swapped", "checkpoint.py",
+        "w1 and w3 are swapped", "keys.py",
         '    "w1": "gate",', '    "w1": "up",',
         "tests/test_published_format.py",
     ),
@@ -113,7 +113,36 @@ MUTANTS = (
         "            copy.abandon()\n            pool.loading.pop(key)", "            pool.loading.pop(key)",
         "tests/test_cache.py",
     ),
+    Mutant(
+        "a quantized layer drops its bias", "quantization.py",
+        "        if self.bias is not None:\n", "        if self.bias is None:\n",
+        "tests/test_families.py -k quantized_attention",
+    ),
+    Mutant(
+        "experts of another module are taken for the model's own", "keys.py",
+        'module = self.module_name(match["module"])',
+        'module = re.sub(r"^.*?layers", "model.layers", self.module_name(match["module"]))',
+        "tests/test_keys.py",
+    ),
+    Mutant(
+        "what config.json states about bits is not compared", "manifest.py",
+        "    if matrix is not None and matrix.shape != shape:", "    if False:",
+        "tests/test_manifest.py",
+    ),
+    Mutant(
+        "a checksum is not compared", "checksums.py",
+        "        if found != self.expected:", "        if False:",
+        "tests/test_checksums.py",
+    ),
 )  # fmt: skip
+
+
+def control(mutants: tuple[Mutant, ...] = MUTANTS) -> list[Mutant]:
+    """For each set of tests, a mutant that changes nothing: it must not be noticed."""
+    tests = dict.fromkeys(mutant.tests for mutant in mutants)
+    return [
+        Mutant(f"nothing ({of})", "cache.py", "class ExpertCache:", "class ExpertCache:", of) for of in tests
+    ]
 
 
 def is_noticed(mutant: Mutant) -> bool:
@@ -158,6 +187,7 @@ def is_noticed(mutant: Mutant) -> bool:
 def check_mutants(mutants: tuple[Mutant, ...] = MUTANTS) -> Result:
     """Try each mutant; wrong are those that no test notices."""
     unnoticed = [mutant.what for mutant in mutants if not is_noticed(mutant)]
+    unnoticed += [f"tests fail on {mutant.what}" for mutant in control(mutants) if is_noticed(mutant)]
     return Result(
         "faults put into the package that no test notices", len(unnoticed), len(mutants), "faults",
         details={"faults": [mutant.what for mutant in mutants], "unnoticed": unnoticed},
@@ -165,7 +195,7 @@ def check_mutants(mutants: tuple[Mutant, ...] = MUTANTS) -> Result:
 
 
 if __name__ == "__main__":
-    for mutant in MUTANTS:
+    for mutant in (*MUTANTS, *control()):
         if len(sys.argv) == 1 or any(word in mutant.what for word in sys.argv[1:]):
             begin = time.perf_counter()
             noticed = is_noticed(mutant)

@@ -1,12 +1,17 @@
 """Short forms of the checks; `python -m tests.reliability.run` is the full one."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
+from .at_once import check_at_once
 from .drops import check_drops
+from .fuzz import check_fuzz
 from .identity import check_identity
 from .interrupts import check_interrupts
+from .malformed import check_malformed
+from .mutants import MUTANTS, control, is_noticed
 from .read_errors import check_read_errors
 from .soak import check_soak
 
@@ -31,6 +36,39 @@ def test_answers_during_and_after_read_errors():
     result = check_read_errors(n=12)
     assert not result.wrong, result.details
     assert result.details["ended_with_an_error"] > 0
+
+
+def test_damaged_checkpoints():
+    result = check_malformed()
+    assert not result.wrong, result.details["wrong"]
+    assert result.tried >= 60 and result.details["refused"] > 0
+
+
+def test_fuzzed_headers_indexes_and_configurations():
+    result = check_fuzz(headers=3000, indexes=1000, configs=1000, seed=1)
+    assert not result.wrong, result.details
+
+
+def test_two_at_once():
+    result = check_at_once(n=1)
+    assert not result.wrong, result.details
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
+def test_faults_are_noticed(mutant):
+    assert is_noticed(mutant)
+
+
+def test_what_is_no_fault_is_not_noticed():
+    """Or the tests would fail in the copy for another reason than the fault."""
+    quick = [
+        mutant
+        for mutant in control()
+        if "test_cache" not in mutant.tests and "test_transfer" not in mutant.tests
+    ]
+    assert not is_noticed(
+        replace(quick[0], tests=" ".join({*" ".join(of.tests.split(" -k")[0] for of in quick).split()}))
+    )
 
 
 def test_a_short_soak():
