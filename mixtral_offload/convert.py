@@ -89,7 +89,7 @@ def convert_checkpoint(
     with _told(target), WorkFolder(target, settings, report) as work:
         weight_map = _write_weights(checkpoint, work, experts, attention, torch.device(device), progress)
         total = sum((work.path / name).stat().st_size for name in work.finished)
-        metadata = {"total_size": total, "checksums": as_metadata(work.finished)}
+        metadata = {"total_size": total, "checksums": as_metadata(work.finished, finite=True)}
         small[INDEX] = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
         for name, data in small.items():
             write_new(work.path / name, data)
