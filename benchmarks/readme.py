@@ -177,10 +177,7 @@ def batch() -> str:
 
 def reliability() -> str:
     found = load("reliability")
-    rows = [
-        [of["what"], f"{of['wrong']:,}", f"{of['tried']:,} {of['unit']}"]
-        for of in found.values()
-    ]
+    rows = [[of["what"], f"{of['wrong']:,}", f"{of['tried']:,} {of['unit']}"] for of in found.values()]
     machines = sorted(
         {f"{of['machine']['processor']} ({of['machine']['instruction_sets']})" for of in found.values()}
     )

@@ -207,5 +207,8 @@ def test_another_dtype_of_the_model_leaves_stored_weights_alone(dtype):
         layer.set_field(name, value)
     layer.to(dtype)
     assert layer.bias.dtype == dtype
-    assert all(torch.equal(layer.fields[name], value.view(layer.fields[name].shape)) for name, value in fields.items())
+    assert all(
+        torch.equal(layer.fields[name], value.view(layer.fields[name].shape))
+        for name, value in fields.items()
+    )
     assert layer(torch.randn(2, 64, dtype=dtype)).dtype == dtype
