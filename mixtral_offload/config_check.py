@@ -91,7 +91,7 @@ def check_config(config: object, path: Path) -> None:
                     raise _error(path, name, f"a whole number from {least} to {most}", _shown(one))
         for name in EPSILONS:
             value = _value(part, name)
-            if value is not None and not (_is_number(value) and 0 <= value < 1):
+            if value is not None and not (_is_number(value) and 0 <= value <= 1):
                 raise _error(path, name, "a number from 0 to 1", _shown(value))
     _check_heads(text, path)
     _check_experts(text, path)

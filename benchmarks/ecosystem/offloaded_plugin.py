@@ -1,8 +1,9 @@
 """pytest plugin: every model with experts that a test of transformers builds gets offloaded ones.
 
 Loaded with `-p benchmarks.ecosystem.offloaded_plugin`. A model that a test has just built with random weights is written to a
-temporary checkpoint and opened with `mixtral_offload.from_pretrained`; the test's object becomes the opened model. Where a test
-calls `from_pretrained` of a causal language model, this package's is called with the same arguments.
+temporary checkpoint and opened with `mixtral_offload.from_pretrained`; the test's object becomes the opened model (or, for a base
+model, the opened model's). Where a test calls `from_pretrained` of a causal language model, this package's is called with the
+same arguments. Models with other heads, which this package does not open, stay as they are.
 
 What a fresh model of transformers has and one opened by `from_pretrained` does not, it gets back: training mode and parameters
 that want gradients. All else is as this package's users have it.
@@ -15,12 +16,12 @@ import functools
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mixtral_offload
@@ -52,7 +53,7 @@ def _model_classes() -> list[type]:
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         for name in module.__all__:
             cls = getattr(module, name)
-            if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and "PreTrainedModel" not in name:
+            if name.endswith(("ForCausalLM", "Model")) and not name.endswith("PreTrainedModel"):
                 found.append(cls)
     return found
 
@@ -80,20 +81,23 @@ def offload_experts(model: PreTrainedModel) -> None:
     """Make `model` what `from_pretrained` opens from a checkpoint of it; leave one without weights or experts as it is."""
     experts = _experts_of(model)
     tensors = [*model.parameters(), *model.buffers()]
-    if not experts or any(tensor.is_meta for tensor in tensors):
+    if not experts or any(tensor.is_meta or not tensor.isfinite().all() for tensor in tensors):
         return
+    checkpointing = model.is_gradient_checkpointing
     training, wanted = model.training, {n: p.requires_grad for n, p in model.named_parameters()}
     base, config = model.base_model, model.config
     if "CausalLM" in type(model).__name__:
         opened = _reopened(model)
         _become(model, opened)
-    else:  # a base model, or one with another head: its body is offloaded
+    else:  # a base model
         opened = _reopened(_causal(base)).base_model
         _become(base, opened)
     for module in model.modules():  # one object for all, as transformers has it: tests change it afterwards
         if hasattr(module, "config"):
             module.config = config
     config._experts_implementation = "offloaded"
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     model.train(training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted.get(name, False))
@@ -108,10 +112,12 @@ def _become(model: PreTrainedModel, opened: PreTrainedModel) -> None:
 def _causal(base: PreTrainedModel) -> PreTrainedModel:
     """A causal language model around this base model."""
     global _depth
+    config = copy.deepcopy(base.config)
+    config.problem_type = None  # of another head
     _depth += 1
     try:
         with torch.random.fork_rng():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), dtype=base.dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
     finally:
         _depth -= 1
     setattr(model, model.base_model_prefix, base)
@@ -124,26 +130,15 @@ def _reopened(model: PreTrainedModel) -> PreTrainedModel:
     folder = Path(tempfile.mkdtemp(prefix="offloaded."))
     _depth += 1
     try:
-        _write(model, folder)
+        PreTrainedModel.save_pretrained(model, folder)
         with torch.random.fork_rng():
             opened = mixtral_offload.from_pretrained(
                 folder, device="cpu", dtype=model.dtype, cache_size=min(CACHE_SIZE, _n_experts(model)), store="ram"
             )  # fmt: skip
     finally:
         _depth -= 1
-        shutil.rmtree(folder, ignore_errors=True)
+    weakref.finalize(opened, shutil.rmtree, folder, ignore_errors=True)  # what it is saved from
     return opened
-
-
-def _write(model: PreTrainedModel, folder: Path) -> None:
-    """transformers' own `save_pretrained`; experts in 16 bits, as checkpoints have them."""
-    for experts in _experts_of(model):
-        for parameter in experts.parameters():
-            parameter.data = parameter.data.half().to(parameter.dtype)
-    PreTrainedModel.save_pretrained(model, folder)
-    tensors = load_file(folder / "model.safetensors")
-    half = {key: value.half() if ".experts." in key else value for key, value in tensors.items()}
-    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _n_experts(model: PreTrainedModel) -> int:
@@ -157,6 +152,8 @@ def _from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, 
         cls in _own_init and "CausalLM" in cls.__name__ and source is not None and Path(str(source)).is_dir()
     )
     if mine and _depth == 0 and not args:
+        if not kwargs.get("adapter_kwargs", True):  # empty, and added by AutoModel, which adds the checkpoint's config too
+            del kwargs["adapter_kwargs"], kwargs["config"]
         return mixtral_offload.from_pretrained(source, **kwargs)
     found = _own_from_pretrained(cls, source, *args, **kwargs)
     if type(found) in _own_init and _depth == 0:
