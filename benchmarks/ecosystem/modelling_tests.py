@@ -251,7 +251,9 @@ def main() -> None:
         verdict = f"by design ({failure.by_design}; {whose})" if failure.by_design else f"FAULT ({whose})"
         print(f"  {failure.test}: {verdict}\n      {failure.message}")
     faults = sum(failure.by_design is None for failure in failures)
-    print(f"  only with offloaded experts fail {len(failures)}: {len(failures) - faults} by design, {faults} faults")
+    print(
+        f"  only with offloaded experts fail {len(failures)}: {len(failures) - faults} by design, {faults} faults"
+    )
     record = {"tests": kind, "families": families, "machine": machine() | versions(["torch", "pytest"]),
               "own": counts(own), "offloaded": counts(mine), "failures": [asdict(failure) for failure in failures]}  # fmt: skip
     save(arguments.out, record)

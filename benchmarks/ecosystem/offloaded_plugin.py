@@ -152,7 +152,9 @@ def _from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, 
         cls in _own_init and "CausalLM" in cls.__name__ and source is not None and Path(str(source)).is_dir()
     )
     if mine and _depth == 0 and not args:
-        if not kwargs.get("adapter_kwargs", True):  # empty, and added by AutoModel, which adds the checkpoint's config too
+        if not kwargs.get(
+            "adapter_kwargs", True
+        ):  # empty, and added by AutoModel, which adds the checkpoint's config too
             del kwargs["adapter_kwargs"], kwargs["config"]
         return mixtral_offload.from_pretrained(source, **kwargs)
     found = _own_from_pretrained(cls, source, *args, **kwargs)
