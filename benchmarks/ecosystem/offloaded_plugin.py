@@ -31,6 +31,9 @@ FAMILIES = tuple(os.environ.get("OFFLOADED_FAMILIES", "mixtral").split())
 #: experts per layer on the device; the tests' models have 8 (Mixtral's load-balancing test: 3)
 CACHE_SIZE = 2
 
+#: ends of the names of classes whose models get offloaded experts: this package opens no others
+OPENED = ("ForCausalLM", "Model")
+
 _depth = 0  # models built inside of another one's construction are its parts
 _own_init: dict[type, Callable] = {}
 _own_from_pretrained = PreTrainedModel.__dict__["from_pretrained"].__func__
@@ -53,7 +56,11 @@ def _model_classes() -> list[type]:
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         for name in module.__all__:
             cls = getattr(module, name)
-            if name.endswith(("ForCausalLM", "Model")) and not name.endswith("PreTrainedModel"):
+            if (
+                isinstance(cls, type)
+                and issubclass(cls, PreTrainedModel)
+                and not name.endswith("PreTrainedModel")
+            ):
                 found.append(cls)
     return found
 
@@ -67,7 +74,7 @@ def _offloading(cls: type, own: Callable) -> Callable:
             own(self, *args, **kwargs)
         finally:
             _depth -= 1
-        if _depth == 0 and type(self) is cls:
+        if _depth == 0 and type(self) is cls and cls.__name__.endswith(OPENED):
             offload_experts(self)
 
     return init
@@ -158,6 +165,6 @@ def _from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, 
             del kwargs["adapter_kwargs"], kwargs["config"]
         return mixtral_offload.from_pretrained(source, **kwargs)
     found = _own_from_pretrained(cls, source, *args, **kwargs)
-    if type(found) in _own_init and _depth == 0:
+    if type(found) in _own_init and _depth == 0 and type(found).__name__.endswith(OPENED):
         offload_experts(found)
     return found
