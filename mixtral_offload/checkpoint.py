@@ -143,7 +143,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     headers = with_checks(folder / INDEX, headers)
     manifest = read_manifest(config, folder / "config.json")
     found = _Found(folder, KeyMap(model, layers), layers, shape, manifest)
-    for key in sorted(weight_map):
+    for key in weight_map:
         found.add(key, folder / weight_map[key], headers[folder / weight_map[key]])
     ignored = found.ignore()
     layout = _check_experts(folder, layers, shape, found.experts, manifest)

@@ -39,8 +39,8 @@ class Ledger(FileCheck):
     Takes no lock (two threads that finish a file both compare it), so that a checkpoint can be copied and pickled.
     """
 
-    def __init__(self, path: Path, expected: str, tensors: Iterable[StoredTensor]):
-        self.path, self.expected = path, expected
+    def __init__(self, path: Path, expected: str, tensors: Iterable[StoredTensor], finite: bool = False):
+        self.path, self.expected, self.finite = path, expected, finite
         self.header = header_bytes(path)
         # byte offset -> number of bytes; tensors without any are part of the header alone
         self.tensors = {
@@ -85,8 +85,13 @@ def damaged(path: Path, expected: str, found: str) -> CheckpointError:
 
 def stated(index: Path) -> dict[str, str]:
     """file name -> checksum, as the index says; empty where it says nothing or there is no index."""
+    return _read(index)[0]
+
+
+def _read(index: Path) -> tuple[dict[str, str], bool]:
+    """(`stated`, whether whoever made the checksums had found all numbers finite)."""
     if not index.is_file():
-        return {}
+        return {}, False
     try:
         metadata = json.loads(index.read_bytes()).get("metadata")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
@@ -94,7 +99,7 @@ def stated(index: Path) -> dict[str, str]:
             "cannot read the index", path=index, found=repr(error)[:200], hint="download this file again"
         ) from error
     if not isinstance(metadata, dict) or "checksums" not in metadata:
-        return {}
+        return {}, False
     entry, files = metadata["checksums"], None
     if isinstance(entry, dict) and entry.get("algorithm") == ALGORITHM:
         files = entry.get("files")
@@ -104,12 +109,18 @@ def stated(index: Path) -> dict[str, str]:
             expected=f'{{"algorithm": "{ALGORITHM}", "files": {{name: checksum}}}}', found=repr(entry)[:80],
             hint="use the version of mixtral_offload that made this folder, or convert again",
         )  # fmt: skip
-    return files
+    return files, entry.get("finite") is True
 
 
-def as_metadata(files: dict[str, str]) -> dict:
-    """What the index keeps: file name -> checksum, and by which rule."""
-    return {"algorithm": ALGORITHM, "files": dict(sorted(files.items()))}
+def as_metadata(files: dict[str, str], finite: bool) -> dict:
+    """What the index keeps.
+
+    Args:
+        files: name -> checksum.
+        finite: whether all numbers in them were found to be finite: a reader that proves a file's checksum then need not
+            look at each number again.
+    """
+    return {"algorithm": ALGORITHM, "finite": finite, "files": dict(sorted(files.items()))}
 
 
 Headers = dict[Path, dict[str, StoredTensor]]
@@ -124,7 +135,7 @@ def with_checks(index: Path, headers: Headers) -> Headers:
     Raises:
         CheckpointError: the index has checksums, but none for one of these files.
     """
-    files = stated(index)
+    files, finite = _read(index)
     if not files:
         return headers
     checked: Headers = {}
@@ -134,7 +145,7 @@ def with_checks(index: Path, headers: Headers) -> Headers:
                 "the index has no checksum for this file", path=path, found=f"checksums of {len(files)} other files",
                 hint="copy the whole folder again: index and files belong together",
             )  # fmt: skip
-        ledger = Ledger(path, files[path.name], header.values())
+        ledger = Ledger(path, files[path.name], header.values(), finite)
         checked[path] = {key: replace(of, check=ledger) for key, of in header.items()}
     return checked
 

@@ -26,7 +26,7 @@ from .checkpoint import INDEX, Checkpoint, open_checkpoint
 from .checksums import as_metadata, checksum_of, checksum_of_tensors
 from .errors import CheckpointError
 from .files import read_small, replace_file, replacing, write_new
-from .headers import StoredTensor, in_threads, read_header
+from .headers import StoredTensor, in_threads, is_finite, read_header
 from .keys import TrunkPlace
 from .manifest import METHOD, OURS, Manifest, Matrix, by_pattern
 from .plan import gb
@@ -89,7 +89,7 @@ def convert_checkpoint(
     with _told(target), WorkFolder(target, settings, report) as work:
         weight_map = _write_weights(checkpoint, work, experts, attention, torch.device(device), progress)
         total = sum((work.path / name).stat().st_size for name in work.finished)
-        metadata = {"total_size": total, "checksums": as_metadata(work.finished)}
+        metadata = {"total_size": total, "checksums": as_metadata(work.finished, finite=True)}
         small[INDEX] = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
         for name, data in small.items():
             write_new(work.path / name, data)
@@ -114,8 +114,14 @@ def save_checkpoint(
         small: Other files to write: name -> text.
 
     Raises:
-        CheckpointError: The folder cannot be written, or an expert cannot be read.
+        CheckpointError: The folder cannot be written, an expert cannot be read, or a tensor is not finite.
     """
+    for key, value in trunk.items():
+        if value.is_floating_point() and not is_finite(value):
+            raise CheckpointError(
+                "weights are not finite", key=key, expected="finite numbers", found="NaN or infinite",
+                hint="go back to an earlier checkpoint of the training",
+            )  # fmt: skip
     folder, n_files = Path(folder).absolute(), len(checkpoint.experts) + 1
     manifest = _check_before(checkpoint, None, None)
     weight_map: dict[str, str] = {}
@@ -131,7 +137,7 @@ def save_checkpoint(
                 checksums[name] = checksum_of_tensors(part, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
         total = sum((folder / name).stat().st_size for name in checksums)
-        metadata = {"total_size": total, "checksums": as_metadata(checksums)}
+        metadata = {"total_size": total, "checksums": as_metadata(checksums, finite=True)}
         index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
         for name, data in (_small_files(checkpoint, manifest, {}) | (small or {}) | {INDEX: index}).items():
             replace_file(folder / name, data)

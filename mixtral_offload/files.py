@@ -84,14 +84,17 @@ def read_small(path: str | Path, limit: int = SMALL_BYTES) -> bytes:
     """
     # a pipe without a writer would block; with O_NONBLOCK it opens, and is refused
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(0, "not a regular file", os.fspath(path))
-        data = file.read(limit + 1)
-        if len(data) > limit:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1) if found.st_size <= limit else None
+        if data is None or len(data) > limit:  # it may grow meanwhile
             raise OSError(0, f"larger than {limit} bytes, which no file of this kind is", os.fspath(path))
         return data
+    finally:
+        os.close(descriptor)
 
 
 def own_folder(path: Path) -> None:

@@ -81,9 +81,12 @@ class Journal:
         """Keep one answer; it is on the disk when this returns."""
         line, offset = as_line(record), self._end
         hint = "what is finished is kept; free some space there"
-        with _told("cannot write the journal", self.path, hint):
-            self._append(line)
-        self.places[number] = offset, len(line)
+        try:
+            with _told("cannot write the journal", self.path, hint):
+                self._append(line)
+        finally:
+            if self._end > offset:  # also where an interrupt came right behind the write
+                self.places[number] = offset, len(line)
 
     def finish(self, numbers: Iterable[int], others: dict[int, dict]) -> None:
         """Write the output, its lines in the order of `numbers`, from the journal or from `others`; end the journal."""

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 
 import ipywidgets as w
 
-from .chat import ChatSession
+from .chat import ChatSession, check_sampling
+from .errors import OptionError, describe
 from .live import grid_html, watch
+from .safe_text import visible
 from .terminal import chat_loop, notices
 
 REFRESH_S = 0.08  # between two pictures of an answer that comes
@@ -30,20 +32,26 @@ WIDE = w.Layout(width="auto", flex="1 1 auto")
 
 def bubble(kind: str, text: str) -> str:
     """One message as HTML; whatever is in the text, it shows as text."""
-    return f'<div class="mo-{kind}" style="{BUBBLE};{LOOKS[kind]}">{html.escape(text)}</div>'
+    return f'<div class="mo-{kind}" style="{BUBBLE};{LOOKS[kind]}">{html.escape(visible(text))}</div>'
 
 
 class ChatWidget:
     """A conversation with buttons, live counters and the experts at work.
 
     settings: as ChatSession takes them. Display it (the last expression of a cell), or use it from code: `ask`.
+    It is idle or answering, and beside that editing the last message or not. Typed text is never lost: what could not
+    be answered comes back into the field, with the reason shown.
     """
 
     def __init__(self, model, tokenizer, **settings):
         self.session = ChatSession(model, tokenizer, **settings)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._editing = False
+        self._unsent: str | None = None  # what could not be answered, where the field holds other text by now
+        self._edited: str | None = None  # the message that is being edited
+        self._draft = ""  # what was in the field before
+        self._state, self._answering = threading.Lock(), False
+        self._stopping = threading.Event()
         self._make_chat()
         self._make_settings()
         experts = w.VBox([self._experts, self._status])
@@ -63,10 +71,10 @@ class ChatWidget:
             warnings.simplefilter("ignore", DeprecationWarning)
             self._input.on_submit(lambda _: self._send())
         self._send_button = self._button("Send", self._send, "primary")
-        self._stop_button = self._button("Stop", self.session.stop, "danger")
+        self._stop_button = self._button("Stop", self.stop, "danger")
         self._row = w.HBox([self._input, self._send_button, self._stop_button])
-        self._again = self._button("Regenerate", lambda: self._start(self.session.regenerate))
-        self._edit = self._button("Edit last", self._edit_last)
+        self._again = self._button("Regenerate", self._regenerate)
+        self._edit = self._button("Edit last", self._edit_or_cancel)
         self._clear = self._button("Clear", self.clear)
         self._buttons = w.HBox([self._again, self._edit, self._clear])
 
@@ -92,81 +100,159 @@ class ChatWidget:
         self._settings.set_title(0, "Settings (temperature 0 always takes the likeliest token)")
 
     def _read_settings(self) -> None:
-        """From the fields into the session; raises ValueError for a seed that is no whole number."""
+        """From the fields into the session, all or nothing; raises OptionError for what cannot be sampled with."""
         values = {name: field.value for name, field in self._fields.items()}
-        seed = int(values["seed"]) if values["seed"].strip() else None
+        system_prompt, text = values.pop("system_prompt"), values["seed"].strip()
+        try:
+            values["seed"] = int(text) if text else None
+        except ValueError:
+            expected = "a whole number, or nothing"
+            hint = "change it under Settings"
+            raise OptionError("impossible seed", expected=expected, found=text, hint=hint) from None
+        check_sampling(**values)
         session = self.session
-        session.system_prompt = values["system_prompt"] or None
-        session.temperature, session.top_p = values["temperature"], values["top_p"]
-        session.max_new_tokens = values["max_new_tokens"]
-        if seed != session.seed:
-            session.seed = seed
+        session.system_prompt = system_prompt or None
+        for name, value in values.items():
+            if name != "seed" or value != session.seed:  # the same seed would begin the sequence anew
+                setattr(session, name, value)
 
     @property
     def busy(self) -> bool:
         """An answer is coming."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._answering
 
     def ask(self, text: str) -> str:
-        """Send a message from code, wait for the answer, and return it. Raises what went wrong."""
-        self._start(self.session.send, text)
+        """Send a message from code, wait for the answer, and return it.
+
+        A message that is being edited in the field is no longer edited; a changed text stays there.
+
+        Raises:
+            OptionError: an answer is coming already.
+            Exception: what went wrong; the conversation is as before.
+        """
+        if not self._claim():
+            raise OptionError("an answer is coming already", hint="wait for it, or end it: stop()")
+        self._leave_edit()
+        self._run(self.session.send, text)
         try:
             self._thread.join()
         except KeyboardInterrupt:
-            self.session.stop()
+            self.stop()
             raise
         if self._error:
             raise self._error
         return self.session.messages[-1]["content"]
 
-    def clear(self) -> None:
-        """Stop the answer, if one is coming, and forget the conversation."""
+    def stop(self) -> None:
+        """End the answer that is coming after its current token. Safe from any thread."""
+        self._stopping.set()  # the session may not have begun: `_answer` tells it again
         self.session.stop()
-        if self.busy:
+
+    def clear(self) -> None:
+        """Stop the answer, if one is coming, and forget the conversation. What is typed stays."""
+        self.stop()
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join()
         self.session.clear()
-        self._error, self._editing = None, False
+        self._error = self._unsent = None
+        self._leave_edit()
         self.refresh()
 
     def loop(self) -> None:
         """The same conversation as plain text, where no widgets can be shown."""
+        if self.busy:
+            raise OptionError("an answer is coming already", hint="wait for it, or end it: stop()")
         chat_loop(self.session)
+        self.refresh()
 
     def _send(self) -> None:
-        text = self._input.value
-        if text.strip() and not self.busy:
-            self._input.value = ""
-            self._start(self.session.edit if self._editing else self.session.send, text)
+        """The field's text, as a new message or in place of the one that is being edited."""
+        text, edited, draft = self._input.value, self._edited, self._draft
+        if text.strip() and self._claim():
+            self._end_edit(draft)  # first: a failure gives it back
+            ask = self.session.send if edited is None else self.session.edit
+            self._run(ask, text, on_failure=lambda: self._give_back(text, edited, draft))
 
-    def _edit_last(self) -> None:
-        said = [message["content"] for message in self.session.messages if message["role"] == "user"]
-        if said and not self.busy:
-            self._input.value, self._editing = said[-1], True
-            self.refresh()
+    def _regenerate(self) -> None:
+        if self._edited is None and self._claim():
+            self._run(self.session.regenerate)
 
-    def _start(self, ask: Callable[..., Iterator[str]], *arguments) -> None:
+    def _edit_or_cancel(self) -> None:
+        """Take the last message into the field; a second time, put back what was there before."""
         if self.busy:
             return
-        self._thread = threading.Thread(target=self._answer, args=(ask, *arguments), name="chat-widget")
-        self._buttons_for(busy=True)
-        self._thread.start()
+        if self._edited is not None:
+            self._end_edit(self._draft)
+        elif (last := self._last_message()) is not None:
+            self._edited, self._draft, self._input.value = last, self._input.value, last
+        self.refresh()
 
-    def _answer(self, ask, *arguments) -> None:
+    def _leave_edit(self) -> None:
+        """Edit no longer; a text that was changed stays in the field."""
+        if self._edited is not None:
+            self._end_edit(self._draft if self._input.value == self._edited else self._input.value)
+
+    def _end_edit(self, text: str) -> None:
+        self._edited, self._draft, self._input.value = None, "", text
+
+    def _last_message(self) -> str | None:
+        said = (m["content"] for m in reversed(self.session.messages) if m["role"] == "user")
+        return next(said, None)
+
+    def _give_back(self, text: str, edited: str | None, draft: str) -> None:
+        """After a failure: into the field, as it was, unless something new has been typed."""
+        if self._input.value in ("", draft):
+            self._edited, self._draft, self._input.value = edited, draft, text
+        else:
+            self._unsent = text
+
+    def _claim(self) -> bool:
+        """Make this the one answer that is coming; False where there is one already."""
+        with self._state:
+            if self._answering:
+                return False
+            self._answering = True
+        self._stopping.clear()
+        return True
+
+    def _run(
+        self, ask: Callable[..., Iterator[str]], *arguments, on_failure: Callable[[], None] | None = None
+    ) -> None:
+        """Begin the answer that was claimed."""
+        arguments = ask, arguments, on_failure
+        self._thread = threading.Thread(target=self._answer, args=arguments, name="chat-widget")
+        self._show_buttons()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._thread, self._answering = None, False
+            if on_failure is not None:
+                on_failure()
+            self._show_buttons()
+            raise
+
+    def _answer(self, ask, arguments: tuple, on_failure: Callable[[], None] | None) -> None:
         """On the thread: show the answer as it comes. Whatever goes wrong is shown, and the conversation goes on."""
-        pieces, seen_s, self._error, self._editing = [], 0.0, None, False
+        pieces, seen_s, self._error, self._unsent = [], 0.0, None, None
         try:
             self._read_settings()
             shown = self._before(ask, *arguments)
             with watch(self.session.model) as recorder:
                 for piece in ask(*arguments):
                     pieces.append(piece)
+                    if self._stopping.is_set():
+                        self.session.stop()
                     if time.perf_counter() - seen_s > REFRESH_S:
                         self._show([*shown, {"role": "assistant", "content": "".join(pieces)}], recorder)
                         seen_s = time.perf_counter()
                 self._experts.value = grid_html(self.session.model, recorder)
         except Exception as error:
             self._error = error
-        self.refresh()
+            if on_failure is not None:
+                on_failure()
+        finally:
+            self._answering = False
+            self.refresh()
 
     def _before(self, ask, text: str | None = None) -> list[dict[str, str]]:
         """The conversation that the answer will follow."""
@@ -176,26 +262,32 @@ class ChatWidget:
         return [*messages, question]
 
     def refresh(self) -> None:
-        """Show the conversation as it is now."""
-        self._show(self.session.messages)
-        self._buttons_for(busy=False)
+        """Show the conversation as it is now; while an answer comes, that shows itself."""
+        if not self.busy:
+            self._show(self.session.messages)
+        self._show_buttons()
 
     def _show(self, messages, recorder=None) -> None:
         lines = [bubble(message["role"], message["content"]) for message in messages]
+        if self._unsent is not None:
+            lines.append(bubble("user", self._unsent))
         if self._error is not None:
-            lines.append(bubble("error", f"{type(self._error).__name__}: {self._error}"))
+            lines.append(bubble("error", describe(self._error)))
         self._text.value = "".join(lines) or '<div style="color:#777">Nothing said yet.</div>'
         if recorder is not None or not self._experts.value:
             self._experts.value = grid_html(self.session.model, recorder)
-        self._status.value = (
-            f'<div class="mo-status" style="line-height:1.5">{html.escape(self.status())}</div>'
-        )
+        status = html.escape(visible(self.status()))
+        self._status.value = f'<div class="mo-status" style="line-height:1.5">{status}</div>'
 
-    def _buttons_for(self, busy: bool) -> None:
+    def _show_buttons(self) -> None:
+        """Only what can be done now is enabled."""
+        busy, editing, empty = self.busy, self._edited is not None, self._last_message() is None
         self._stop_button.disabled = not busy
-        for button in (self._send_button, self._again, self._edit):
-            button.disabled = busy
-        self._send_button.description = "Resend" if self._editing else "Send"
+        self._send_button.disabled = busy
+        self._again.disabled = busy or editing or empty
+        self._edit.disabled = busy or empty
+        self._send_button.description = "Resend" if editing else "Send"
+        self._edit.description = "Cancel edit" if editing else "Edit last"
 
     def status(self) -> str:
         """Counters of the last answer, or of the one that is coming, and what the reader should know of its end."""
@@ -209,7 +301,7 @@ class ChatWidget:
     def __repr__(self) -> str:
         """The conversation as text: what is seen where widgets cannot be."""
         lines = [f"{message['role']}> {message['content']}" for message in self.session.messages]
-        return "\n\n".join([*lines, f"[{self.status()}]"])
+        return visible("\n\n".join([*lines, f"[{self.status()}]"]))
 
     def _repr_mimebundle_(self, **_) -> dict:
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}

@@ -159,6 +159,15 @@ def test_regenerate_edit_and_settings(page, lab):
     run(page, lab, BUILD.format(link=None), "chat")
     chat = Chat(page)
     assert "Paris" in chat.ask("What is the capital of France?")
+    chat.field.fill("What is 2 + 2?")
+    chat.button("Edit last").click()
+    cancel = chat.button("Cancel edit")
+    cancel.wait_for()
+    assert chat.field.input_value() == "What is the capital of France?"
+    assert chat.button("Regenerate").is_disabled()
+    cancel.click()
+    chat.button("Edit last").wait_for()
+    assert chat.field.input_value() == "What is 2 + 2?" and chat.button("Send").is_enabled()
     chat.button("Edit last").click()
     resend = chat.button("Resend")
     resend.wait_for()
@@ -175,6 +184,26 @@ def test_regenerate_edit_and_settings(page, lab):
     chat.button("Regenerate").click()
     chat.root.locator(".mo-status", has_text="cut at 3 tokens").wait_for()
     assert chat.answers.count() == 1 and "Lima" not in chat.answers.inner_text()
+
+
+def test_what_cannot_be_answered_stays_in_the_field(page, lab):
+    run(page, lab, BUILD.format(link=None), "chat")
+    chat = Chat(page)
+    chat.root.get_by_text("Settings").click()
+    seed = chat.root.get_by_label("seed")
+    seed.fill("seven")
+    seed.press("Tab")
+    chat.say(STORY)
+    chat.root.locator(".mo-error", has_text="impossible seed").wait_for()
+    assert chat.field.input_value() == STORY and chat.button("Send").is_enabled()
+    seed.fill("")
+    seed.press("Tab")
+    long = "hello " * 2000
+    chat.say(long)
+    chat.root.locator(".mo-error", has_text="longer than the model's context").wait_for()
+    assert chat.field.input_value().strip() == long.strip()
+    assert "Paris" in chat.ask("What is the capital of France?")
+    assert chat.root.locator(".mo-error").count() == 0 and chat.field.input_value() == ""
 
 
 def test_nothing_that_is_said_becomes_part_of_the_page(page, lab):

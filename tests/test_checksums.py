@@ -211,6 +211,23 @@ def test_a_number_that_is_not_finite(published, tmp_path, kind, value):
         verify(folder)
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_numbers_of_a_folder_with_checksums(demo, finite):
+    """Where `convert` has looked at the numbers, the checksum proves them; where it has not, they are looked at."""
+    key = "model.layers.3.input_layernorm.weight"
+    spoil(demo, TRUNK, key, torch.nan)
+    with pytest.raises(CheckpointError, match="damaged: its checksum"):
+        from_pretrained(demo, device="cpu")
+    index = json.loads((demo / INDEX).read_text())
+    entry = index["metadata"]["checksums"]
+    assert entry["finite"] is True
+    entry["finite"], entry["files"][TRUNK] = finite, checksum_of(demo / TRUNK)
+    (demo / INDEX).write_text(json.dumps(index))
+    for read in (verify, *([] if finite else [lambda folder: from_pretrained(folder, device="cpu")])):
+        with pytest.raises(CheckpointError, match=f"not finite(?s:.*){key}|{key} is not finite"):
+            read(demo)
+
+
 def test_plain_experts_that_are_not_finite(tmp_path):
     folder = shutil.copytree(DEMO.parent / "fp16", tmp_path / "plain")
     key = "model.layers.0.block_sparse_moe.experts.1.w1.weight"

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from mixtral_offload import load_tokenizer, record
+from mixtral_offload.chat import TurnStats
 from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.errors import CheckpointError
+from mixtral_offload.errors import CheckpointError, OptionError
 from mixtral_offload.live import expert_grid, grid_html, watch
+from mixtral_offload.settings import check_sampling
 from mixtral_offload.terminal import chat_loop
 from mixtral_offload.trace import HIT, MISS, PREFETCHED
 from mixtral_offload.widget import ChatWidget, bubble, open_chat
@@ -178,3 +180,287 @@ def test_in_the_text_loop_an_error_does_not_end_the_conversation(chat, monkeypat
     chat_loop(chat.session)
     out, err = capsys.readouterr()
     assert "no message yet" in err and "longer than the model's context" in err and "Paris" in out
+
+
+@pytest.fixture
+def gated(chat, monkeypatch):
+    """A widget with one question and answer, whose answers come when `gate` opens; `fail` makes them fail halfway."""
+    session = chat.session
+    session.messages = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "answer to old"}]
+    chat.gate, chat.fail = threading.Event(), False
+
+    def answer(messages):
+        check_sampling(session.max_new_tokens, session.temperature, session.top_p, session.seed)
+        if len(messages[-1]["content"]) > 1000:
+            raise OptionError("the conversation is longer than the model's context")
+        session._stop = stop = threading.Event()
+        session.last, session.ended = TurnStats(n_prompt=1), None
+        yield "begun"
+        while not (chat.gate.is_set() or stop.is_set()):
+            time.sleep(0.002)
+        if chat.fail:
+            raise OSError("the disk is gone")
+        yield f" answer to {messages[-1]['content']}"
+        session.ended = "stopped" if stop.is_set() else "complete"
+        session.messages = [
+            *messages,
+            {"role": "assistant", "content": f"answer to {messages[-1]['content']}"},
+        ]
+
+    monkeypatch.setattr(session, "_answer", answer)
+    chat.refresh()
+    yield chat
+    chat.gate.set()
+    if chat._thread is not None:
+        chat._thread.join(60)
+
+
+def type_and_send(chat, text="new"):
+    chat._input.value = text
+    chat._send_button.click()
+
+
+def said(chat):
+    return [m["content"] for m in chat.session.messages if m["role"] == "user"]
+
+
+def buttons(chat):
+    """What a user can press, by the names on the buttons."""
+    every = (chat._send_button, chat._stop_button, chat._again, chat._edit, chat._clear)
+    return {button.description for button in every if not button.disabled}
+
+
+def idle(chat):
+    pass
+
+
+def empty(chat):
+    chat.clear()
+
+
+def drafting(chat):
+    chat._input.value = "draft"
+
+
+def editing(chat):
+    chat._edit.click()
+
+
+def changed(chat):
+    chat._input.value = "draft"
+    chat._edit.click()
+    chat._input.value = "changed"
+
+
+def answering(chat):
+    type_and_send(chat, "new")
+
+
+def answering_and_typing(chat):
+    type_and_send(chat, "new")
+    chat._input.value = "next"
+
+
+def failed(chat):
+    chat.fail = True
+    chat.gate.set()
+    type_and_send(chat, "new")
+    wait(chat)
+    chat.fail = False
+
+
+STATES = {
+    idle: ({"Send", "Regenerate", "Edit last", "Clear"}, ""),
+    empty: ({"Send", "Clear"}, ""),
+    drafting: ({"Send", "Regenerate", "Edit last", "Clear"}, "draft"),
+    editing: ({"Resend", "Cancel edit", "Clear"}, "old"),
+    changed: ({"Resend", "Cancel edit", "Clear"}, "changed"),
+    answering: ({"Stop", "Clear"}, ""),
+    answering_and_typing: ({"Stop", "Clear"}, "next"),
+    failed: ({"Send", "Regenerate", "Edit last", "Clear"}, "new"),
+}
+
+
+def enter(chat):
+    chat._input._submission_callbacks(chat._input)
+
+
+def ask(chat):
+    threading.Timer(0.05, chat.gate.set).start()
+    return chat.ask("from code")
+
+
+ACTIONS = {
+    "Enter": enter,
+    "Send": lambda chat: chat._send_button.click(),
+    "Stop": lambda chat: chat._stop_button.click(),
+    "Regenerate": lambda chat: chat._again.click(),
+    "Edit": lambda chat: chat._edit.click(),
+    "Clear": lambda chat: chat._clear.click(),
+    "ask": ask,
+    "refresh": lambda chat: chat.refresh(),
+    "bad seed": lambda chat: setattr(chat._fields["seed"], "value", "seven") or enter(chat),
+}
+#: (state, action) -> (messages of the user, the field) once the answer has come; "busy" where it raises OptionError
+SENT = {
+    idle: (["old"], ""), empty: ([], ""), drafting: (["old", "draft"], ""), editing: (["old"], ""),
+    changed: (["changed"], "draft"), answering: (["old", "new"], ""), answering_and_typing: (["old", "new"], "next"),
+    failed: (["old", "new"], ""),
+}  # fmt: skip
+SAME = {
+    idle: (["old"], ""), empty: ([], ""), drafting: (["old"], "draft"), editing: (["old"], "old"),
+    changed: (["old"], "changed"), answering: (["old", "new"], ""), answering_and_typing: (["old", "new"], "next"),
+    failed: (["old"], "new"),
+}  # fmt: skip
+AFTER = {
+    "Enter": SENT,
+    "Send": SENT,
+    "Stop": SAME,
+    "Regenerate": SAME,
+    "refresh": SAME,
+    "bad seed": SAME,
+    "Edit": {**SAME, idle: (["old"], "old"), drafting: (["old"], "old"), editing: (["old"], ""),
+             changed: (["old"], "draft"), failed: (["old"], "old")},
+    "Clear": {**{state: ([], field) for state, (_, field) in SAME.items()}, editing: ([], "")},
+    "ask": {
+        idle: (["old", "from code"], ""), empty: (["from code"], ""), drafting: (["old", "from code"], "draft"),
+        editing: (["old", "from code"], ""), changed: (["old", "from code"], "changed"), answering: "busy",
+        answering_and_typing: "busy", failed: (["old", "from code"], "new"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_every_action_in_every_state(gated, state, action):
+    chat = gated
+    state(chat)
+    assert (buttons(chat), chat._input.value) == STATES[state]
+    expected = AFTER[action][state]
+    if expected == "busy":
+        with pytest.raises(OptionError, match="an answer is coming already"):
+            ACTIONS[action](chat)
+        expected = SAME[state]
+    elif action == "ask":
+        assert ACTIONS[action](chat) == "answer to from code"
+    else:
+        ACTIONS[action](chat)
+    if action not in ("Stop", "Clear"):  # these end an answer themselves
+        chat.gate.set()
+    if chat._thread is not None:
+        wait(chat)
+    assert (said(chat), chat._input.value) == expected
+    assert [m["role"] for m in chat.session.messages] == ["user", "assistant"] * len(said(chat))
+    if action == "bad seed" and state in (idle, empty, drafting, editing, changed, failed) and SAME[state][1]:
+        assert "impossible seed" in chat._text.value
+    chat._fields["seed"].value = ""
+    chat.gate.set()
+    type_and_send(chat, "afterwards")  # whatever was, the conversation goes on
+    wait(chat)
+    assert said(chat)[-1] == "afterwards" and "mo-error" not in chat._text.value
+    assert "Stop" not in buttons(chat) and "Send" in buttons(chat)
+
+
+@pytest.mark.parametrize("begin", [drafting, editing, changed])
+@pytest.mark.parametrize("trouble", ["too long", "bad seed", "seed of 70 bits", "halfway"])
+def test_what_could_not_be_sent_comes_back_with_the_reason(gated, begin, trouble):
+    chat = gated
+    begin(chat)
+    if trouble == "too long":
+        chat._input.value = "long " * 300
+    elif trouble == "halfway":
+        chat.fail = True
+    else:
+        chat._fields["seed"].value = "seven" if trouble == "bad seed" else str(2**70)
+    chat.gate.set()
+    typed, names, seed = chat._input.value, buttons(chat), chat.session.seed
+    enter(chat)
+    wait(chat)
+    reasons = {"too long": "longer than the model", "halfway": "the disk is gone"}
+    assert reasons.get(trouble, "impossible seed") in chat._text.value
+    assert (chat._input.value, buttons(chat), said(chat), chat.session.seed) == (typed, names, ["old"], seed)
+    chat.fail, chat._fields["seed"].value = False, ""
+    if trouble == "too long":
+        chat._input.value = typed = "short"
+    enter(chat)
+    wait(chat)
+    assert said(chat) == (["old", typed] if begin is drafting else [typed])
+
+
+def test_a_text_that_fails_while_another_is_typed_is_shown(gated):
+    chat = gated
+    chat.fail = True
+    type_and_send(chat, "first")
+    chat._input.value = "second"
+    chat.gate.set()
+    wait(chat)
+    assert (
+        chat._input.value == "second"
+        and bubble("user", "first") in chat._text.value
+        and "the disk is gone" in chat._text.value
+    )
+    chat.fail = False
+    enter(chat)
+    wait(chat)
+    assert said(chat) == ["old", "second"] and bubble("user", "first") not in chat._text.value
+
+
+def test_a_stop_before_the_answer_has_begun_is_not_lost(gated, monkeypatch):
+    """The session makes a new event for each answer: one that was set before is forgotten."""
+    chat, began, go = gated, threading.Event(), threading.Event()
+    read = chat._read_settings
+    monkeypatch.setattr(chat, "_read_settings", lambda: (began.set(), go.wait(10), read()))
+    type_and_send(chat)
+    assert began.wait(10)
+    chat._stop_button.click()
+    go.set()
+    wait(chat)  # the gate is still closed
+    assert chat.session.ended == "stopped" and said(chat) == ["old", "new"]
+
+
+def test_a_thread_that_cannot_be_started(gated, monkeypatch):
+    chat = gated
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError):
+        chat.ask("hello")
+    monkeypatch.undo()
+    assert not chat.busy and "Send" in buttons(chat)
+
+
+def test_an_interrupted_ask_ends_the_answer(gated, monkeypatch):
+    chat, join = gated, threading.Thread.join
+
+    def interrupted(thread, *arguments):
+        monkeypatch.setattr(threading.Thread, "join", join)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("hello")
+    wait(chat)
+    assert chat.session.ended == "stopped" and said(chat) == ["old", "hello"]
+
+
+def test_the_text_loop_waits_its_turn(gated, monkeypatch):
+    chat = gated
+    type_and_send(chat)
+    with pytest.raises(OptionError, match="an answer is coming already"):
+        chat.loop()
+    chat.gate.set()
+    wait(chat)
+    lines = iter(["in the loop", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    chat.loop()
+    assert said(chat)[-1] == "in the loop" and "in the loop" in chat._text.value
+
+
+def test_text_that_acts_on_a_terminal_or_reorders_is_shown(chat):
+    evil = "a\x1b[2Jb\u202ecba\x00"
+    chat.session.messages = [{"role": "user", "content": evil}, {"role": "assistant", "content": evil}]
+    chat.refresh()
+    for shown in (chat._text.value, repr(chat)):
+        assert shown.count("a\\x1b[2Jb\\u202ecba\\x00") == 2 and not set("\x1b\u202e\x00") & set(shown)
