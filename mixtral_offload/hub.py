@@ -40,6 +40,7 @@ KEEP = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 RULES = {"allow_patterns": KEEP, "ignore_patterns": LEAVE}
 WORKERS = 8
 HTTP = next(k for k in hf.HfHubHTTPError.__mro__ if k.__name__ == "HTTPError")  # of the httpx the hub uses
+INCOMPLETE = getattr(hf, "IncompleteSnapshotError", ())  # older versions return what is there
 CAUSES = (  # the first match counts: kind of error, what happened, what to do
     (hf.HFValidationError, "{repo!r} is no repository id", "use owner/name as on the model's page"),
     (hf.LocalTokenNotFoundError, "token=True, but no token is stored here", TOKEN),
@@ -286,7 +287,7 @@ def _foreign_copy(job):
                 job.repo_id, revision=job.revision, cache_dir=job.store.parent, local_files_only=True, **RULES
             )
         )
-    except hf.IncompleteSnapshotError as error:
+    except INCOMPLETE as error:
         return job.store, [str(error).split(": ", 1)[-1]]
     except Exception:
         return None, []

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import ipywidgets as w
 
@@ -33,6 +34,14 @@ WIDE = w.Layout(width="auto", flex="1 1 auto")
 def bubble(kind: str, text: str) -> str:
     """One message as HTML; whatever is in the text, it shows as text."""
     return f'<div class="mo-{kind}" style="{BUBBLE};{LOOKS[kind]}">{html.escape(visible(text))}</div>'
+
+
+@dataclass
+class _Result:
+    """What came of one answer."""
+
+    answer: str = ""
+    error: Exception | None = None
 
 
 class ChatWidget:
@@ -132,16 +141,20 @@ class ChatWidget:
         """
         if not self._claim():
             raise OptionError("an answer is coming already", hint="wait for it, or end it: stop()")
-        self._leave_edit()
-        self._run(self.session.send, text)
         try:
-            self._thread.join()
+            self._leave_edit()
+            thread, result = self._run(self.session.send, text)
+        except BaseException:  # an interrupt must not leave the claim behind
+            self._release()
+            raise
+        try:
+            thread.join()
         except KeyboardInterrupt:
             self.stop()
             raise
-        if self._error:
-            raise self._error
-        return self.session.messages[-1]["content"]
+        if result.error:
+            raise result.error
+        return result.answer
 
     def stop(self) -> None:
         """End the answer that is coming after its current token. Safe from any thread."""
@@ -150,13 +163,16 @@ class ChatWidget:
 
     def clear(self) -> None:
         """Stop the answer, if one is coming, and forget the conversation. What is typed stays."""
-        self.stop()
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join()
-        self.session.clear()
-        self._error = self._unsent = None
-        self._leave_edit()
-        self.refresh()
+        while not self._claim():  # nothing can begin until all is forgotten
+            self.stop()
+            time.sleep(0.005)
+        try:
+            self.session.clear()
+            self._error = self._unsent = None
+            self._leave_edit()
+            self._show(self.session.messages)
+        finally:
+            self._release()
 
     def loop(self) -> None:
         """The same conversation as plain text, where no widgets can be shown."""
@@ -215,23 +231,30 @@ class ChatWidget:
         self._stopping.clear()
         return True
 
+    def _release(self) -> None:
+        self._answering = False
+        self._show_buttons()
+
     def _run(
         self, ask: Callable[..., Iterator[str]], *arguments, on_failure: Callable[[], None] | None = None
-    ) -> None:
+    ) -> tuple[threading.Thread, _Result]:
         """Begin the answer that was claimed."""
-        arguments = ask, arguments, on_failure
-        self._thread = threading.Thread(target=self._answer, args=arguments, name="chat-widget")
+        result = _Result()
+        thread = threading.Thread(
+            target=self._answer, args=(ask, arguments, on_failure, result), name="chat-widget"
+        )
         self._show_buttons()
         try:
-            self._thread.start()
+            thread.start()
         except BaseException:
-            self._thread, self._answering = None, False
             if on_failure is not None:
                 on_failure()
-            self._show_buttons()
+            self._release()
             raise
+        self._thread = thread
+        return thread, result
 
-    def _answer(self, ask, arguments: tuple, on_failure: Callable[[], None] | None) -> None:
+    def _answer(self, ask, arguments: tuple, on_failure: Callable[[], None] | None, result: _Result) -> None:
         """On the thread: show the answer as it comes. Whatever goes wrong is shown, and the conversation goes on."""
         pieces, seen_s, self._error, self._unsent = [], 0.0, None, None
         try:
@@ -246,13 +269,16 @@ class ChatWidget:
                         self._show([*shown, {"role": "assistant", "content": "".join(pieces)}], recorder)
                         seen_s = time.perf_counter()
                 self._experts.value = grid_html(self.session.model, recorder)
+            result.answer = self.session.messages[-1]["content"]
         except Exception as error:
-            self._error = error
+            self._error = result.error = error
             if on_failure is not None:
                 on_failure()
         finally:
-            self._answering = False
-            self.refresh()
+            try:
+                self._show(self.session.messages)
+            finally:
+                self._release()
 
     def _before(self, ask, text: str | None = None) -> list[dict[str, str]]:
         """The conversation that the answer will follow."""

@@ -418,6 +418,17 @@ def test_a_stop_before_the_answer_has_begun_is_not_lost(gated, monkeypatch):
     assert chat.session.ended == "stopped" and said(chat) == ["old", "new"]
 
 
+def test_clear_from_another_thread_while_code_waits_for_an_answer(gated):
+    """JupyterLab handles the buttons on a thread of its own, while a cell runs."""
+    chat = gated
+    for _ in range(20):
+        clicks = threading.Timer(0.01, chat._clear.click)
+        clicks.start()
+        assert chat.ask("hello") == "answer to hello"
+        clicks.join()
+        assert chat.session.messages == [] and "Nothing said yet" in chat._text.value and not chat.busy
+
+
 def test_a_thread_that_cannot_be_started(gated, monkeypatch):
     chat = gated
 
