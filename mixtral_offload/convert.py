@@ -132,9 +132,7 @@ def save_checkpoint(
             name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
             prefixes = None if expert is None else checkpoint.prefixes[expert]
             tensors = trunk if expert is None else _expert_tensors(checkpoint, expert, prefixes, None, None)
-            with replacing(folder / name) as part:
-                save_file(tensors, part, metadata={"format": "pt"})
-                checksums[name] = checksum_of_tensors(part, tensors)
+            checksums[name] = _save_tensors(folder / name, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
         total = sum((folder / name).stat().st_size for name in checksums)
         metadata = {"total_size": total, "checksums": as_metadata(checksums, finite=True)}
@@ -236,11 +234,7 @@ def _write_weights(
         name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
         path = work.path / name
         if name not in work.finished:
-            made = tensors()
-            with replacing(path) as part:
-                save_file(made, part, metadata={"format": "pt"})
-                checksum = checksum_of_tensors(part, made)
-            work.keep(name, checksum)
+            work.keep(name, _save_tensors(path, tensors()))
         weight_map.update(dict.fromkeys(read_header(path), name))
 
     for number, expert in enumerate(sorted(checkpoint.experts), 1):
@@ -250,6 +244,13 @@ def _write_weights(
         progress(1)
     save(n_files, partial(_trunk_tensors, checkpoint, attention, device))
     return weight_map
+
+
+def _save_tensors(path: Path, made: dict[str, Tensor]) -> str:
+    """Write one file, whole or not at all; returns its checksum."""
+    with replacing(path) as part:
+        save_file(made, part, metadata={"format": "pt"})
+        return checksum_of_tensors(part, made)
 
 
 def _expert_tensors(checkpoint, expert, prefixes, quantization, device) -> dict[str, Tensor]:
