@@ -165,7 +165,7 @@ def run_tests(
         report = Path(folder) / "report.xml"
         command = [
             sys.executable,
-            *"-m pytest -q -W ignore -p no:cacheprovider --tb=short".split(),
+            *["-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short"],
             f"--junitxml={report}",
         ]
         ended = subprocess.run(
