@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .cache import Views
 from .errors import OptionError
 from .experts import ROWS
+from .quantization import refuse_second_order
 
 
 @torch.compiler.disable  # a compiled model keeps the answers of an eager one, and does not compile the cache
@@ -86,8 +87,8 @@ class _FrozenExperts(torch.autograd.Function):
         return run_experts(module, x, top_k_index, top_k_weights)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         (x, top_k_index), offload = ctx.saved_tensors, ctx.module.offload
         top_k = top_k_index.shape[1]
         order, counts = _by_expert(top_k_index, offload.checkpoint.n_experts)

@@ -392,6 +392,18 @@ class QuantizedLinear(torch.nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.quantization}, bias={self.bias is not None}"
 
 
+def refuse_second_order() -> None:
+    """Called in backward: raises OptionError where its own graph is asked for, which would lack what it computes here.
+
+    torch's `once_differentiable` does not notice where only some gradients are asked for: they would be silently wrong.
+    """
+    if torch.is_grad_enabled():
+        raise OptionError(
+            "second-order gradients need the experts' weights as parameters of the model", found="create_graph=True",
+            hint="from_pretrained(..., unpack=True) has them, where all of them fit on the device",
+        )  # fmt: skip
+
+
 class _FrozenProduct(torch.autograd.Function):
     """`QuantizedLinear.multiply` for autograd. The matrix is dequantized again in backward: kept, it would be as large as a
     model that never was quantized."""
@@ -402,8 +414,8 @@ class _FrozenProduct(torch.autograd.Function):
         return layer.multiply(rows)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None]:
+        refuse_second_order()
         layer = ctx.layer
         shape = layer.out_features, layer.in_features
         return grad_y @ dequantize(layer.fields, shape, layer.quantization, grad_y.dtype), None

@@ -60,7 +60,7 @@ class Recorder:
     def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
         """One pass through one layer's experts, whose uses are all in the journal."""
         now = time.perf_counter()
-        part = self._number(), layer, top_k_index, top_k_weights, began_s, now, len(self._journal)
+        part = self._number(), layer, top_k_index, top_k_weights.detach(), began_s, now, len(self._journal)
         self._parts.append(part)
 
     def add_guess(self, layer: int, experts: Sequence[int], distance: int) -> None:

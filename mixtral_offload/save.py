@@ -24,12 +24,36 @@ def save_whole(model: PreTrainedModel) -> None:
     weak = weakref.ref(model)  # a model that held itself would not free its memory at once
     save = _save_unpacked if model.offload.options.unpack else save_model
 
+    stamps = _stamps(model)
+
     def save_pretrained(save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        save(weak(), save_directory, *args, **kwargs)
+        model = weak()
+        if save is save_model and _stamps(model) != stamps:
+            raise OptionError(
+                "the files that this model was built from have changed since", found=model.offload.checkpoint.folder,
+                expected="the same files, from which the experts are copied", hint="build the model again, and save that",
+            )  # fmt: skip
+        save(model, save_directory, *args, **kwargs)
 
     model.save_pretrained = save_pretrained
     if not model.offload.options.unpack:
         model.register_state_dict_post_hook(_StateDictNotice())
+
+
+def _stamps(model: PreTrainedModel) -> dict[Path, tuple[int, ...] | None]:
+    """What tells a file of experts from another one of the same name; None where it is gone."""
+    paths = {
+        stored.path for fields in model.offload.checkpoint.experts.values() for stored in fields.values()
+    }
+    return {path: _stamp(path) for path in paths}
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _save_unpacked(

@@ -440,3 +440,11 @@ def test_a_compiled_model_gives_the_same_answers(offloaded):
     expected = model(ids).logits
     compiled = torch.compile(model)
     assert relative_error(compiled(ids).logits, expected) < 1e-5
+
+
+def test_second_order_gradients_are_refused_not_wrong(offloaded):
+    model = offloaded(cache_size=2, attn_implementation="eager")
+    embeds = model.get_input_embeddings()(torch.tensor([[300, 700]])).detach().requires_grad_()
+    loss = model(inputs_embeds=embeds).logits.logsumexp(-1).sum()
+    with pytest.raises(OptionError, match="second-order gradients"):
+        torch.autograd.grad(loss, embeds, create_graph=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from types import SimpleNamespace
 
@@ -120,3 +121,14 @@ def test_a_dropped_model_is_freed_at_once():
     weak = weakref.ref(model.offload.cache)
     del model
     assert weak() is None
+
+
+def test_experts_of_files_that_have_changed_are_not_saved(offloaded, tmp_path):
+    folder = shutil.copytree(DEMO, tmp_path / "a")
+    model = offloaded(folder, cache_size=2, store="ram")
+    path = sorted(folder.glob("model*.safetensors"))[0]
+    shutil.copy(path, tmp_path / "new")
+    os.replace(tmp_path / "new", path)
+    with pytest.raises(OptionError, match="have changed since"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

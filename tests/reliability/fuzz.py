@@ -196,7 +196,7 @@ def _damaged_json(data: bytes, draw: random.Random) -> bytes:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         way = draw.randrange(4)
         if not keys or way == 0:
-            value = draw.choice(ABSURD)
+            value = copy.deepcopy(draw.choice(ABSURD))
             if isinstance(node, dict):
                 node[draw.choice(("x", "layers", "__metadata__", "quant_method", "k" * 300))] = value
             else:
@@ -212,7 +212,7 @@ def _damaged_json(data: bytes, draw: random.Random) -> bytes:
         elif way == 3 and len(keys) > 1:
             node[key] = copy.deepcopy(node[draw.choice(keys)])
         else:
-            node[key] = draw.choice(ABSURD)
+            node[key] = copy.deepcopy(draw.choice(ABSURD))
     try:
         return json.dumps(tree).encode()
     except ValueError:  # more digits than Python writes
