@@ -131,11 +131,14 @@ def close(
     relative: bool = True,
 ) -> Check:
     """A check of the largest difference; relative to the largest expected value of each tensor."""
+    unit = "largest relative difference" if relative else "largest difference"
+    if [of.shape for of in found] != [of.shape for of in expected]:
+        n, message = len(found), f"{len(found)} tensors, {len(expected)} expected, or of other shapes"
+        return Check(what, None, tolerance, n, unit, message=message)
     errors = []
     for a, b in zip(found, expected, strict=True):
         difference = (a.double() - b.double()).abs().max().item()
         errors.append(difference / max(b.abs().max().item(), 1e-12) if relative else difference)
-    unit = "largest relative difference" if relative else "largest difference"
     # max() may lose a NaN
     worst = float("inf") if any(error != error for error in errors) else max(errors)
     return Check(what, worst, tolerance, sum(tensor.numel() for tensor in found), unit)

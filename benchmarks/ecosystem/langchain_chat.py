@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 from mixtral_offload.tokenizer import load_tokenizer
 
-from .checks import Check, equal, exit_with, run_program
-from .twin import greedy, ours, questions, twin
+from .checks import Check, close, equal, exit_with, run_program
+from .twin import greedy, last_logits, ours, questions, twin
 
 PACKAGES = ("langchain-huggingface", "langchain-core")
 PROMPTS, LONGEST = 6, 32
+TOLERANCE = 1e-4
 
 
 def chat(model, tokenizer):
@@ -26,7 +27,7 @@ def chat(model, tokenizer):
     return ChatHuggingFace(llm=HuggingFacePipeline(pipeline=answers), tokenizer=tokenizer)
 
 
-def answers(model, tokenizer) -> dict[str, list[str]]:
+def answers(model, tokenizer, at_once: bool) -> dict[str, list[str]]:
     """What each way of asking gives."""
     from langchain_core.output_parsers import StrOutputParser
     from langchain_core.prompts import ChatPromptTemplate
@@ -34,17 +35,25 @@ def answers(model, tokenizer) -> dict[str, list[str]]:
     asked = [messages[0]["content"] for messages in questions(PROMPTS)]
     model = chat(model, tokenizer)
     chain = ChatPromptTemplate.from_messages([("human", "{question}")]) | model | StrOutputParser()
+    if at_once:  # in a pool of threads
+        return {"batch": [answer.content for answer in model.batch(asked)]}
     return {
         "invoke": [model.invoke(text).content for text in asked],
         "stream": ["".join(piece.content for piece in model.stream(text)) for text in asked],
-        "batch": [answer.content for answer in model.batch(asked)],
         "a chain": [chain.invoke({"question": text}) for text in asked],
     }
 
 
 def checks() -> Iterator[Check]:
     tokenizer = load_tokenizer()
-    found, expected = (answers(model, tokenizer) for model in (ours(), twin()))
+    given, logits = [], []
+    for model in (ours(), twin()):
+        with last_logits(model) as of_model:
+            given.append(answers(model, tokenizer, at_once=False))
+        logits.append(of_model)
+        given[-1] |= answers(model, tokenizer, at_once=True)
+    found, expected = given
+    yield close("logits at every token of all answers", *logits, TOLERANCE)
     for way in found:
         yield equal(f"answers from {way}", found[way], expected[way])
     reference = twin()

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 from mixtral_offload.tokenizer import load_tokenizer
 
-from .checks import Check, equal, exit_with, run_program
-from .twin import ours, questions, twin
+from .checks import Check, close, equal, exit_with, run_program
+from .twin import last_logits, ours, questions, twin
 
 PACKAGES = ("llama-index-llms-huggingface", "llama-index-core")
 PROMPTS, LONGEST = 5, 32
+TOLERANCE = 1e-4
 DOCUMENTS = (
     "The capital of France is Paris. Paris lies on the Seine.",
     "The capital of Italy is Rome. Rome lies on the Tiber.",
@@ -49,7 +50,13 @@ def answers(model, tokenizer) -> dict[str, list[str]]:
 
 def checks() -> Iterator[Check]:
     tokenizer = load_tokenizer()
-    found, expected = (answers(model, tokenizer) for model in (ours(), twin()))
+    given, logits = [], []
+    for model in (ours(), twin()):
+        with last_logits(model) as of_model:
+            given.append(answers(model, tokenizer))
+        logits.append(of_model)
+    found, expected = given
+    yield close("logits at every token of all answers", *logits, TOLERANCE)
     for way in found:
         yield equal(f"answers from {way}", found[way], expected[way])
     yield Check(

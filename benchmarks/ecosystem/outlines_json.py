@@ -13,11 +13,12 @@ from pydantic import BaseModel, Field
 
 from mixtral_offload.tokenizer import load_tokenizer
 
-from .checks import Check, equal, exit_with, run_program
-from .twin import ours, questions, twin
+from .checks import Check, close, equal, exit_with, run_program
+from .twin import last_logits, ours, questions, twin
 
 PACKAGES = ("outlines", "outlines_core")
 PROMPTS, LONGEST = 6, 96
+TOLERANCE = 1e-4
 
 
 class City(BaseModel):
@@ -42,11 +43,17 @@ def checks() -> Iterator[Check]:
         "a regular expression": Regex("[0-9]{3}-[A-Z]{2}"),
     }
     found: dict[str, list[list[str]]] = {}
+    logits = []
     for model in (ours(), twin()):
         wrapped = outlines.from_transformers(model, tokenizer)
-        for name, kind in bound.items():
-            answers = [wrapped(prompt, kind, max_new_tokens=LONGEST, do_sample=False) for prompt in prompts]
-            found.setdefault(name, []).append(answers)
+        with last_logits(model) as of_model:
+            for name, kind in bound.items():
+                answers = [
+                    wrapped(prompt, kind, max_new_tokens=LONGEST, do_sample=False) for prompt in prompts
+                ]
+                found.setdefault(name, []).append(answers)
+        logits.append(of_model)
+    yield close("logits at every token of these answers", *logits, TOLERANCE)
     for name, answers in found.items():
         yield equal(f"answers bound to {name}", *answers)
     invalid = [text for text in found["a JSON schema"][0] if not _is_city(text)]

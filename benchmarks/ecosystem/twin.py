@@ -76,6 +76,19 @@ def conversations(n: int) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in lines[:: len(lines) // n][:n]]
 
 
+@contextmanager
+def last_logits(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """The logits of each pass's last tokens, as they are computed inside: texts may stay equal where these do not."""
+    found: list[torch.Tensor] = []
+    hook = model.lm_head.register_forward_hook(
+        lambda *called: found.append(called[-1][:, -1].detach().clone())
+    )
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def greedy(model: PreTrainedModel, tokenizer, messages: list[dict[str, str]], n_tokens: int = 40) -> str:
     """The greedy answer, from transformers' own `generate`."""
