@@ -9,11 +9,14 @@ skipped with a notice. `modelling_tests.py` runs transformers' own tests.
 """
 
 import os
+import sys
 
-# everything here is local; read when the programs are imported
-for _name, _value in (
-    ("HF_HUB_OFFLINE", "1"),
-    ("TOKENIZERS_PARALLELISM", "false"),
-    ("GRADIO_ANALYTICS_ENABLED", "False"),
-):
-    os.environ.setdefault(_name, _value)
+# everything here is local; read when the programs are imported. Only where a script of this folder is the program (Python's
+# argv says "-m" while it looks for that): an import, as by the tests, leaves the process's environment alone
+if sys.argv[0] == "-m":
+    for _name, _value in (
+        ("HF_HUB_OFFLINE", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("GRADIO_ANALYTICS_ENABLED", "False"),
+    ):
+        os.environ.setdefault(_name, _value)
