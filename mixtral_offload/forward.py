@@ -29,6 +29,11 @@ def offloaded_experts(
     order of the router's choice, whatever order the experts came in, so that no cache size changes a single bit. Padding
     costs nothing: it gets zeros (see `pass_state.real_tokens`).
     """
+    if not hasattr(module, "offload"):
+        raise OptionError(
+            'experts_implementation is "offloaded", but this model was not built by mixtral_offload', found=type(module).__name__,
+            hint='call model.set_experts_implementation("eager"), or build the model with mixtral_offload.from_pretrained',
+        )  # fmt: skip
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         # all tokens: gradient checkpointing runs a layer again outside of its pass, where padding is not known
         return with_gradients(module, hidden_states, top_k_index, top_k_weights)

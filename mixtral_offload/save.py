@@ -9,7 +9,7 @@ import os
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,8 +36,19 @@ def save_whole(model: PreTrainedModel) -> None:
         save(model, save_directory, *args, **kwargs)
 
     model.save_pretrained = save_pretrained
+    if not model.offload.options.unpack and model.base_model is not model:
+        model.base_model.save_pretrained = _refuse_part
     if not model.offload.options.unpack:
         model.register_state_dict_post_hook(_StateDictNotice())
+
+
+def _refuse_part(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for the base model's `save_pretrained`, which would write it without its experts."""
+    raise OptionError(
+        "only the whole model can be saved",
+        found="save_pretrained of its base model",
+        hint="call model.save_pretrained(folder)",
+    )
 
 
 def _stamps(model: PreTrainedModel) -> dict[Path, tuple[int, ...] | None]:

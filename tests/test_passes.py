@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 from mixtral_offload import ChatSession, OffloadError, Request, generate_batch, load_tokenizer, record
 from mixtral_offload.checkpoint import DEMO
@@ -448,3 +448,9 @@ def test_second_order_gradients_are_refused_not_wrong(offloaded):
     loss = model(inputs_embeds=embeds).logits.logsumexp(-1).sum()
     with pytest.raises(OptionError, match="second-order gradients"):
         torch.autograd.grad(loss, embeds, create_graph=True)
+
+
+def test_a_model_of_transformers_with_our_configuration_says_what_to_do(offloaded):
+    other = AutoModelForCausalLM.from_config(offloaded(cache_size=2).config)
+    with pytest.raises(OptionError, match="was not built by mixtral_offload"):
+        other(torch.tensor([[1, 2, 3]]))

@@ -86,6 +86,8 @@ def test_what_cannot_be_saved_is_refused(offloaded, tmp_path):
     ):  # fmt: skip
         with pytest.raises(OptionError, match=match):
             model.save_pretrained(**arguments)
+    with pytest.raises(OptionError, match="only the whole model"):
+        model.model.save_pretrained(tmp_path / "x")
     model.save_pretrained(tmp_path / "x", is_main_process=False)
     assert not (tmp_path / "x").exists()
     model.model.norm.register_parameter("adapter", torch.nn.Parameter(torch.zeros(3)))
