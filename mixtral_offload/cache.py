@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,6 +116,16 @@ class ExpertCache:
         for key in list(self._staged):
             self._drop_guess(key)
         self._pools = self._make_pools()
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Hold the lock; what is served meanwhile comes into no journal."""
+        with self.lock:
+            journals, self.journals = self.journals, ()
+            try:
+                yield
+            finally:
+                self.journals = journals
 
     def _make_pools(self) -> dict[int, Pool]:
         """layer -> its pool; one and the same for all layers if it is shared."""

@@ -27,7 +27,7 @@ def offloaded_experts(
 
     Tokens are sorted by expert once; each expert comes once and runs for all of its tokens. Results are summed in the
     order of the router's choice, whatever order the experts came in, so that no cache size changes a single bit. Padding
-    costs nothing: it gets zeros (see `pass_state.real_tokens`).
+    that nobody can read costs nothing: it gets zeros (see `pass_state.reads_last_only`).
     """
     if not hasattr(module, "offload"):
         raise OptionError(
@@ -35,7 +35,7 @@ def offloaded_experts(
             hint='call model.set_experts_implementation("eager"), or build the model with mixtral_offload.from_pretrained',
         )  # fmt: skip
     if torch.is_grad_enabled() and hidden_states.requires_grad:
-        # all tokens: gradient checkpointing runs a layer again outside of its pass, where padding is not known
+        # all tokens: gradient checkpointing runs a layer again outside of its pass
         return with_gradients(module, hidden_states, top_k_index, top_k_weights)
     current = module.offload.passes.current
     real = None if current is None else current.real_of(len(hidden_states))
@@ -73,13 +73,17 @@ def with_gradients(
     """
     if module.offload.options.unpack:
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
-    if any(recorder.is_exclusive for recorder in module.offload.recorders):
-        raise OptionError(
-            "a pass with gradients cannot be recorded", found="record() around a pass that needs gradients",
-            hint="record under torch.no_grad(), or run this pass outside of record()",
-        )  # fmt: skip
+    _refuse_recording(module.offload)
     y = _FrozenExperts.apply(hidden_states, module, top_k_index, top_k_weights.detach())
     return _weighted_sum(y, top_k_weights)
+
+
+def _refuse_recording(offload) -> None:
+    if any(recorder.is_exclusive for recorder in offload.recorders):
+        raise OptionError(
+            "a pass with gradients cannot be recorded", found="record() around a pass that needs gradients, or its backward",
+            hint="record under torch.no_grad(), or run this pass and its backward outside of record()",
+        )  # fmt: skip
 
 
 class _FrozenExperts(torch.autograd.Function):
@@ -95,6 +99,7 @@ class _FrozenExperts(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         (x, top_k_index), offload = ctx.saved_tensors, ctx.module.offload
+        _refuse_recording(offload)
         top_k = top_k_index.shape[1]
         order, counts = _by_expert(top_k_index, offload.checkpoint.n_experts)
         x_of, grad_of = (
@@ -103,7 +108,7 @@ class _FrozenExperts(torch.autograd.Function):
         )
         grads = torch.empty_like(grad_y.flatten(0, 1))
         rows = order.split(counts.tolist())
-        with offload.cache.lock:
+        with offload.cache.unrecorded():
             needed = [expert for expert, of in enumerate(rows) if len(of)]
             for expert, views in offload.cache.serve(ctx.module.layer, needed):
                 for part, x_part, grad_part in zip(*(of[expert].split(ROWS) for of in (rows, x_of, grad_of))):

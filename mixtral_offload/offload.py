@@ -279,7 +279,7 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
     save_whole(model)
     for module in (model, model.base_model):
         module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
-    track_passes(model.base_model, offload.passes)
+    track_passes(model, offload.passes)
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(
             model, gates, offload.prefetch, options.prefetch, options.look_ahead, passes=offload.passes

@@ -7,9 +7,11 @@ into arrays at the end.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,23 @@ from .trace import RoutingTrace
 NO_TOKEN = -1
 
 
+class _Part(NamedTuple):
+    """One pass through one layer's experts.
+
+    number: of the pass; 0, which is no pass's, where a layer is called outside of one. begin, end: what it added to the
+    journal.
+    """
+
+    number: int
+    layer: int
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    began_s: float
+    ended_s: float
+    begin: int
+    end: int
+
+
 class Recorder:
     """Filled by `offloaded_experts` and by the cache. Made by `record`, at whose end it has its `trace`.
 
@@ -34,7 +53,8 @@ class Recorder:
         self._offload, self.is_exclusive = model.offload, is_exclusive
         self._began_s = time.perf_counter()
         self._ids: dict[int, Tensor] = {}  # number of the pass -> its real tokens, in the order of the passes
-        self._parts: list[tuple[int, int, Tensor, Tensor, float, float, int]] = []
+        self._starts: dict[int, int] = {}  # number of the pass -> entries of the journal when it began
+        self._parts: list[_Part] = []
         self._journal: list = []
         self._guesses: list[tuple[int, int, list[int], int]] = []
         self.trace: RoutingTrace | None = None
@@ -51,6 +71,7 @@ class Recorder:
     def _new_pass(self, current: Pass) -> None:
         ids = torch.full((current.n_tokens,), NO_TOKEN) if current.ids is None else current.ids.reshape(-1)
         self._ids[current.number] = ids if current.real is None else ids[current.real]
+        self._starts[current.number] = len(self._journal)
 
     def _number(self) -> int:
         """Of the pass under way in this thread; 0, which is no pass's, where a layer is called outside of one."""
@@ -59,9 +80,12 @@ class Recorder:
 
     def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
         """One pass through one layer's experts, whose uses are all in the journal."""
-        now = time.perf_counter()
-        part = self._number(), layer, top_k_index, top_k_weights.detach(), began_s, now, len(self._journal)
-        self._parts.append(part)
+        number, now, end = self._number(), time.perf_counter(), len(self._journal)
+        # what came before the pass began is of a pass that was interrupted
+        begin = max(self._parts[-1].end if self._parts else 0, self._starts.get(number, 0))
+        self._parts.append(
+            _Part(number, layer, top_k_index, top_k_weights.detach(), began_s, now, begin, end)
+        )
 
     def add_guess(self, layer: int, experts: Sequence[int], distance: int) -> None:
         """Experts that `layer`, `distance` layers from now, will probably need, likeliest first: asked for, not yet
@@ -79,15 +103,14 @@ class Recorder:
         Empty before there is such a pass. Safe from any thread.
         """
         layers, parts = self._offload.checkpoint.layers, self._parts
-        end = next((i for i in range(len(parts), 0, -1) if parts[i - 1][1] == layers[-1]), 0)
+        end = next((i for i in range(len(parts), 0, -1) if parts[i - 1].layer == layers[-1]), 0)
         if end < len(layers):
             return []
         uses = []
-        for number in range(end - len(layers), end):
-            begin = parts[number - 1][6] if number else 0
-            entries = [entry for entry in self._journal[begin : parts[number][6]] if isinstance(entry, Use)]
+        for part in parts[end - len(layers) : end]:
+            entries = [entry for entry in self._journal[part.begin : part.end] if isinstance(entry, Use)]
             outcomes = {entry.expert: entry.outcome for entry in entries}
-            uses.append({expert: outcomes[expert] for expert in parts[number][2][-1].tolist()})
+            uses.append({expert: outcomes[expert] for expert in part.top_k_index[-1].tolist()})
         return uses
 
     def stop(self) -> None:
@@ -98,42 +121,49 @@ class Recorder:
             offload.recorders = tuple(of for of in offload.recorders if of is not self)
 
     def finish(self, tokenizer=None) -> RoutingTrace:
-        """The trace of the passes that ran to their end."""
+        """The trace of the passes that ran to their end; warns of others, without which a replay is not exact."""
         number = {layer: i for i, layer in enumerate(self._offload.checkpoint.layers)}
         last = self._offload.checkpoint.layers[-1]
-        whole = [part[0] for part in self._parts if part[1] == last and part[0] in self._ids]
+        whole = [part.number for part in self._parts if part.layer == last and part.number in self._ids]
         passes = {old: new for new, old in enumerate(whole)}
+        if interrupted := len(self._ids) - len(passes):
+            warnings.warn(
+                f"{interrupted} of {len(self._ids)} passes did not run to their end: they are not in the trace, and its "
+                "replay does not know what they did to the cache", stacklevel=4,
+            )  # fmt: skip
         ids = [self._ids[old].cpu().numpy() for old in passes]
         tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         n_layers, top_k = len(number), self._offload.checkpoint.top_k
         by_layer = [
-            [part for part in self._parts if part[1] == layer and part[0] in passes] for layer in number
+            [part for part in self._parts if part.layer == layer and part.number in passes]
+            for layer in number
         ]
         experts = [
-            np.concatenate([p[2].cpu().numpy() for p in of] or [np.zeros((0, top_k))]) for of in by_layer
-        ]
-        weights = [
-            np.concatenate([p[3].float().cpu().numpy() for p in of] or [np.zeros((0, top_k))])
+            np.concatenate([p.top_k_index.cpu().numpy() for p in of] or [np.zeros((0, top_k))])
             for of in by_layer
         ]
-        spans = np.array([[(p[4], p[5]) for p in of] for of in by_layer]).reshape(n_layers, len(passes), 2)
+        weights = [
+            np.concatenate([p.top_k_weights.float().cpu().numpy() for p in of] or [np.zeros((0, top_k))])
+            for of in by_layer
+        ]
+        spans = np.array([[(p.began_s, p.ended_s) for p in of] for of in by_layer])
+        spans = spans.reshape(n_layers, len(passes), 2)
         pieces = [_piece(tokenizer, token) for token in tokens.tolist()] if tokenizer else []
         return RoutingTrace(
             tokens=tokens.astype(np.int64), passes=np.repeat(np.arange(len(ids)), [len(of) for of in ids]).astype(np.int32),
             experts=np.stack(experts, 1).astype(np.int16), weights=np.stack(weights, 1).astype(np.float32),
             **self._journal_arrays(passes, number), **self._guess_arrays(passes, number), spans=spans.transpose(1, 0, 2) - self._began_s,
-            settings=self._offload.settings(), counters=asdict(self._offload.stats), pieces=pieces,
+            settings=self._offload.settings() | {"interrupted_passes": interrupted}, counters=asdict(self._offload.stats), pieces=pieces,
         )  # fmt: skip
 
     def _journal_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
         """The columns use_* and wrong_* of the trace. passes: those to keep -> their number in the trace."""
-        used, wrong, start = [], [], 0
+        used, wrong = [], []
         for part in self._parts:
-            entries, start = self._journal[start : part[6]], part[6]
-            for entry in entries if part[0] in passes else ():
+            for entry in self._journal[part.begin : part.end] if part.number in passes else ():
                 copy = entry.copy
                 times = (np.nan, np.nan) if copy is None or not copy.began_s else (copy.began_s, copy.ended_s)
-                row = passes[part[0]], copy.moved_bytes if copy else 0, *times
+                row = passes[part.number], copy.moved_bytes if copy else 0, *times
                 if isinstance(entry, Use):
                     used.append(
                         (number[entry.layer], entry.expert, entry.outcome, entry.wait_s, entry.at_s, *row)
