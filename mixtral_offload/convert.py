@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -100,8 +101,9 @@ def convert_checkpoint(
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, folder: str | Path, trunk: dict[str, Tensor], small: dict[str, str] | None = None
-) -> None:
+    checkpoint: Checkpoint, folder: str | Path, trunk: dict[str, Tensor], small: dict[str, str] | None = None,
+    config_extra: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write a checkpoint of our format into a folder that may exist: experts as `checkpoint` has them, the rest as given.
 
     Every file is made whole before it takes its name, and the index comes last: with its checksums, it does not fit files
@@ -112,6 +114,7 @@ def save_checkpoint(
         folder: Is made where there is none. Other files in it stay.
         trunk: The tensors of `checkpoint.trunk`, by the same keys, on the CPU.
         small: Other files to write: name -> text.
+        config_extra: Entries of config.json in place of the checkpoint's own.
 
     Raises:
         CheckpointError: The folder cannot be written, an expert cannot be read, or a tensor is not finite.
@@ -137,7 +140,9 @@ def save_checkpoint(
         total = sum((folder / name).stat().st_size for name in checksums)
         metadata = {"total_size": total, "checksums": as_metadata(checksums, finite=True)}
         index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
-        for name, data in (_small_files(checkpoint, manifest, {}) | (small or {}) | {INDEX: index}).items():
+        for name, data in (
+            _small_files(checkpoint, manifest, config_extra or {}) | (small or {}) | {INDEX: index}
+        ).items():
             replace_file(folder / name, data)
 
 
@@ -356,5 +361,8 @@ def _small_files(
     ours = config.get("quantization_config") or {}
     if isinstance(ours, dict) and ours.get("quant_method") == METHOD:
         config = {name: value for name, value in config.items() if name not in OURS}
+    # an entry may have a second name, which would be read beside the new one
+    aliases = {name for name, of in type(checkpoint.config).attribute_map.items() if of in config_extra}
+    config = {name: value for name, value in config.items() if name not in aliases}
     config |= config_extra | (manifest.as_config() if manifest is not None else {})
     return {"config.json": json.dumps(config, indent=2) + "\n", **files}

@@ -172,7 +172,9 @@ def track_passes(model: PreTrainedModel, passes: Passes) -> None:
         _around(model, lambda head, arguments, forward: passes.run_head(arguments, head.config, forward))
 
 
-def _around(module: nn.Module, call: Callable[[nn.Module, Mapping[str, Any], Callable[[], Any]], Any]) -> None:
+def _around(
+    module: nn.Module, call: Callable[[nn.Module, Mapping[str, Any], Callable[[], Any]], Any]
+) -> None:
     """Let `call(module, arguments by name, forward)` run the module's `forward`.
 
     It is wrapped, not hooked: torch skips forward hooks after a KeyboardInterrupt, which would leave the lock held. The

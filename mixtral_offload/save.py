@@ -5,6 +5,7 @@ Knows a built model and the checkpoint it was read from. transformers' own metho
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 import weakref
@@ -13,27 +14,31 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .errors import OptionError
+from .checkpoint import Checkpoint
+from .config_check import check_config
+from .errors import OffloadError, OptionError
+from .manifest import OURS
 from .quantization import QuantizedLinear
+from .skeleton import build_meta
 
 
 def save_whole(model: PreTrainedModel) -> None:
     """Let `save_pretrained` (and `push_to_hub`, which calls it) write our format, and `state_dict` say what it lacks."""
     weak = weakref.ref(model)  # a model that held itself would not free its memory at once
-    save = _save_unpacked if model.offload.options.unpack else save_model
-
-    stamps = _stamps(model)
+    stamps, config = _stamps(model), described(model.config)
 
     def save_pretrained(save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         model = weak()
-        if save is save_model and _stamps(model) != stamps:
+        if model.offload.options.unpack:
+            return _save_unpacked(model, save_directory, *args, **kwargs)
+        if _stamps(model) != stamps:
             raise OptionError(
                 "the files that this model was built from have changed since", found=model.offload.checkpoint.folder,
                 expected="the same files, from which the experts are copied", hint="build the model again, and save that",
             )  # fmt: skip
-        save(model, save_directory, *args, **kwargs)
+        save_model(model, save_directory, *args, config_as_built=config, **kwargs)
 
     model.save_pretrained = save_pretrained
     if not model.offload.options.unpack and model.base_model is not model:
@@ -86,7 +91,7 @@ def _save_unpacked(
 
 def save_model(
     model: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True,
-    state_dict: dict[str, Tensor] | None = None, **others: Any,
+    state_dict: dict[str, Tensor] | None = None, *, config_as_built: dict[str, Any], **others: Any,
 ) -> None:  # fmt: skip
     """Write a model to a folder, as a checkpoint that `mixtral_offload.from_pretrained` loads and transformers refuses.
 
@@ -98,10 +103,12 @@ def save_model(
         save_directory: Is made where there is none; must not be the folder that the model reads.
         is_main_process: False writes nothing, as in transformers.
         state_dict: Values in place of the model's own, by its names.
+        config_as_built: The model's configuration before anybody changed it, see `described`. Changes are written.
         others: transformers' other arguments; those that would change what is written are refused.
 
     Raises:
-        OptionError: For a model with other tensors than its checkpoint, or an argument that cannot be followed.
+        OptionError: For a model with other tensors than its checkpoint, a changed configuration that these tensors do not
+            fit, or an argument that cannot be followed.
         CheckpointError: For a folder that cannot be written, or experts that cannot be read.
     """
     from .convert import save_checkpoint  # which builds models itself
@@ -126,9 +133,55 @@ def save_model(
             hint="choose another folder",
         )  # fmt: skip
     small = {"generation_config.json": model.generation_config.to_json_string()}
+    now = described(model.config)
+    changed = {
+        name: now.get(name)
+        for name in sorted(config_as_built.keys() | now.keys())
+        if now.get(name) != config_as_built.get(name)
+    }
+    if changed:
+        _check_changes(checkpoint, model.config, changed)
     with model.offload.passes.lock:  # a training step of another thread may be under way
         trunk = _trunk_of(model, state_dict or {})
-    save_checkpoint(checkpoint, folder, trunk, small)
+    save_checkpoint(checkpoint, folder, trunk, small, changed)
+
+
+#: of a configuration, what says how a model is run, by whom, or how its weights are stored: not what the model is
+_NOT_THE_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "experts_implementation",
+                  "attn_implementation", *OURS}  # fmt: skip
+
+
+def described(config: PretrainedConfig) -> dict[str, Any]:
+    """What a configuration says of the model, in JSON's types."""
+    text = json.loads(config.to_json_string(use_diff=False))
+    return {
+        name: value
+        for name, value in text.items()
+        if name not in _NOT_THE_MODEL and not name.endswith("_implementation")
+    }
+
+
+def _check_changes(checkpoint: Checkpoint, config: PretrainedConfig, changed: dict[str, Any]) -> None:
+    """Refuse a configuration of which the model's own tensors make no model."""
+    try:
+        read = type(config).from_dict(described(config))
+        check_config(read, checkpoint.folder / "config.json")
+        shapes = [
+            {name: tuple(of.shape) for name, of in build_meta(any_config, torch.float16).named_parameters()}
+            for any_config in (checkpoint.config, read)
+        ]
+    except OffloadError as error:
+        shapes, found = [{}, {"": ()}], str(error)
+    else:
+        found = f"changed since it was built: {', '.join(changed)}"
+    if shapes[0] != shapes[1]:
+        differing = [
+            name for name in sorted({*shapes[0], *shapes[1]}) if shapes[0].get(name) != shapes[1].get(name)
+        ]
+        raise OptionError(
+            "this model's configuration was changed to that of another model", key=differing[0] or None, found=found[:300],
+            expected="a configuration that its weights fit", hint="undo these changes of model.config",
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -134,3 +134,35 @@ def test_experts_of_files_that_have_changed_are_not_saved(offloaded, tmp_path):
     with pytest.raises(OptionError, match="have changed since"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_changes_of_the_configuration_are_saved(offloaded, tmp_path):
+    """As transformers' own method does: what was changed after loading, and nothing else."""
+    model = offloaded(cache_size=3)
+    model.save_pretrained(tmp_path / "as it was")
+    model.config.sliding_window, model.config.num_experts_per_tok, model.config.my_note = 3, 1, "kept"
+    model.save_pretrained(tmp_path / "saved")
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("as it was", "saved")
+    )
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {"sliding_window", "num_experts_per_tok", "my_note"}
+    again = offloaded(tmp_path / "saved", cache_size=3)
+    assert (again.config.sliding_window, again.config.num_experts_per_tok, again.config.my_note) == (
+        3,
+        1,
+        "kept",
+    )
+    assert not torch.equal(logits(again), logits(offloaded(cache_size=3)))
+    verify(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 96}, {"num_local_experts": 4}, {"num_hidden_layers": 2}, {"vocab_size": 7},
+                                    {"num_hidden_layers": -1}, {"num_experts_per_tok": 99}])  # fmt: skip
+def test_changes_that_the_weights_do_not_fit_are_refused(offloaded, tmp_path, change):
+    model = offloaded(cache_size=3)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(OptionError, match="another model"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
