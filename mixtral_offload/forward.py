@@ -91,7 +91,8 @@ class _FrozenExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, module: nn.Module, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        ctx.module = module
+        ctx.module, ctx.device = module, x.device.type
+        ctx.autocast = torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device)
         ctx.save_for_backward(x, top_k_index)
         return run_experts(module, x, top_k_index, top_k_weights)
 
@@ -108,7 +109,8 @@ class _FrozenExperts(torch.autograd.Function):
         )
         grads = torch.empty_like(grad_y.flatten(0, 1))
         rows = order.split(counts.tolist())
-        with offload.cache.unrecorded():
+        enabled, dtype = ctx.autocast  # as forward had it: autograd calls this outside of the caller's autocast
+        with torch.autocast(ctx.device, dtype, enabled), offload.cache.unrecorded():
             needed = [expert for expert, of in enumerate(rows) if len(of)]
             for expert, views in offload.cache.serve(ctx.module.layer, needed):
                 for part, x_part, grad_part in zip(*(of[expert].split(ROWS) for of in (rows, x_of, grad_of))):
@@ -120,7 +122,8 @@ class _FrozenExperts(torch.autograd.Function):
 def _grad_of_expert(offload, views: Views, x: Tensor, grad_y: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(offload.plain_run(x, views), x, grad_y)[0]
+        y = offload.plain_run(x, views)
+        return torch.autograd.grad(y, x, grad_y.to(y.dtype))[0]
 
 
 def _grouped(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -141,7 +144,8 @@ def _serve_token(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weig
         for expert, views in offload.cache.serve(layer, sorted(chosen), meanwhile):
             results[expert] = offload.run(x, views)
         _record(offload, layer, top_k_index, top_k_weights, began_s)
-    return torch.cat([results[expert] for expert in chosen]).unsqueeze(0)
+    # under autocast results are of another dtype than the tokens, as they are in transformers' own experts
+    return torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)
 
 
 def _serve_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

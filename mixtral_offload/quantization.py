@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -317,14 +318,44 @@ def check_replaceable(linear: torch.nn.Module) -> None:
         )  # fmt: skip
 
 
-class QuantizedLinear(torch.nn.Module):
+class QuantizedWeight:
+    """Stands for the weight that a `QuantizedLinear` has no tensor of: says where and of which dtype it would be.
+
+    Programs that put something beside a linear layer (peft's LoRA) ask for that. Whatever asks for values is refused.
+    """
+
+    def __init__(self, layer: QuantizedLinear):
+        fields = layer.fields
+        self.device = next(iter(fields.values())).device
+        self.dtype, self.shape = layer.dtype, torch.Size((layer.out_features, layer.in_features))
+        self.requires_grad, self.is_meta = False, self.device.type == "meta"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or not hasattr(Tensor, name):  # who asks goes on without it
+            raise AttributeError(name)
+        self.__torch_function__(name)
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise OptionError(
+            "this layer's weight is quantized: its values cannot be read or changed as a tensor",
+            found=getattr(args[0], "__name__", args[0]) if args else None,
+            hint="keep changes beside it (an adapter that is not merged), or load the model with unpack=True",
+        )
+
+
+class QuantizedLinear(torch.nn.Linear):
     """A linear layer whose weight stays quantized; buffers are named as in the checkpoint.
+
+    It is a `torch.nn.Linear`, so that what looks for those finds it (peft's LoRA). Its `weight` is no tensor, see
+    `QuantizedWeight`.
 
     Args:
         shape: (N, K) of the weight.
         quantization: How it is stored.
         product: Multiplies with the quantized matrix, with `matmul`'s arguments.
         bias: [N], or None.
+        dtype: What the layer computes with, as its model is loaded; for those who ask (`weight.dtype`).
     """
 
     def __init__(
@@ -333,14 +364,30 @@ class QuantizedLinear(torch.nn.Module):
         quantization: Quantization,
         product: Callable[..., Tensor] = matmul,
         bias: torch.nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
-        super().__init__()
+        torch.nn.Module.__init__(self)  # not Linear's, which makes a weight
         self.out_features, self.in_features = shape
-        self.quantization, self.product = quantization, product
+        self.quantization, self.product, self.dtype = quantization, product, dtype
         self._names = {name: name.replace(".", "__") for name in field_specs(shape, quantization)}
         for name, (dtype, dims) in field_specs(shape, quantization).items():
             self.register_buffer(self._names[name], torch.empty(dims, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        """No tensor; see `QuantizedWeight`."""
+        return QuantizedWeight(self)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """As torch's; a new weight is refused."""
+        if name == "weight":
+            self.weight.copy_()
+        super().register_parameter(name, param)
+
+    def reset_parameters(self) -> NoReturn:
+        """Refused: there is no weight to fill with random values."""
+        self.weight.uniform_()
 
     @classmethod
     def replacing(
@@ -352,7 +399,8 @@ class QuantizedLinear(torch.nn.Module):
             CheckpointError: If something of the layer would be lost.
         """
         check_replaceable(linear)
-        layer = cls((linear.out_features, linear.in_features), quantization, product, linear.bias)
+        shape = linear.out_features, linear.in_features
+        layer = cls(shape, quantization, product, linear.bias, linear.weight.dtype)
         return layer.train(linear.training)
 
     def set_field(self, name: str, value: Tensor) -> None:
@@ -363,6 +411,7 @@ class QuantizedLinear(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Move to another device; `model.to(dtype)` converts the bias alone: other scales would be other weights."""
         stored = self.fields
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         super()._apply(fn, recurse)
         for name, value in stored.items():
             moved = getattr(self, self._names[name])

@@ -344,6 +344,20 @@ def test_gradients_are_the_twins(offloaded, reference, options, ids_of):
         assert relative_error(found, expected) < 1e-4
 
 
+@pytest.mark.parametrize("options", [{"cache_size": 2}, {"cache_size": 8}, {"unpack": True}])
+@pytest.mark.parametrize("ids_of", [[[300]], [[300, 700, 900, 5, 6], [17]]])
+def test_gradients_under_autocast_are_the_twins(offloaded, reference, options, ids_of):
+    """Autograd calls backward outside of the caller's autocast."""
+    grads = []
+    for model in (offloaded(**options), reference):
+        with torch.autocast("cpu", torch.bfloat16):
+            grads.append(gradients(model, ids_of))
+    for found, expected in zip(*grads, strict=True):
+        assert relative_error(found, expected) < 2e-2  # bf16
+    exact = gradients(reference, ids_of)
+    assert all(relative_error(found, of) > 1e-4 for found, of in zip(grads[0], exact))  # it was bf16
+
+
 def test_gradients_do_not_depend_on_the_cache(offloaded):
     ids_of = [[300, 700, 900, 5, 6], [17]]
     first, *others = (gradients(offloaded(cache_size=size), ids_of) for size in (8, 2, 3))
