@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chat import context_length
 from .errors import OptionError
@@ -83,7 +84,8 @@ def generate_batch(
     A sequence's tokens are those that it would get alone: greedy ones up to ties in the last bits of a logit, sampled ones
     likewise, from a generator of its own: what decides an answer, and what ends one, is the same as for a chat (see
     `settings.py`). batch_size: sequences at once, fewer where the KV cache that the plan has left
-    room for (`context_length` x `batch_size` tokens, see `OffloadOptions`) holds no more, with a warning.
+    room for (`context_length` x `batch_size` tokens, see `OffloadOptions`) holds no more, with a warning. So it is, one at a
+    time, where the model's layers keep more than keys and values (recurrent states, indexes), which cannot be joined.
     Raises OptionError for a request that cannot be answered, when its turn comes; GenerationError where the model fails.
     """
     if batch_size < 1:
@@ -91,6 +93,10 @@ def generate_batch(
     check_sampling(1, temperature, top_p, None)
     warn_once(model)
     batch, queue = _Batch(model, temperature, top_p), deque()
+    if batch_size > 1 and not batch.can_join:
+        warnings.warn(f"{model.config.model_type} keeps more than keys and values of each token: its sequences are computed one "
+                      "at a time (batch_size=1)", stacklevel=2)  # fmt: skip
+        batch_size = 1
     numbered = enumerate(requests)
     while True:
         places = batch_size - len(batch.rows)
@@ -109,7 +115,8 @@ def generate_batch(
 class _Batch:
     """The sequences that are computed together, their KV cache `[rows, heads, columns, head size]` and what of it is real.
 
-    mask: int64 [rows, columns]. newest: each row's last token, int64 [rows], which is not in the KV cache yet.
+    mask: int64 [rows, columns]. newest: each row's last token, int64 [rows], which is not in the KV cache yet. can_join:
+    whether rows can be added to, and taken from, this model's KV cache.
     """
 
     def __init__(self, model, temperature: float, top_p: float):
@@ -120,6 +127,7 @@ class _Batch:
         self._room = self._context * options.batch_size  # tokens that the plan has left memory for
         self._pass_tokens = pass_tokens(self._context, options.batch_size)
         self._ends = model_ends(model)
+        self.can_join = _can_join(model)
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self._past = self._newest = None
         self._has_warned = False
@@ -170,8 +178,8 @@ class _Batch:
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         ids, mask = ids.to(self._model.device), mask.to(self._model.device)
-        past = DynamicCache()
-        newest = self._forward(newcomers, ids, mask, past)
+        # None: the model makes its own kind
+        newest, past = self._forward(newcomers, ids, mask, DynamicCache() if self.can_join else None)
         if self.rows:
             past, mask = _joined(self._past, past), _cat_right_aligned(self._mask, mask, dim=1)
             newest = torch.cat((self._newest, newest))
@@ -182,10 +190,12 @@ class _Batch:
     def step(self) -> None:
         """One more token for each."""
         self._mask = F.pad(self._mask, (0, 1), value=1)
-        self._newest = self._forward(self.rows, self._newest[:, None], self._mask, self._past)
+        self._newest, self._past = self._forward(self.rows, self._newest[:, None], self._mask, self._past)
 
-    def _forward(self, rows: list[_Row], ids: Tensor, mask: Tensor, past: DynamicCache) -> Tensor:
-        """The rows' next tokens, int64 [rows], after `ids [rows, T]`."""
+    def _forward(
+        self, rows: list[_Row], ids: Tensor, mask: Tensor, past: DynamicCache | None
+    ) -> tuple[Tensor, DynamicCache]:
+        """The rows' next tokens, int64 [rows], after `ids [rows, T]`; and the KV cache."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with forward_errors(self._model):
             output = self._model(
@@ -197,7 +207,7 @@ class _Batch:
             )
         for row, token in zip(rows, newest.tolist()):
             row.new.append(token)
-        return newest.to(ids.device)
+        return newest.to(ids.device), output.past_key_values
 
     @torch.inference_mode()
     def remove_ended(self) -> list[Answer]:
@@ -226,6 +236,14 @@ class _Batch:
         self._mask = mask[:, padding:]
         for layer in self._past.layers:
             layer.keys, layer.values = layer.keys[index, :, padding:], layer.values[index, :, padding:]
+
+
+def _can_join(model) -> bool:
+    """Whether this model keeps keys and values of each token, and nothing else."""
+    if not model._supports_default_dynamic_cache():
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def _token_name(rows: list[_Row], at: int) -> str:

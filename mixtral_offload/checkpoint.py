@@ -22,7 +22,9 @@ from torch import Tensor
 
 from .checksums import with_checks
 from .config_check import (
+    EXPERTS,
     MOST_INDEX_BYTES,
+    TOP_K,
     check_config,
     check_file,
     check_index,
@@ -92,7 +94,14 @@ class Checkpoint:
 
     @property
     def top_k(self) -> int:
-        return first_attribute(self.config, "num_experts_per_tok", "moe_topk", "top_k")
+        """Experts that each token uses."""
+        top_k = first_attribute(self.config, *TOP_K)
+        if type(top_k) is not int or top_k < 1:
+            raise CheckpointError(
+                f"{self.config.model_type} does not say how many experts a token uses", path=self.folder / "config.json",
+                key=" or ".join(TOP_K), expected=f"1 to {self.n_experts}", found=top_k,
+            )  # fmt: skip
+        return top_k
 
     @property
     def recommended_cache_size(self) -> int | str:
@@ -373,7 +382,7 @@ def load_config(path: Path):
 
 
 def n_experts_of(config) -> int | None:
-    return first_attribute(config, "num_local_experts", "num_experts", "n_routed_experts")
+    return first_attribute(config, *EXPERTS)
 
 
 def _absent(path: Path, key: str) -> CheckpointError:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import CheckpointError, OffloadError
 
@@ -43,7 +43,8 @@ MAY_BE_ZERO = {
 }
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+#: "top_k" comes last: in old files it may be a setting of sampling
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
 POSITIVE = (
     "rope_theta",
     "factor",
@@ -114,6 +115,14 @@ def text_config(config: object) -> object:
         return config
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The configuration of each layer: the same for all, but in families whose layers differ (Gemma 4)."""
+    n_layers, layers = config.num_hidden_layers, getattr(config, "per_layer_config", None)
+    if layers is None or isinstance(layers, dict) or len(layers) != n_layers:
+        return [config] * n_layers
+    return [layers[number] for number in range(n_layers)]
+
+
 @contextmanager
 def building(
     path: Path, what: str = "cannot build the model that this configuration describes"
@@ -178,7 +187,7 @@ def _check_heads(config: object, path: Path) -> None:
 
 def _check_experts(config: object, path: Path) -> None:
     n_experts = next((n for name in EXPERTS if type(n := _value(config, name)) is int), None)
-    for name in TOP_K:
+    for name in TOP_K[:-1]:
         top_k = _value(config, name)
         if n_experts and type(top_k) is int and top_k > n_experts:
             raise _error(path, name, f"at most {n_experts}, the number of experts", top_k)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from .checkpoint import first_attribute
+from .config_check import TOP_K, layer_configs
 from .errors import OptionError
 from .experts import ALIGNMENT
 from .packed import dequantized_bytes
@@ -24,7 +25,6 @@ from .quantization import PAPER, Quantization, field_specs
 from .skeleton import has_plain_experts
 
 Shape = tuple[int, int]
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
 TESTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # tests/test_families.py
 LAYER = re.compile(r"\.(\d+)\.")
 
@@ -254,8 +254,7 @@ def _top_k(config, n_experts: int) -> int:
 def _kv(model: nn.Module, config) -> tuple[tuple[tuple[int, int | None], ...], tuple[str, ...]]:
     """For each layer of transformers' own cache that grows: (elements per token, sliding window); and what is unsure."""
     layers = DynamicCache(config=config).layers
-    heads = first_attribute(config, "num_key_value_heads", "num_attention_heads")
-    head_dim = first_attribute(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    configs = layer_configs(config)
     kv, notes = [], []
     elements = {
         _number(name): n for name, module in model.named_modules() if (n := _kv_elements(module)) is not None
@@ -266,7 +265,10 @@ def _kv(model: nn.Module, config) -> tuple[tuple[tuple[int, int | None], ...], t
             continue
         if number not in elements:
             notes.append("KV cache: an upper bound, from the configuration's numbers of heads")
-        kv.append((elements.get(number, 2 * heads * head_dim), getattr(layer, "sliding_window", None)))
+            heads = first_attribute(configs[number], "num_key_value_heads", "num_attention_heads")
+            of_head = first_attribute(configs[number], "head_dim")
+            elements[number] = 2 * heads * (of_head or config.hidden_size // config.num_attention_heads)
+        kv.append((elements[number], getattr(layer, "sliding_window", None)))
     return tuple(kv), tuple(dict.fromkeys(notes))
 
 

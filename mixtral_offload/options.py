@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from .checkpoint import Checkpoint
+from .config_check import layer_configs
 from .errors import CapacityError, OptionError
 from .experts import ROWS, ExpertLayout
 from .headers import StoredTensor
@@ -219,17 +220,8 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     config, layout, item = checkpoint.config, checkpoint.layout, options.dtype.itemsize
     kept = checkpoint.kept.get(options.dtype, frozenset())
     trunk = sum(_trunk_bytes(key, tensor, options, key in kept) for key, tensor in checkpoint.trunk.items())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     context = min(options.context_length, config.max_position_embeddings)
-    kv = (
-        2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * head_dim
-        * context
-        * item
-        * options.batch_size
-    )
+    kv = _kv_elements(config) * context * item * options.batch_size
     compiled, _ = compile_choice(checkpoint, options)
     kinds = {(layout.shapes[matrix], layout.quantization[matrix]) for matrix in layout.shapes}
     dequantized = max(dequantized_bytes(*kind, item, compiled) for kind in kinds)
@@ -240,6 +232,16 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
         + dequantized
     )
     return {"trunk": trunk, "KV cache": kv, "scratch": scratch}
+
+
+def _kv_elements(config) -> int:
+    """Numbers that one token leaves in the KV cache, all layers together."""
+    return sum(
+        2
+        * layer.num_key_value_heads
+        * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+        for layer in layer_configs(config)
+    )
 
 
 def _trunk_bytes(key: str, stored: StoredTensor, options: OffloadOptions, is_kept: bool) -> int:

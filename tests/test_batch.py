@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixtral_offload import load_tokenizer, record
 from mixtral_offload.batch import Request, generate_batch
@@ -196,3 +197,53 @@ def test_the_plan_leaves_room_for_every_context(offloaded):
     config = model.config
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert many["KV cache"] == 8 * one["KV cache"] == 8 * 512 * token_bytes
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "minimax", "jamba", "gemma4_text", "mixtral"])
+def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_path):
+    """Recurrent states cannot be joined: one sequence at a time, with a warning; the same answers, and those of a chat."""
+    more = {
+        "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2}, "minimax": {"block_size": 16},
+        "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+        "gemma4_text": {
+            "enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "per_layer_config": {"03": {"head_dim": 32}},
+        },
+    }.get(model_type, {})  # fmt: skip
+    sizes = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2,
+    }  # fmt: skip
+    if model_type == "qwen3_next":
+        sizes |= {
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        }
+    try:
+        config = AutoConfig.for_model(model_type)
+        known = set(config.to_dict()) | set(config.attribute_map)
+        config = type(config)(**{name: value for name, value in sizes.items() if name in known} | more)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this transformers makes no {model_type} of these sizes: {type(error).__name__}")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path)
+    model = offloaded(tmp_path, cache_size=2, context_length=64)
+    some = [Request([7, 8, 9], 3), Request([9, 8, 7, 6, 5, 4, 3], 4), Request([20, 21, 5, 7], 2)]
+    expected = [greedy(model, request) for request in some]
+    joins = model_type in ("mixtral", "gemma4_text")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert by_number(generate_batch(model, some, batch_size=2)) == expected
+    said = [str(of.message) for of in caught if "one at a time" in str(of.message)]
+    assert len(said) == (not joins)
+    # a bound for the plan: what the attention layers leave in their cache
+    past = model(torch.tensor([some[1].ids]), use_cache=True).past_key_values
+    layers = past.layers if joins else []
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    planned = device_needs(model.offload.checkpoint, model.offload.options)["KV cache"]
+    assert planned * len(some[1].ids) >= held * 64
+    if joins:
+        assert planned * len(some[1].ids) == held * 64
