@@ -5,10 +5,12 @@ Knows transformers' `generate`, messages and the KV cache. Knows nothing of term
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from transformers import (
@@ -73,10 +75,13 @@ class ChatSession:
 
     max_new_tokens: per answer. temperature: 0 is greedy. seed: makes sampled answers repeatable; they come from a generator
     of the session's own, as those of `generate_batch` do, so that the same seed gives the same first answer there, and
-    PyTorch's global generator is neither read nor changed. All of them, and the system prompt, may be changed between
-    answers. What else decides an answer, and what ends one: see `settings.py`.
-    `messages` is the conversation so far, as transformers' chat templates take it. `last` counts while an answer comes;
-    `ended` says why it came to its end: one of ENDS.
+    PyTorch's global generator is neither read nor changed. All of them, and the system prompt, may be changed at any time:
+    an answer under way goes on as it began. What else decides an answer, and what ends one: see `settings.py`.
+    `messages` is the conversation so far, as transformers' chat templates take it. Assigned during an answer, it ends that
+    answer, whose turn is not kept; change the list itself only between answers. `last` counts while an answer comes; `ended`
+    says why it came to its end: one of ENDS.
+    One answer comes at a time. It is under way from its first piece until it was read to its end, its iterator was closed or
+    dropped, or `stop` was called. A forked child goes on with the conversation as it was before an answer under way.
     """
 
     def __init__(
@@ -87,11 +92,52 @@ class ChatSession:
         self.model, self.tokenizer = model, tokenizer
         self.system_prompt, self.max_new_tokens = system_prompt, max_new_tokens
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
-        self.messages: list[dict[str, str]] = []
+        self._messages: list[dict[str, str]] = []
         self.last, self.total, self.ended = TurnStats(), TurnStats(), None
-        self._stop, self._generating = threading.Event(), threading.Lock()
+        self._current: _Answer | None = None
+        self._lock = (
+            threading.RLock()
+        )  # a dropped iterator may be collected, and settled, while its own thread holds it
+        self._generating = threading.Lock()
+        self._sampling: tuple[torch.Generator, torch.Tensor] | None = None  # in use, and its state before
         self._past, self._past_ids = None, []
+        _sessions.add(self)
         warn_once(model)
+
+    def after_fork(self) -> None:
+        """In a forked child, where no answer is generated: as before the answer that was under way.
+
+        Threads of the parent may have held the locks, and that of a generator, which is made anew.
+        """
+        self._lock, self._generating = threading.RLock(), threading.Lock()
+        answer, self._current = self._current, None
+        if answer is not None:
+            answer.error = OptionError(
+                "this answer is generated in the parent process: it does not come in a forked child",
+                hint="send the message again",
+            )
+            answer.ended, (self.last, self.ended) = None, answer.before
+            self._past, self._past_ids = None, []  # perhaps half written
+        if self._sampling is not None and self._sampling[0] is self._generator:
+            self._generator = generator(0)
+            self._generator.set_state(self._sampling[1])
+        self._sampling = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation so far. Assigned, it ends an answer under way, whose turn is not kept."""
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: list[dict[str, str]]) -> None:
+        with self._lock:
+            self._drop()
+            self._messages = messages
+
+    def _drop(self) -> None:
+        """End the answer under way, and keep nothing of it."""
+        if self._current is not None:
+            self._current.stopped, self._current = True, None
 
     @property
     def seed(self) -> int | None:
@@ -109,13 +155,16 @@ class ChatSession:
         return context_length(self.model.config, self.model.offload.options)
 
     def stop(self) -> None:
-        """End the answer under way after its current token. Safe from any thread."""
-        self._stop.set()
+        """End the answer under way after its current token; another may begin at once. Safe from any thread."""
+        answer = self._current
+        if answer is not None:
+            answer.stopped = True
 
     def clear(self) -> None:
-        """Forget the conversation."""
-        self.messages, self.last, self.ended = [], TurnStats(), None
-        self._past, self._past_ids = None, []
+        """Forget the conversation. An answer under way ends, and its turn is forgotten too. Safe from any thread."""
+        with self._lock:
+            self.messages, self.last, self.ended = [], TurnStats(), None
+            self._past, self._past_ids = None, []
 
     @property
     def context_used(self) -> int:
@@ -125,18 +174,21 @@ class ChatSession:
     def send(self, text: str) -> Iterator[str]:
         """Stream the answer to `text` in pieces. What was streamed is kept in `messages`, also after `stop`.
 
-        If generating fails, the conversation is as before and the error is raised here. Raises OptionError when the
-        conversation has outgrown the model's context, or for settings that cannot be sampled with.
+        If generating fails, the conversation is as before and the error is raised here. Raises OptionError, with the first
+        piece, while another answer is under way; when the conversation has outgrown the model's context; and for settings
+        that cannot be sampled with.
         """
-        return self._answer([*self.messages, _said_by_user(text)])
+        question = _said_by_user(text)
+        return self._answer(lambda: [*self.messages, question])
 
     def regenerate(self) -> Iterator[str]:
         """Stream another answer to the last message, in place of the last one. Raises as `send`."""
-        return self._answer(self.messages[: self.last_question + 1])
+        return self._answer(lambda: self.messages[: self.last_question + 1])
 
     def edit(self, text: str) -> Iterator[str]:
         """Say `text` in place of the last message, and stream the answer. Raises as `send`."""
-        return self._answer([*self.messages[: self.last_question], _said_by_user(text)])
+        question = _said_by_user(text)
+        return self._answer(lambda: [*self.messages[: self.last_question], question])
 
     @property
     def last_question(self) -> int:
@@ -146,30 +198,79 @@ class ChatSession:
                 return number
         raise OptionError("there is no message yet", hint="send one first")
 
-    def _answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        check_sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
-        ids = self._prompt(messages)
-        self._stop = stop = threading.Event()  # one for each answer: an old one stays stopped
-        before, self.last, self.ended = self.last, TurnStats(n_prompt=len(ids)), None
-        streamer = _Streamer(self.tokenizer, self.ends)
-        result: dict = {}
-        worker = threading.Thread(target=self._generate, args=(ids, streamer, result, stop), name="generate")
-        pieces = []
+    def _answer(self, conversation: Callable[[], list[dict[str, str]]]) -> Iterator[str]:
+        """conversation: makes the messages up to the question, when the answer begins."""
+        answer = _Answer()
         try:
-            worker.start()
-            for piece in streamer:
-                pieces.append(piece)
+            self._begin(answer, conversation)
+            ids = self._prompt(answer.messages)
+            answer.config = self._config(len(ids))
+            streamer = _Streamer(self.tokenizer, self.ends)
+            answer.worker = _Worker(target=self._generate, args=(ids, streamer, answer), name="generate")
+            with self._lock:
+                if self._current is answer:
+                    self.last = answer.stats = TurnStats(n_prompt=len(ids))
+                    self.ended = None
+                    answer.worker.start()
+            while self._current is answer and (piece := next(streamer, None)) is not None:
+                with self._lock:
+                    if self._current is not answer:
+                        break
+                    answer.pieces.append(piece)
                 yield piece
         finally:
-            stop.set()  # also when the reader went away: leave no generation running
-            _join(worker)
-            if "ids" in result:
-                self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
-                self.total, self.ended = self.total + self.last, result["ended"]
-            else:
-                self.last = before
-        if "error" in result:
-            raise result["error"]
+            self._settle(answer)  # also when the reader went away: leave no generation running
+        if answer.error is not None:
+            raise answer.error
+
+    def _begin(self, answer: _Answer, conversation: Callable[[], list[dict[str, str]]]) -> None:
+        """Make this the answer under way; one that was stopped and not read to its end is settled first."""
+        while True:
+            with self._lock:
+                other = self._current
+                if other is None:
+                    sampling = self.max_new_tokens, self.temperature, self.top_p
+                    check_sampling(*sampling, self.seed)
+                    answer.max_new_tokens, answer.temperature, answer.top_p = sampling
+                    answer.generator, answer.before = self._generator, (self.last, self.ended)
+                    answer.messages = conversation()
+                    self._current = answer
+                    return
+            if not other.stopped:
+                raise OptionError("an answer is still coming", hint="read it to its end, or call stop()")
+            self._settle(other)
+
+    def _settle(self, answer: _Answer) -> None:
+        """End an answer, and keep what was streamed of it, unless it has failed or was dropped. Once for each."""
+        answer.stopped = True
+        if answer.worker is not None and self._must_not_wait:
+            answer.is_left = True
+            if answer.worker.is_alive():
+                return
+        try:
+            if answer.worker is not None:
+                _join(answer.worker)
+        finally:
+            with self._lock:
+                self._keep(answer)
+
+    @property
+    def _must_not_wait(self) -> bool:
+        """Whether this thread holds what a worker needs to end. Python collects a dropped iterator in any thread, anywhere."""
+        is_worker, passes = isinstance(threading.current_thread(), _Worker), self.model.offload.passes
+        return is_worker or passes.current is not None or self._lock._is_owned()
+
+    def _keep(self, answer: _Answer) -> None:
+        if answer.ended is not None and not answer.is_counted:
+            answer.is_counted, self.total = True, self.total + answer.stats
+        if self._current is not answer:
+            return
+        if answer.ended is None:
+            self.last, self.ended = answer.before
+        else:
+            reply = {"role": "assistant", "content": "".join(answer.pieces).strip()}
+            self._messages, self.ended = [*answer.messages, reply], answer.ended
+        self._current = None
 
     @property
     def ends(self) -> frozenset[int]:
@@ -191,14 +292,22 @@ class ChatSession:
     def _encode(self, messages, add_generation_prompt: bool = True) -> list[int]:
         return encode(self.tokenizer, messages, self.system_prompt, add_generation_prompt)
 
-    def _generate(self, ids: list[int], streamer, result: dict, stop: threading.Event) -> None:
+    def _generate(self, ids: list[int], streamer: _Streamer, answer: _Answer) -> None:
         """On the worker thread, so that Ctrl-C never lands inside the model."""
-        with self._generating:
-            self._generate_alone(ids, streamer, result, stop)
+        with self._generating:  # a dropped answer may not have ended yet
+            if self._current is answer:
+                self._sampling = answer.generator, answer.generator.get_state()
+                self._generate_alone(ids, streamer, answer)
+                self._sampling = None
+            else:
+                streamer.text_queue.put(streamer.stop_signal)
+        if answer.is_left:
+            with self._lock:
+                self._keep(answer)
 
-    def _generate_alone(self, ids: list[int], streamer, result: dict, stop: threading.Event) -> None:
-        count, n_prompt = self._counter(len(ids)), len(ids)
-        sampled, temperature, top_p = [self._generator], self.temperature, self.top_p
+    def _generate_alone(self, ids: list[int], streamer: _Streamer, answer: _Answer) -> None:
+        count, n_prompt = self._counter(answer.stats, len(ids)), len(ids)
+        sampled, temperature, top_p = [answer.generator], answer.temperature, answer.top_p
 
         def chosen(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             """All logits but the chosen token's at -inf, so that `generate` takes it."""
@@ -209,28 +318,31 @@ class ChatSession:
 
         def stopped(ids, scores, **kwargs) -> torch.Tensor:
             count(ids.shape[1])
-            return torch.full((ids.shape[0],), stop.is_set(), device=ids.device)
+            return torch.full((ids.shape[0],), answer.stopped, device=ids.device)
 
         try:
-            past, config = self._reuse(ids), self._config(len(ids))
+            with self._lock:
+                past = self._reuse(ids)
+                self._past, self._past_ids = None, []  # it changes from here on: nobody else may take it
             inputs = torch.tensor([ids], device=self.model.device)
             with forward_errors(self.model):
                 output = with_own_settings(self.model).generate(
                     inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, streamer=streamer,
-                    generation_config=config, logits_processor=LogitsProcessorList([chosen]),
+                    generation_config=answer.config, logits_processor=LogitsProcessorList([chosen]),
                     stopping_criteria=StoppingCriteriaList([stopped]),
                 )  # fmt: skip
-            result["ids"] = output[0].tolist()
-            result["ended"] = self._why(result["ids"], len(ids), config, stop)
-            self._past, self._past_ids = past, result["ids"][: past.get_seq_length()]
+            said = output[0].tolist()
+            with self._lock:
+                if self._current is answer:
+                    self._past, self._past_ids = past, said[: past.get_seq_length()]
+            answer.ended = _why(said, n_prompt, answer)
         except BaseException as error:
-            result["error"] = error
-            self._past, self._past_ids = None, []
+            answer.error = error
             streamer.text_queue.put(streamer.stop_signal)  # not `end`, which decodes first and may fail again
 
-    def _counter(self, n_prompt: int):
+    def _counter(self, last: TurnStats, n_prompt: int):
         """A function that brings `last` up to date: called with the length so far, after each token."""
-        last, passes, begin = self.last, self.model.offload.passes, time.perf_counter()
+        passes, begin = self.model.offload.passes, time.perf_counter()
         before = passes.counted  # this thread's share: others may use the model at the same time
 
         def count(length: int) -> None:
@@ -241,13 +353,6 @@ class ChatSession:
             last.hits, last.misses, last.bytes_moved = (a - b for a, b in zip(passes.counted, before))
 
         return count
-
-    def _why(self, ids: list[int], n_prompt: int, config: GenerationConfig, stop: threading.Event) -> str:
-        if ids[-1] in (config.eos_token_id or ()):
-            return "complete"
-        if len(ids) < n_prompt + config.max_new_tokens and stop.is_set():
-            return "stopped"
-        return "max_new_tokens" if config.max_new_tokens == self.max_new_tokens else "context"
 
     def _reuse(self, ids: list[int]) -> DynamicCache:
         """The last turn's KV cache, cut back to what this prompt shares with it."""
@@ -273,6 +378,52 @@ class ChatSession:
         )
 
 
+class _Worker(threading.Thread):
+    """Generates one answer."""
+
+
+@dataclass(eq=False)
+class _Answer:
+    """One answer: the session's settings and conversation as it began, and what has come of it.
+
+    Attributes:
+        before: The session's `last` and `ended`, for an answer that fails.
+        pieces: What was streamed.
+        stopped: It ends after its current token.
+        ended: One of ENDS; None until it was generated.
+        is_counted: It is in the session's `total`.
+        is_left: Its reader has gone, and its own worker settles it.
+    """
+
+    messages: list[dict[str, str]] = field(default_factory=list)
+    before: tuple[TurnStats, str | None] = field(default_factory=lambda: (TurnStats(), None))
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
+    config: GenerationConfig | None = None
+    worker: _Worker | None = None
+    stats: TurnStats = field(default_factory=TurnStats)
+    pieces: list[str] = field(default_factory=list)
+    stopped: bool = False
+    ended: str | None = None
+    error: BaseException | None = None
+    is_counted: bool = False
+    is_left: bool = False
+
+
+_sessions: weakref.WeakSet[ChatSession] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for session in _sessions:
+        session.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class _Streamer(TextIteratorStreamer):
     """The answer's text, without the token that ends it, also where the tokenizer does not call that one special."""
 
@@ -289,6 +440,16 @@ class _Streamer(TextIteratorStreamer):
     def end(self) -> None:
         with tokenizer_errors(self._tokenizer):
             super().end()
+
+
+def _why(ids: list[int], n_prompt: int, answer: _Answer) -> str:
+    """Why it ended; ids: prompt and answer."""
+    limit = answer.config.max_new_tokens
+    if ids[-1] in (answer.config.eos_token_id or ()):
+        return "complete"
+    if len(ids) < n_prompt + limit and answer.stopped:
+        return "stopped"
+    return "max_new_tokens" if limit == answer.max_new_tokens else "context"
 
 
 def _can_be_cut(past: DynamicCache) -> bool:

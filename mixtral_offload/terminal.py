@@ -98,7 +98,7 @@ def print_pieces(answer: Iterator[str]) -> None:
 def notices(session: ChatSession) -> list[str]:
     """How the last answer ended, if not by itself, and whether the context is nearly full."""
     ends = {
-        "max_new_tokens": f"cut at {session.max_new_tokens} tokens, the longest answer allowed",
+        "max_new_tokens": f"cut at {session.last.n_tokens} tokens, the longest answer allowed",
         "context": "cut: the context is full; clear the conversation",
     }
     lines = [ends[session.ended]] if session.ended in ends else []

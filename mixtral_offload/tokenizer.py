@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .arguments import HUB, split_arguments
 from .checkpoint import DEMO, read_config
 from .config_check import check_size
-from .errors import CheckpointError, DownloadError
+from .errors import CheckpointError, DownloadError, OptionError
 from .hub import resolve
+from .hub_access import hub_token
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 #: the published Mixtral-8x7B checkpoint holds no tokenizer; its own model page is gated, the second is the same, open
@@ -34,24 +37,39 @@ RAW_TEMPLATE = "{{ bos_token }}{{ messages[0].content }}"
 
 
 def load_tokenizer(
-    path_or_repo_id: str | Path | None = None, tokenizer: str | Path | None = None, *, hub: dict | None = None
+    path_or_repo_id: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    *,
+    hub: dict | None = None,
+    **arguments: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in the checkpoint (None: the shipped model's), or the one named `tokenizer` (folder or hub repository).
 
-    Where a Mixtral-8x7B checkpoint has none, Mixtral's own is fetched. hub applies to the checkpoint's own repository. Raises
-    DownloadError if none can be had, CheckpointError for one that cannot be read.
+    Where a Mixtral-8x7B checkpoint has none, Mixtral's own is fetched. hub: arguments of the download, as `from_pretrained`
+    takes them. arguments: those of transformers' own `from_pretrained`, as there: token, revision, cache_dir and
+    local_files_only are understood, what changes nothing is accepted, the rest is refused. revision and local_dir apply to
+    the checkpoint's own repository only. Raises DownloadError if none can be had, CheckpointError for one that cannot be
+    read, OptionError for an argument.
     """
+    options, hub = split_arguments(arguments, hub)
+    for name, value in options.items():
+        if value is not None:
+            hint = "set it on the tokenizer afterwards, if it is the tokenizer's"
+            raise OptionError(
+                "load_tokenizer has no such argument", expected=", ".join(HUB), found=name, hint=hint
+            )
+    elsewhere = {name: value for name, value in hub.items() if name not in ("revision", "local_dir")}
     if tokenizer is not None:
-        return _read(resolve(tokenizer))
-    folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **(hub or {}))
+        return _read(resolve(tokenizer, **elsewhere))
+    folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **hub)
     if any((folder / name).is_file() for name in FILES):
         return _read(folder)
     config = read_config(folder)
     candidates = MIXTRAL_8X7B if (config.model_type, config.vocab_size) == ("mixtral", 32000) else ()
-    errors = []
+    errors, where = [], _of_transformers(elsewhere) if candidates else {}
     for candidate in candidates:
         try:
-            return _with_template(AutoTokenizer.from_pretrained(candidate))
+            return _with_template(AutoTokenizer.from_pretrained(candidate, **where))
         except Exception as error:  # of the hub, of transformers, or of a package that is not here
             errors.append(f"{candidate}: {[*str(error).splitlines(), type(error).__name__][0][:SHOWN]}")
     raise DownloadError(
@@ -61,6 +79,14 @@ def load_tokenizer(
         found="; ".join(errors) or "none of them",
         hint="name one: --tokenizer FOLDER_OR_REPO",
     )
+
+
+def _of_transformers(hub: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the download, for transformers' own; a token for another endpoint is not sent to the usual one."""
+    where = {name: hub[name] for name in ("cache_dir", "local_files_only") if hub.get(name) is not None}
+    if hub.get("endpoint") is None and (token := hub_token(hub.get("token"))) is not None:
+        where["token"] = token
+    return where
 
 
 def _read(folder: Path) -> PreTrainedTokenizerBase:

@@ -269,7 +269,7 @@ class ChatWidget:
                         self._show([*shown, {"role": "assistant", "content": "".join(pieces)}], recorder)
                         seen_s = time.perf_counter()
                 self._experts.value = grid_html(self.session.model, recorder)
-            result.answer = self.session.messages[-1]["content"]
+            result.answer = "".join(pieces).strip()  # the session's messages may have been cleared
         except Exception as error:
             self._error = result.error = error
             if on_failure is not None:

@@ -1,8 +1,15 @@
 """Conversations on the shipped model."""
 
+import contextlib
+import gc
+import multiprocessing
+import os
 import threading
+import warnings
+import weakref
 
 import pytest
+import torch
 from transformers import DynamicCache, MixtralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -244,3 +251,204 @@ def test_a_kept_cache_is_cut_only_where_every_layer_keeps_everything(session):
     assert session._reuse(session._past_ids) is past
     past.layers[2] = DynamicSlidingWindowLayer(sliding_window=4)
     assert session._reuse(session._past_ids) is not past
+
+
+@pytest.mark.parametrize("other", ["send", "regenerate", "edit"])
+def test_one_answer_comes_at_a_time(session, other):
+    list(session.send("Hello!"))
+    expected = fresh_answer(
+        session, [*session.messages, {"role": "user", "content": "Tell me a story about a fox."}]
+    )
+    texts = [] if other == "regenerate" else ["What is 2 + 2?"]
+    answer, errors = session.send("Tell me a story about a fox."), []
+    first = next(answer)
+
+    def ask():
+        with pytest.raises(OptionError, match="an answer is still coming") as caught:
+            next(getattr(session, other)(*texts))
+        errors.append(str(caught.value))
+
+    ask()
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert len(errors) == 2 and all("stop()" in text for text in errors)
+    assert (first + "".join(answer)).strip() == expected, "it was disturbed"
+    assert [m["content"] for m in session.messages[2:]] == ["Tell me a story about a fox.", expected]
+    list(getattr(session, other)(*texts))
+    assert len(session.messages) == (6 if other == "send" else 4)
+
+
+def test_answers_asked_for_before_and_begun_after_each_other_are_all_kept(session):
+    answers = [session.send(text) for text in ("My name is Ana.", "What is my name?")]
+    for answer in answers:
+        list(answer)
+    assert [m["content"] for m in session.messages[::2]] == ["My name is Ana.", "What is my name?"]
+    assert "Ana" in session.messages[-1]["content"]
+
+
+def test_a_stopped_answer_makes_room_for_the_next_one(session):
+    story = session.send("Tell me a story about a fox.")
+    first = next(story)
+    session.stop()
+    answer = "".join(session.send("What is 2 + 2?"))
+    assert session.messages[:2] == [
+        {"role": "user", "content": "Tell me a story about a fox."},
+        {"role": "assistant", "content": first.strip()},
+    ]
+    assert session.messages[3]["content"] == answer.strip() == fresh_answer(session, session.messages[:-1])
+    before = list(session.messages)
+    assert list(story) == [], "what is not kept is not streamed"
+    assert session.messages == before
+
+
+class Reader:
+    """Part of a cycle: what it holds is freed where Python happens to look for cycles."""
+
+    def __init__(self, answer):
+        self.answer, self.itself = answer, self
+
+
+@pytest.mark.parametrize("where", ["its own worker", "a pass of another thread", "under the lock", "here"])
+def test_a_reader_that_is_collected_frees_the_session(session, where):
+    reader = Reader(session.send("Tell me a story about a fox."))
+    first, ids = next(reader.answer), torch.tensor([[5, 6]])
+    (worker,) = (thread for thread in threading.enumerate() if thread.name == "generate")
+    done = threading.Event()
+
+    def collect(*arguments):
+        is_worker = threading.current_thread() is worker
+        if dropped.is_set() and not done.is_set() and is_worker == (where == "its own worker"):
+            gc.collect()
+            done.set()
+
+    dropped, hook = threading.Event(), session.model.model.embed_tokens.register_forward_hook(collect)
+    del reader
+    dropped.set()
+    if where in ("here", "under the lock"):
+        with session._lock if where == "under the lock" else contextlib.nullcontext():
+            collect()
+    other = threading.Thread(target=lambda: session.model(ids), daemon=True)
+    if where == "a pass of another thread":
+        other.start()
+        other.join(60)
+    assert done.wait(60), "a deadlock"
+    hook.remove()
+    worker.join(60)
+    assert session.messages[1]["content"].startswith(first.strip()) and session.last.n_tokens < 60
+    assert "4" in "".join(session.send("What is 2 + 2?")) and len(session.messages) == 4
+
+
+def test_clear_during_an_answer_forgets_it_too(session):
+    list(session.send("My name is Ana."))
+    n_before = session.total.n_tokens
+    pieces = []
+    for piece in session.send("Tell me a story about a fox."):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            session.clear()
+    assert len(pieces) == 3
+    assert session.messages == [] and session.context_used == 0 and session.ended is None
+    assert session._past is None and session._past_ids == []
+    assert n_before < session.total.n_tokens < n_before + 60
+    answer = "".join(session.send("What is 2 + 2?"))
+    assert answer.strip() == fresh_answer(session, session.messages[:-1]) and len(session.messages) == 2
+
+
+def test_another_answer_may_begin_right_after_clear(session):
+    story = session.send("Tell me a story about a fox.")
+    next(story)
+    session.clear()
+    answer = "".join(session.send("What is 2 + 2?"))
+    assert list(story) == []
+    assert [m["content"] for m in session.messages] == ["What is 2 + 2?", answer.strip()]
+    assert answer.strip() == fresh_answer(session, session.messages[:-1])
+
+
+def test_what_is_assigned_during_an_answer_counts(session):
+    saved = [{"role": "user", "content": "My name is Ana."}, {"role": "assistant", "content": "Hello, Ana!"}]
+    for _ in session.send("Tell me a story about a fox."):
+        session.messages = list(saved)
+    assert session.messages == saved
+    assert "Ana" in "".join(session.send("What is my name?"))
+    assert session.messages[-1]["content"] == fresh_answer(session, session.messages[:-1])
+    session.clear()
+    session.max_new_tokens = 12
+    list(session.send("Tell me a story about a fox."))
+    plain, n_prompt = list(session.messages), session.last.n_prompt
+    session.clear()
+    for _ in session.send("Tell me a story about a fox."):
+        session.system_prompt, session.max_new_tokens, session.temperature = "You are a pirate.", 500, -1.0
+    assert session.messages == plain and session.ended == "max_new_tokens"
+    session.temperature = 0.0
+    session.clear()
+    list(session.send("Tell me a story about a fox."))
+    assert session.last.n_prompt > n_prompt
+
+
+def test_an_error_leaves_how_the_last_answer_ended(session):
+    session.max_new_tokens = 5
+    list(session.send("Tell me a story about a fox."))
+    session.model.offload.cache.store.pieces = lambda expert: (_ for _ in ()).throw(
+        OSError("the disk is gone")
+    )
+    with pytest.raises(CheckpointError):
+        list(session.send("What is the capital of France?"))
+    session.max_new_tokens = 80
+    assert notices(session) == ["cut at 5 tokens, the longest answer allowed"]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_forked_child_goes_on_with_the_chat(session, temperature):
+    """Forked while the parent's thread is inside the model, and holds whatever it needs."""
+    session.temperature, session.seed = temperature, 1
+    context, parent, go = multiprocessing.get_context("fork"), os.getpid(), threading.Event()
+    list(session.send("My name is Ana."))
+    before, ended = list(session.messages), session.ended
+    inside = threading.Event()
+
+    def wait(*arguments):
+        if os.getpid() == parent:
+            inside.set()
+            go.wait(60)
+
+    def child(queue):
+        found = [list(session.messages) == before, session.ended == ended]
+        try:
+            next(story)
+        except OptionError as error:
+            found.append("parent" in str(error))
+        answers = ["".join(session.send(text)) for text in ("What is my name?", "What is 2 + 2?")]
+        queue.put((found, answers, list(session.messages)))
+
+    story, queue = session.send("Tell me a story about a fox."), context.Queue()
+    first = next(story)
+    hook = session.model.model.embed_tokens.register_forward_hook(wait)
+    assert inside.wait(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks while threads run
+        process = context.Process(target=child, args=(queue,))
+        process.start()
+    try:
+        found, answers, messages = queue.get(timeout=60)
+        process.join(30)
+    finally:
+        process.kill()
+        go.set()
+        hook.remove()
+    assert found == [True] * 3 and process.exitcode == 0
+    assert messages[:2] == before and [m["content"] for m in messages[3::2]] == [a.strip() for a in answers]
+    if temperature == 0:
+        assert answers[0].strip() == fresh_answer(session, messages[:3])
+    text = first + "".join(story)
+    assert session.messages == [*before, session.messages[2], {"role": "assistant", "content": text.strip()}]
+
+
+def test_a_dropped_session_is_freed(offloaded):
+    session = ChatSession(offloaded(DEMO, cache_size=3), load_tokenizer(DEMO), max_new_tokens=4)
+    list(session.send("Hello!"))
+    weak = weakref.ref(session)
+    del session
+    gc.collect()
+    assert weak() is None

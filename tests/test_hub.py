@@ -22,9 +22,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from mixtral_offload import from_pretrained, hub, hub_record
+from mixtral_offload import from_pretrained, hub, hub_record, load_tokenizer
+from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.cli import main
-from mixtral_offload.errors import CheckpointError, DownloadError
+from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
 from mixtral_offload.hub_leftovers import remove_leftovers
 from mixtral_offload.plan import gb
 from tests.hub_server import HubServer
@@ -737,3 +738,64 @@ def test_another_cache_and_no_question_to_the_hub(server, tmp_path):
     assert SHARDS[1] in str(caught.value)
     with pytest.raises(DownloadError, match="local_files_only"):
         get(server, local_files_only=True)
+
+
+@pytest.fixture
+def shipped(tmp_path):
+    """The small model that ships with the package, as a repository on a server."""
+    with HubServer(DEMO, REPO) as served:
+        yield served
+
+
+def test_model_and_tokenizer_take_the_same_arguments(shipped, tmp_path):
+    seen, cache = set(), tmp_path / "another"
+    shipped.on_headers = lambda headers: seen.add(headers.get("Authorization"))
+    given = {"cache_dir": cache, "token": "hf_abcdefghijklmnopqrst", "revision": shipped.commit()}
+    given |= {"trust_remote_code": False, "hub": {"endpoint": shipped.endpoint, "progress": False}}
+    tokenizer = load_tokenizer(REPO, **given)
+    assert seen == {f"Bearer {given['token']}"} and shipped.gets["tokenizer.json"] == 1
+    before = shipped.gets.copy()
+    model = from_pretrained(REPO, device="cpu", cache_size=2, **given)
+    assert shipped.gets == before, "fetched a second time"
+    assert cache in model.offload.checkpoint.folder.parents and not Path(constants.HF_HUB_CACHE).exists()
+    model.offload.cache.close()
+    shipped.close()
+    again = load_tokenizer(REPO, **given, local_files_only=True)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(DownloadError, match="local_files_only"):
+        load_tokenizer(REPO, local_files_only=True)
+
+
+def test_a_tokenizer_of_another_repository(shipped, tmp_path):
+    """It takes the place and the token, not the model's revision nor its folder."""
+    given = {"cache_dir": tmp_path / "another", "revision": "no-such-branch"}
+    hub = {"endpoint": shipped.endpoint, "progress": False, "local_dir": tmp_path / "model"}
+    load_tokenizer("some/other", tokenizer=REPO, hub=hub, **given)
+    assert given["cache_dir"].exists() and not hub["local_dir"].exists()
+
+
+@pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:9"])
+def test_mixtrals_own_tokenizer_is_fetched_with_the_same_arguments(tmp_path, monkeypatch, endpoint):
+    """A token for another endpoint is not sent to the usual one."""
+    asked = []
+
+    def from_pretrained(name, **arguments):
+        asked.append(arguments)
+        raise OSError(f"{name} is not here")
+
+    monkeypatch.setattr("mixtral_offload.tokenizer.AutoTokenizer.from_pretrained", from_pretrained)
+    config = json.loads((DEMO / "config.json").read_text()) | {"vocab_size": 32000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = {"cache_dir": tmp_path / "another", "local_files_only": True}
+    with pytest.raises(DownloadError, match="has no tokenizer"):
+        load_tokenizer(tmp_path, token="secret-1", revision="v1", hub={"endpoint": endpoint}, **given)
+    assert asked == [given | ({} if endpoint else {"token": "secret-1"})] * 2
+
+
+@pytest.mark.parametrize(
+    "given", [{"dtype": "float16"}, {"cach_dir": "x"}, {"trust_remote_code": True}, {"subfolder": "x"}]
+)
+def test_arguments_that_a_tokenizer_does_not_have(given):
+    with pytest.raises(OptionError, match=next(iter(given))):
+        load_tokenizer(**given)
+    load_tokenizer(**dict.fromkeys(given))  # None changes nothing

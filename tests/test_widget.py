@@ -187,20 +187,21 @@ def gated(chat, monkeypatch):
     """A widget with one question and answer, whose answers come when `gate` opens; `fail` makes them fail halfway."""
     session = chat.session
     session.messages = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "answer to old"}]
-    chat.gate, chat.fail = threading.Event(), False
+    chat.gate, chat.fail, stop = threading.Event(), False, threading.Event()
 
-    def answer(messages):
+    def answer(conversation):
+        messages = conversation()
         check_sampling(session.max_new_tokens, session.temperature, session.top_p, session.seed)
         if len(messages[-1]["content"]) > 1000:
             raise OptionError("the conversation is longer than the model's context")
-        session._stop = stop = threading.Event()
+        stop.clear()
         session.last, session.ended = TurnStats(n_prompt=1), None
-        yield "begun"
+        yield "answer"
         while not (chat.gate.is_set() or stop.is_set()):
             time.sleep(0.002)
         if chat.fail:
             raise OSError("the disk is gone")
-        yield f" answer to {messages[-1]['content']}"
+        yield f" to {messages[-1]['content']}"
         session.ended = "stopped" if stop.is_set() else "complete"
         session.messages = [
             *messages,
@@ -208,6 +209,7 @@ def gated(chat, monkeypatch):
         ]
 
     monkeypatch.setattr(session, "_answer", answer)
+    monkeypatch.setattr(session, "stop", stop.set)
     chat.refresh()
     yield chat
     chat.gate.set()
@@ -475,3 +477,12 @@ def test_text_that_acts_on_a_terminal_or_reorders_is_shown(chat):
     chat.refresh()
     for shown in (chat._text.value, repr(chat)):
         assert shown.count("a\\x1b[2Jb\\u202ecba\\x00") == 2 and not set("\x1b\u202e\x00") & set(shown)
+
+
+def test_a_session_cleared_from_code_during_an_answer(chat, monkeypatch):
+    """The answer is what was streamed; that the conversation is empty by then is no error."""
+    monkeypatch.setattr("mixtral_offload.widget.REFRESH_S", 0)
+    chat._text.observe(lambda _: chat.session.last.n_tokens > 8 and chat.session.clear(), "value")
+    answer = chat.ask("Tell me a story about a fox.")
+    assert answer and chat.session.messages == [] and chat._error is None
+    assert "Nothing said yet" in chat._text.value
