@@ -82,6 +82,8 @@ class ChatSession:
     says why it came to its end: one of ENDS.
     One answer comes at a time. It is under way from its first piece until it was read to its end, its iterator was closed or
     dropped, or `stop` was called. A forked child goes on with the conversation as it was before an answer under way.
+    The KV cache of earlier turns is used again, unless the model's parameters have changed since. After an adapter was
+    switched on or off, which changes none, call `clear`, or begin a new session with these `messages`.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class ChatSession:
         )  # a dropped iterator may be collected, and settled, while its own thread holds it
         self._generating = threading.Lock()
         self._sampling: tuple[torch.Generator, torch.Tensor] | None = None  # in use, and its state before
-        self._past, self._past_ids = None, []
+        self._past, self._past_ids, self._past_of = None, [], None
         _sessions.add(self)
         warn_once(model)
 
@@ -333,8 +335,9 @@ class ChatSession:
                 )  # fmt: skip
             said = output[0].tolist()
             with self._lock:
-                if self._current is answer:
+                if self._current is answer and past is not None:
                     self._past, self._past_ids = past, said[: past.get_seq_length()]
+                    self._past_of = _state(self.model)
             answer.ended = _why(said, n_prompt, answer)
         except BaseException as error:
             answer.error = error
@@ -354,12 +357,16 @@ class ChatSession:
 
         return count
 
-    def _reuse(self, ids: list[int]) -> DynamicCache:
-        """The last turn's KV cache, cut back to what this prompt shares with it."""
+    def _reuse(self, ids: list[int]) -> DynamicCache | None:
+        """The last turn's KV cache, cut back to what this prompt shares with it. None for a model that makes its own kind."""
+        if not self.model._supports_default_dynamic_cache():
+            return None
         shared = 0
         limit = min(len(ids) - 1, len(self._past_ids))  # at least one token must be computed
         while shared < limit and ids[shared] == self._past_ids[shared]:
             shared += 1
+        if self._past_of != _state(self.model):  # trained, or replaced, since the last turn
+            shared = 0
         if self._past is None or shared == 0 or not _can_be_cut(self._past):
             return DynamicCache(config=self.model.config)
         if surplus := self._past.get_seq_length() - shared:
@@ -440,6 +447,11 @@ class _Streamer(TextIteratorStreamer):
     def end(self) -> None:
         with tokenizer_errors(self._tokenizer):
             super().end()
+
+
+def _state(model) -> tuple[int, int]:
+    """Differs after a change of the model's parameters: torch counts changes of each tensor."""
+    return id(model), sum(parameter._version for parameter in model.parameters())
 
 
 def _why(ids: list[int], n_prompt: int, answer: _Answer) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mixtral_offload import load_tokenizer, record
+from mixtral_offload import ChatSession, load_tokenizer, record
 from mixtral_offload.batch import Request, generate_batch
 from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.errors import OptionError
@@ -200,7 +200,7 @@ def test_the_plan_leaves_room_for_every_context(offloaded):
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "minimax", "jamba", "gemma4_text", "mixtral"])
-def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_path):
+def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_path, monkeypatch):
     """Recurrent states cannot be joined: one sequence at a time, with a warning; the same answers, and those of a chat."""
     more = {
         "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2}, "minimax": {"block_size": 16},
@@ -239,6 +239,10 @@ def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_p
         assert by_number(generate_batch(model, some, batch_size=2)) == expected
     said = [str(of.message) for of in caught if "one at a time" in str(of.message)]
     assert len(said) == (not joins)
+    session = ChatSession(model, load_tokenizer(), max_new_tokens=3)
+    monkeypatch.setattr("mixtral_offload.chat.encode", lambda *arguments: some[0].ids)
+    "".join(session.send("Hi"))
+    assert session.last.n_tokens == 3 and session.ended == "max_new_tokens"
     # a bound for the plan: what the attention layers leave in their cache
     past = model(torch.tensor([some[1].ids]), use_cache=True).past_key_values
     layers = past.layers if joins else []

@@ -452,3 +452,24 @@ def test_a_dropped_session_is_freed(offloaded):
     del session
     gc.collect()
     assert weak() is None
+
+
+def test_a_model_trained_between_turns_answers_as_in_a_fresh_session(offloaded):
+    """The KV cache of earlier turns is of other weights then."""
+    tokenizer = load_tokenizer()
+
+    def turns(session, *texts):
+        return ["".join(session.send(text)) for text in texts]
+
+    model = offloaded(cache_size=8)
+    session = ChatSession(model, tokenizer, max_new_tokens=12)
+    turns(session, "What is the capital of France?")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.input_layernorm.weight").mul_(-1)
+    fresh = ChatSession(model, tokenizer, max_new_tokens=12)
+    fresh.messages = list(session.messages)
+    assert turns(session, "And of Japan?") == turns(fresh, "And of Japan?")
+    other = offloaded(cache_size=8)
+    fresh = ChatSession(other, tokenizer, max_new_tokens=12)
+    session.model, fresh.messages = other, list(session.messages)
+    assert turns(session, "And of Italy?") == turns(fresh, "And of Italy?")
