@@ -20,6 +20,8 @@ from .hub_record import Record
 
 WAIT_S = 0.01
 OLD_S = 24 * 3600  # nobody still writes to a file of this age
+#: nor to a small one (the record, the note of a revision), which is written at once
+SMALL_OLD_S = 60
 log = logging.getLogger(__name__)
 
 
@@ -32,8 +34,9 @@ def remove_leftovers(job: Record) -> list[Path]:
     try:
         for lock, paths in _partial_files(job):
             removed += _remove(lock, paths)
-        for part in job.record.parent.glob("*.part"):
-            if _age_s(part) > OLD_S:
+        small = {job.record.parent, (job.store / "refs" / str(job.revision)).parent}
+        for part in (part for folder in sorted(small) for part in folder.glob(".*.part")):
+            if _age_s(part) > SMALL_OLD_S:
                 part.unlink(missing_ok=True)
                 removed.append(part)
     except OSError as error:

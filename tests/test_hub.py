@@ -580,9 +580,25 @@ def test_what_a_killed_download_left_is_removed_by_the_next_one(server, place, t
     other.send_signal(how)
     other.communicate()
     server.slow = {}
-    assert partial_files(tmp_path)
+    parts = partial_files(tmp_path)
+    assert parts
+    for path in (path for path in parts if path.suffix == ".part"):  # killed while it wrote the record
+        os.utime(path, (time.time() - 120,) * 2)
     assert held(get(server, **place)) == whole(server)
     assert partial_files(tmp_path) == []
+
+
+def test_small_files_that_a_killed_download_left_are_removed_once_nobody_can_write_them(server, place, tmp_path):
+    get(server, **place)
+    job = hub._ask(REPO, None, server.endpoint, None, place.get("local_dir"), None)
+    folders = [job.record.parent] + ([] if place.get("local_dir") else [job.store / "refs"])
+    old, new = ([folder / f".{name}.{'0' * 12}.part" for folder in folders] for name in ("old", "new"))
+    for path in (*old, *new):
+        path.write_text("half")
+    for path in old:
+        os.utime(path, (time.time() - 120,) * 2)
+    assert sorted(remove_leftovers(job)) == sorted(old)
+    assert partial_files(tmp_path) == sorted(new)
 
 
 def test_what_a_running_download_writes_is_left_alone(server, place, tmp_path):
