@@ -277,10 +277,21 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
         fields["meta.zero_q"], m = Quantizer.quantize(
             meta["zero"], nbits=8, channel_wise=False, group_size=None, axis=0, optimize=False, device=device
         )
+        if not m["zero"].to(torch.float16).isfinite().all():
+            fields["meta.zero_q"], m = _nearly_equal(meta["zero"])
         fields["meta.meta_zero.scale"], fields["meta.meta_zero.zero"] = m["scale"], m["zero"]
     else:
         fields["meta.zero"] = meta["zero"]
     return {name: fields[name].to(dtype).reshape(dims).contiguous() for name, (dtype, dims) in specs.items()}
+
+
+def _nearly_equal(zeros: Tensor) -> tuple[Tensor, Fields]:
+    """Zeros in 8 bits, as (bytes, scale and zero), where their range is so small that hqq's own zero overflows fp16: they
+    are all of one sign then."""
+    largest = zeros.abs().max().float()
+    scale = (largest / 255).to(torch.float16)
+    zero = torch.tensor(255.0 if zeros.flatten()[0] < 0 else 0.0, device=zeros.device)
+    return (zeros.float() / scale.float() + zero).round().clamp(0, 255), {"scale": scale, "zero": zero}
 
 
 def repack(fields: Fields, stored: Quantization, wanted: Quantization) -> Fields:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hqq.core.bitpack import BitPack
 from hqq.core.quantize import Quantizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixtral_offload.bitpack import WORDS, pack, unpack
@@ -94,6 +94,7 @@ def test_dequantize_is_bit_identical_to_hqq(bits, meta):
     bits=st.sampled_from([8, 4, 3, 2]), n=st.integers(1, 12), k=st.integers(1, 12), group=st.integers(1, 24),
     meta=st.sampled_from([(None, False), (1, True), (3, False)]), seed=st.integers(0, 1000),
 )  # fmt: skip
+@example(bits=8, n=1, k=6, group=24, meta=(1, True), seed=1)  # two zeros that are nearly equal
 @settings(max_examples=200, deadline=None)
 def test_any_group_size_that_divides_works_and_others_are_refused(bits, n, k, group, meta, seed):
     if group < {4: 2, 2: 4}.get(bits, 1):
@@ -114,6 +115,17 @@ def test_any_group_size_that_divides_works_and_others_are_refused(bits, n, k, gr
         == quantization
     )
     assert dequantize(fields, (n * 8, k), quantization).isfinite().all()
+
+
+@pytest.mark.parametrize("at", [0.5, -0.5, 3.0])
+def test_zeros_that_are_all_alike(at):
+    """One group, or groups that differ by nothing, far from 0: their range is no range to quantize them in."""
+    weight = torch.linspace(at, at + 0.1, 64).repeat(4, 1)
+    plain, packed = Quantization(8, 64), Quantization(8, 64, None, True)
+    found, expected = (
+        dequantize(quantize(weight, of), (4, 64), of, torch.float32) for of in (packed, plain)
+    )
+    assert (found - weight).abs().max() < (expected - weight).abs().max() + 0.002 * abs(at)
 
 
 #: relative errors of a Gaussian matrix; the widths must keep their order and stay near what hqq gives
