@@ -112,14 +112,20 @@ def own_folder(path: Path) -> None:
         raise OSError(0, "the folder belongs to another user", os.fspath(path))
 
 
-def open_locked(path: Path) -> BinaryIO:
-    """Open a file for reading and writing, new where there was none, locked until it is closed.
+def open_locked(path: Path, create: bool = True) -> BinaryIO:
+    """Open a file for reading and writing, locked until it is closed.
+
+    Args:
+        path: of the file.
+        create: make it where there is none.
 
     Raises:
+        FileNotFoundError: there is none, or no folder for it.
         BlockingIOError: another process holds the lock.
         OSError: the name is a link, or the file cannot be opened.
     """
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    flags |= os.O_CREAT if create else 0
     while True:
         file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
         try:
