@@ -23,9 +23,16 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint import INDEX, Checkpoint, open_checkpoint
-from .checksums import Ledger, as_metadata, checksum_of, checksum_of_tensors
+from .checksums import (
+    Ledger,
+    as_metadata,
+    checksum_of,
+    checksum_of_bytes,
+    checksum_of_small,
+    checksum_of_tensors,
+)
 from .errors import CheckpointError
-from .files import read_small, replace_file, replacing, write_new
+from .files import SMALL_SUFFIXES, read_small, replace_file, replacing, write_new
 from .headers import StoredTensor, in_threads, is_finite, read_header
 from .keys import TrunkPlace
 from .manifest import METHOD, OURS, Manifest, Matrix, by_pattern
@@ -96,12 +103,12 @@ def convert_checkpoint(
     with _told(target), WorkFolder(target, settings, report) as work:
         weight_map = _write_weights(checkpoint, work, experts, attention, torch.device(device), progress)
         total = sum((work.path / name).stat().st_size for name in work.finished)
-        metadata = {"total_size": total, "checksums": as_metadata(work.finished, finite=True)}
+        metadata = {"total_size": total, "checksums": as_metadata(work.finished, True, small)}
         small[INDEX] = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
         for name, data in small.items():
             write_new(work.path / name, data)
         took_s = time.perf_counter() - began_s
-        report(_check_after(work, total, took_s))
+        report(_check_after(work, small, total, took_s))
         work.finish()
     return target
 
@@ -142,9 +149,10 @@ def save_checkpoint(
             checksums[name] = _save_tensors(folder / name, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
         total = sum((folder / name).stat().st_size for name in checksums)
-        metadata = {"total_size": total, "checksums": as_metadata(checksums, finite=True)}
+        written = _small_files(checkpoint, manifest, {}) | (small or {})
+        metadata = {"total_size": total, "checksums": as_metadata(checksums, True, written)}
         index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
-        for name, data in (_small_files(checkpoint, manifest, {}) | (small or {}) | {INDEX: index}).items():
+        for name, data in (written | {INDEX: index}).items():
             replace_file(folder / name, data)
 
 
@@ -207,12 +215,14 @@ def _check_before(checkpoint: Checkpoint, experts, attention) -> Manifest | None
     return manifest
 
 
-def _check_after(work: WorkFolder, total: int, took_s: float) -> str:
+def _check_after(work: WorkFolder, small: dict[str, bytes | str], total: int, took_s: float) -> str:
     """Read everything again and open the result; says what that took."""
     began_s = time.perf_counter()
     written = list(work.finished.items())[work.n_kept :]  # the others were proven when they were taken over
     for _ in in_threads((_check_file, work.path / name, checksum) for name, checksum in written):
         pass
+    for name, data in small.items():
+        _compare(work.path / name, checksum_of_bytes(data), checksum_of_small(work.path / name))
     check_loads(open_checkpoint(work.path))
     check_s = time.perf_counter() - began_s
     return (
@@ -222,7 +232,10 @@ def _check_after(work: WorkFolder, total: int, took_s: float) -> str:
 
 
 def _check_file(path: Path, checksum: str) -> None:
-    found = checksum_of(path)
+    _compare(path, checksum, checksum_of(path))
+
+
+def _compare(path: Path, checksum: str, found: str) -> None:
     if found != checksum:
         raise CheckpointError(
             "what was written cannot be read again: its checksum is wrong", path=path, expected=checksum, found=found,
@@ -369,10 +382,7 @@ def _small_files(
     try:
         config = json.loads(read_small(checkpoint.folder / "config.json"))
         for path in sorted(checkpoint.folder.iterdir()):
-            if path.suffix in (".json", ".model", ".jinja", ".txt") and path.name not in (
-                "config.json",
-                INDEX,
-            ):
+            if path.suffix in SMALL_SUFFIXES and path.name not in ("config.json", INDEX):
                 files[path.name] = read_small(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(

@@ -23,6 +23,8 @@ except ImportError:  # Windows
 CAN_LOCK = fcntl is not None
 #: the largest file of a checkpoint that is no weights, a tokenizer with a large vocabulary, has some 40 MB
 SMALL_BYTES = 256 << 20
+#: of such files: configurations, tokenizers, chat templates
+SMALL_SUFFIXES = (".json", ".model", ".jinja", ".txt")
 _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 

@@ -308,6 +308,20 @@ def test_what_was_written_wrong_is_never_given_its_name(tmp_path, undisturbed, m
     assert contents(tmp_path / "target") == undisturbed
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_small_file_that_was_written_wrong(tmp_path, monkeypatch, name):
+    real = convert.write_new
+
+    def spoil(path, data):
+        real(path, data.replace("{", "{ ", 1) if path.name == name and isinstance(data, str) else data)
+        if path.name == name and isinstance(data, bytes):
+            path.write_bytes(data[:-1])
+
+    monkeypatch.setattr(convert, "write_new", spoil)
+    with pytest.raises(CheckpointError, match=f"cannot be read again(?s:.*){name}"):
+        convert_checkpoint(DEMO, tmp_path / "target")
+
+
 def test_each_file_has_a_checksum(tmp_path, undisturbed, published):
     names = {name for name in undisturbed if name.startswith("model-")}
     assert json.loads(undisturbed[INDEX])["metadata"]["checksums"]["files"].keys() == names
