@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ MAY_BE_ZERO = {
 }
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+#: what other families call them; experts that all tokens share are part of a dense layer
+OTHER_EXPERTS = re.compile(r"(^|[._])(num|n)_(?!shared)(\w+_)?experts$")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 POSITIVE = (
     "rope_theta",
@@ -112,6 +115,14 @@ def text_config(config: object) -> object:
         return config.get_text_config()
     except ValueError:  # several of them
         return config
+
+
+def stated_experts(settings: dict[str, object]) -> tuple[str, int] | None:
+    """(Name, number) in the settings of a configuration that speaks of several experts, whatever it calls them; None of a dense model."""
+    for key, value in _walk(settings):
+        if OTHER_EXPERTS.search(key) and type(value) is int and value > 1:
+            return key, value
+    return None
 
 
 @contextmanager
