@@ -30,12 +30,13 @@ from .config_check import (
     check_index,
     check_size,
     readable,
+    stated_experts,
     text_config,
 )
 from .errors import CheckpointError
 from .experts import MATRICES, ExpertLayout, Field
 from .foreign import refuse_keys, refuse_method
-from .headers import StoredTensor, in_threads, read_header
+from .headers import StoredTensor, in_threads, read_header, read_headers
 from .keys import ExpertPlace, FusedPlace, KeyMap, TrunkPlace
 from .manifest import Manifest, check_modules, read_manifest, recognise
 from .manifest import check_experts as check_stated_experts
@@ -148,7 +149,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     refuse_keys(folder, config, weight_map)
     model = build_meta(config, torch.float16, path=folder / "config.json")
     layers, shape = check_experts(model, folder / "config.json")
-    headers = {path: read_header(path) for path in sorted({folder / name for name in weight_map.values()})}
+    headers = read_headers(sorted({folder / name for name in weight_map.values()}))
     headers = with_checks(folder / INDEX, headers)
     manifest = read_manifest(config, folder / "config.json")
     found = _Found(folder, KeyMap(model, layers), layers, shape, manifest)
@@ -198,10 +199,7 @@ class _Found:
 
     def add(self, key: str, path: Path, header: dict[str, StoredTensor]) -> None:
         """Find the place of one tensor."""
-        try:
-            place = self.key_map.place(key)
-        except CheckpointError as error:
-            raise CheckpointError(error, path=path) from error
+        place = self.key_map.place(key, path)
         if isinstance(place, ExpertPlace):
             self._add_expert(place, key, path, header)
         elif key not in header:
@@ -306,10 +304,7 @@ class _Found:
         if other := self._filled.get(TrunkPlace(f"{name}.weight")):
             raise _twice(name, path, other)
         linear = self.key_map.model.get_submodule(name)
-        try:
-            check_replaceable(linear)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}", path=path) from error
+        check_replaceable(linear, path, name)
         shape = tuple(linear.weight.shape)
         sizes = {field: (stored.dtype, stored.n_elements) for field, stored in fields.items()}
         return recognise(self.manifest, path, stored_name, shape, sizes), shape
@@ -338,7 +333,7 @@ def _does_not_fit(
 
 @readable
 def read_config(folder: Path):
-    """transformers' configuration of the checkpoint; refuses folders without one and dense models."""
+    """transformers' configuration of the checkpoint; refuses folders without one, dense models and unknown mixtures."""
     if not folder.is_dir():
         raise CheckpointError(
             "no such folder", path=folder, hint="check the path, or give a hub repository as owner/name"
@@ -357,6 +352,12 @@ def read_config(folder: Path):
         raise CheckpointError(
             f"{config.model_type} holds its language model inside another one: not supported yet",
             path=folder / "config.json", found=f"experts in {inner.model_type}",
+        )  # fmt: skip
+    if stated := stated_experts(config.to_dict()):
+        raise CheckpointError(
+            f"{config.model_type} is a mixture of experts of a family that is not supported", path=folder / "config.json",
+            key=stated[0], expected="num_local_experts, num_experts or n_routed_experts, as in Mixtral, Qwen-MoE or DeepSeek",
+            found=stated[1], hint="load it with transformers as it is, or take a model of a supported family",
         )  # fmt: skip
     raise CheckpointError(
         f"{config.model_type} is a dense model: it has no experts to offload", path=folder / "config.json",
@@ -485,8 +486,6 @@ def _layout(path, expert, hidden, intermediate, sizes, manifest: Manifest | None
     by_matrix = {
         matrix: {field: size for (m, field), size in sizes.items() if m == matrix} for matrix in shapes
     }
-    check_stated_experts(manifest, path, f"expert {expert[1]} of layer {expert[0]}", shapes, by_matrix)
-    try:
-        return ExpertLayout.build(hidden, intermediate, sizes)
-    except CheckpointError as error:
-        raise CheckpointError(f"expert {expert[1]} of layer {expert[0]}: {error}", path=path) from error
+    name = f"expert {expert[1]} of layer {expert[0]}"
+    check_stated_experts(manifest, path, name, shapes, by_matrix)
+    return ExpertLayout.build(hidden, intermediate, sizes, path, name)

@@ -4,13 +4,16 @@ The checksum of a file is XXH3-128 over the digest of its header and the digests
 bytes. So it follows from tensors that were read one by one, in any order, by any thread: no second pass over the file.
 It finds damage (disks, memory, networks, files of another conversion); it is no signature against a forger.
 
+The small files beside the weights (configurations, tokenizer, chat template) have a checksum of their bytes. People edit them
+on purpose: only `verify` compares it.
+
 Knows bytes of safetensors files and the index. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from .errors import CheckpointError
+from .files import read_small
 from .headers import STEP_BYTES, FileCheck, StoredTensor, header_bytes, read_header
 
 #: said in the index beside the checksums; another text means another rule
@@ -88,10 +92,35 @@ def stated(index: Path) -> dict[str, str]:
     return _read(index)[0]
 
 
+def stated_small(index: Path) -> dict[str, str]:
+    """Name of a small file -> checksum, as the index says; empty for folders of earlier versions, which say nothing."""
+    entry = _entry(index)
+    files = entry.get("small_files", {}) if entry is not None else {}
+    if not _is_checksums(files) or any(Path(name).name != name for name in files):
+        raise _unreadable(index, "metadata.checksums.small_files", "{name: checksum}", files)
+    return files
+
+
+def checksum_of_bytes(data: bytes | str) -> str:
+    """The checksum of a small file with this content."""
+    return xxh3_128(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def checksum_of_small(path: Path) -> str:
+    """Read a small file and compute its checksum; raises OSError as `read_small` does."""
+    return checksum_of_bytes(read_small(path))
+
+
 def _read(index: Path) -> tuple[dict[str, str], bool]:
     """(`stated`, whether whoever made the checksums had found all numbers finite)."""
+    entry = _entry(index)
+    return (entry["files"], entry.get("finite") is True) if entry is not None else ({}, False)
+
+
+def _entry(index: Path) -> dict | None:
+    """What the index keeps, see `as_metadata`; None where it keeps nothing or there is no index."""
     if not index.is_file():
-        return {}, False
+        return None
     try:
         metadata = json.loads(index.read_bytes()).get("metadata")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
@@ -99,28 +128,42 @@ def _read(index: Path) -> tuple[dict[str, str], bool]:
             "cannot read the index", path=index, found=repr(error)[:200], hint="download this file again"
         ) from error
     if not isinstance(metadata, dict) or "checksums" not in metadata:
-        return {}, False
-    entry, files = metadata["checksums"], None
-    if isinstance(entry, dict) and entry.get("algorithm") == ALGORITHM:
-        files = entry.get("files")
-    if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
-        raise CheckpointError(
-            "cannot read the index's checksums", path=index, key="metadata.checksums",
-            expected=f'{{"algorithm": "{ALGORITHM}", "files": {{name: checksum}}}}', found=repr(entry)[:80],
-            hint="use the version of mixtral_offload that made this folder, or convert again",
-        )  # fmt: skip
-    return files, entry.get("finite") is True
+        return None
+    entry = metadata["checksums"]
+    if (
+        not isinstance(entry, dict)
+        or entry.get("algorithm") != ALGORITHM
+        or not _is_checksums(entry.get("files"))
+    ):
+        expected = f'{{"algorithm": "{ALGORITHM}", "files": {{name: checksum}}}}'
+        raise _unreadable(index, "metadata.checksums", expected, entry)
+    return entry
 
 
-def as_metadata(files: dict[str, str], finite: bool) -> dict:
+def _is_checksums(files: object) -> bool:
+    return isinstance(files, dict) and all(isinstance(text, str) for text in files.values())
+
+
+def _unreadable(index: Path, key: str, expected: str, found: object) -> CheckpointError:
+    return CheckpointError(
+        "cannot read the index's checksums", path=index, key=key, expected=expected, found=repr(found)[:80],
+        hint="use the version of mixtral_offload that made this folder, or convert again",
+    )  # fmt: skip
+
+
+def as_metadata(files: dict[str, str], finite: bool, small: Mapping[str, bytes | str]) -> dict:
     """What the index keeps.
 
     Args:
-        files: name -> checksum.
+        files: name -> checksum, of the weights.
         finite: whether all numbers in them were found to be finite: a reader that proves a file's checksum then need not
             look at each number again.
+        small: name -> content, of the files beside them. Earlier versions read over their checksums.
     """
-    return {"algorithm": ALGORITHM, "finite": finite, "files": dict(sorted(files.items()))}
+    return {
+        "algorithm": ALGORITHM, "finite": finite, "files": dict(sorted(files.items())),
+        "small_files": {name: checksum_of_bytes(data) for name, data in sorted(small.items())},
+    }  # fmt: skip
 
 
 Headers = dict[Path, dict[str, StoredTensor]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,8 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 #: "top_k" comes last: in old files it may be a setting of sampling
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
+#: what other families call them; experts that all tokens share are part of a dense layer
+OTHER_EXPERTS = re.compile(r"(^|[._])(num|n)_(?!shared)(\w+_)?experts$")
 POSITIVE = (
     "rope_theta",
     "factor",
@@ -121,6 +124,14 @@ def layer_configs(config: Any) -> list[Any]:
     if layers is None or isinstance(layers, dict) or len(layers) != n_layers:
         return [config] * n_layers
     return [layers[number] for number in range(n_layers)]
+
+
+def stated_experts(settings: dict[str, object]) -> tuple[str, int] | None:
+    """(Name, number) in the settings of a configuration that speaks of several experts, whatever it calls them; None of a dense model."""
+    for key, value in _walk(settings):
+        if OTHER_EXPERTS.search(key) and type(value) is int and value > 1:
+            return key, value
+    return None
 
 
 @contextmanager

@@ -24,16 +24,23 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint import INDEX, Checkpoint, open_checkpoint
-from .checksums import as_metadata, checksum_of, checksum_of_tensors
+from .checksums import (
+    Ledger,
+    as_metadata,
+    checksum_of,
+    checksum_of_bytes,
+    checksum_of_small,
+    checksum_of_tensors,
+)
 from .errors import CheckpointError
-from .files import read_small, replace_file, replacing, write_new
+from .files import SMALL_SUFFIXES, read_small, replace_file, replacing, write_new
 from .headers import StoredTensor, in_threads, is_finite, read_header
 from .keys import TrunkPlace
 from .manifest import METHOD, OURS, Manifest, Matrix, by_pattern
 from .plan import gb
 from .preflight import check_loads
 from .quantization import Quantization, dequantize, field_specs, quantize, repack, split_quantized
-from .work_folder import WorkFolder, resume_hint, target_exists
+from .work_folder import JOURNAL, WorkFolder, finish_renamed, resume_hint, target_exists
 
 ATTENTION = (
     ".self_attn.q_proj.weight",
@@ -58,9 +65,10 @@ def convert_checkpoint(
 
     A quantized matrix is dequantized first, then quantized anew, unless only its packing differs (`Quantization.split`):
     then the weights stay the same. What `from_pretrained` would refuse afterwards is refused before any work. The work is
-    done in `target.converting`, renamed at the end. Interrupted or killed, it leaves that folder, and the next call with
-    the same arguments goes on from its finished files; the result is byte for byte the same. At the end everything
-    that was written is read again and compared with its checksums, and the structure is opened.
+    done in `target.converting`, renamed at the end. Interrupted, killed or ended by an error, it leaves that folder, and
+    the next call with the same arguments goes on from its finished files; the result is byte for byte the same. Only
+    after a fault of the source nothing is left. At the end everything that was written is read again and compared with
+    its checksums, and the structure is opened.
 
     Args:
         source: folder of a checkpoint.
@@ -76,26 +84,32 @@ def convert_checkpoint(
         The target's absolute path.
 
     Raises:
-        CheckpointError: `target` exists, is being written by another process or cannot be written; `source` is damaged,
-            is of a family that cannot be loaded, or has weights that are not finite.
+        CheckpointError: `target` exists, is being written by another process or cannot be written; its name was taken
+            meanwhile (it says where the finished checkpoint is); `source` is damaged, is of a family that cannot be
+            loaded, or has weights that are not finite.
         OptionError: a group size that does not divide a matrix.
     """
     source, target, began_s = Path(source), Path(target).absolute(), time.perf_counter()
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not os.path.lexists(target / JOURNAL):
         raise target_exists(target)
     checkpoint = open_checkpoint(source)
+    settings = _settings(checkpoint, experts, attention, device, config_extra)
+    if os.path.lexists(target):
+        if finish_renamed(target, settings):
+            report("the target is there: an earlier run was ended when all of it was written and checked")
+            return target
+        raise target_exists(target)
     manifest = _check_before(checkpoint, experts, attention)
     small = _small_files(checkpoint, manifest, config_extra or {})
-    settings = _settings(checkpoint, experts, attention, device, config_extra)
     with _told(target), WorkFolder(target, settings, report) as work:
         weight_map = _write_weights(checkpoint, work, experts, attention, torch.device(device), progress)
         total = sum((work.path / name).stat().st_size for name in work.finished)
-        metadata = {"total_size": total, "checksums": as_metadata(work.finished, finite=True)}
+        metadata = {"total_size": total, "checksums": as_metadata(work.finished, True, small)}
         small[INDEX] = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
         for name, data in small.items():
             write_new(work.path / name, data)
         took_s = time.perf_counter() - began_s
-        report(_check_after(work, total, took_s))
+        report(_check_after(work, small, total, took_s))
         work.finish()
     return target
 
@@ -138,11 +152,10 @@ def save_checkpoint(
             checksums[name] = _save_tensors(folder / name, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
         total = sum((folder / name).stat().st_size for name in checksums)
-        metadata = {"total_size": total, "checksums": as_metadata(checksums, finite=True)}
+        written = _small_files(checkpoint, manifest, config_extra or {}) | (small or {})
+        metadata = {"total_size": total, "checksums": as_metadata(checksums, True, written)}
         index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
-        for name, data in (
-            _small_files(checkpoint, manifest, config_extra or {}) | (small or {}) | {INDEX: index}
-        ).items():
+        for name, data in (written | {INDEX: index}).items():
             replace_file(folder / name, data)
 
 
@@ -205,12 +218,14 @@ def _check_before(checkpoint: Checkpoint, experts, attention) -> Manifest | None
     return manifest
 
 
-def _check_after(work: WorkFolder, total: int, took_s: float) -> str:
+def _check_after(work: WorkFolder, small: dict[str, bytes | str], total: int, took_s: float) -> str:
     """Read everything again and open the result; says what that took."""
     began_s = time.perf_counter()
     written = list(work.finished.items())[work.n_kept :]  # the others were proven when they were taken over
     for _ in in_threads((_check_file, work.path / name, checksum) for name, checksum in written):
         pass
+    for name, data in small.items():
+        _compare(work.path / name, checksum_of_bytes(data), checksum_of_small(work.path / name))
     check_loads(open_checkpoint(work.path))
     check_s = time.perf_counter() - began_s
     return (
@@ -220,11 +235,15 @@ def _check_after(work: WorkFolder, total: int, took_s: float) -> str:
 
 
 def _check_file(path: Path, checksum: str) -> None:
-    found = checksum_of(path)
+    _compare(path, checksum, checksum_of(path))
+
+
+def _compare(path: Path, checksum: str, found: str) -> None:
     if found != checksum:
         raise CheckpointError(
             "what was written cannot be read again: its checksum is wrong", path=path, expected=checksum, found=found,
-            hint="suspect the disk or the memory of this machine; convert again, elsewhere if it happens twice",
+            hint="give the same command again: it writes this file anew; if it happens twice, suspect the disk or the "
+            "memory of this machine, and convert elsewhere",
         )  # fmt: skip
 
 
@@ -239,7 +258,12 @@ def _write_weights(
         name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
         path = work.path / name
         if name not in work.finished:
-            work.keep(name, _save_tensors(path, tensors()))
+            try:
+                made = tensors()
+            except CheckpointError:  # and what is written may come from a damaged file, too
+                work.give_up()
+                raise
+            work.keep(name, _save_tensors(path, made))
         weight_map.update(dict.fromkeys(read_header(path), name))
 
     for number, expert in enumerate(sorted(checkpoint.experts), 1):
@@ -248,7 +272,21 @@ def _write_weights(
         )
         progress(1)
     save(n_files, partial(_trunk_tensors, checkpoint, attention, device))
+    _prove_source(checkpoint, work)
     return weight_map
+
+
+def _prove_source(checkpoint: Checkpoint, work: WorkFolder) -> None:
+    """Prove the files of the source of which this run has read a part: an earlier one has read the rest."""
+    experts = (of for fields in checkpoint.experts.values() for of in fields.values())
+    ledgers = {id(of.check): of.check for of in (*experts, *checkpoint.trunk.values())}
+    for ledger in ledgers.values():
+        if isinstance(ledger, Ledger) and ledger.digests and not ledger.is_done:
+            try:
+                ledger.finish()
+            except CheckpointError:
+                work.give_up()
+                raise
 
 
 def _save_tensors(path: Path, made: dict[str, Tensor]) -> str:
@@ -347,10 +385,7 @@ def _small_files(
     try:
         config = json.loads(read_small(checkpoint.folder / "config.json"))
         for path in sorted(checkpoint.folder.iterdir()):
-            if path.suffix in (".json", ".model", ".jinja", ".txt") and path.name not in (
-                "config.json",
-                INDEX,
-            ):
+            if path.suffix in SMALL_SUFFIXES and path.name not in ("config.json", INDEX):
                 files[path.name] = read_small(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(

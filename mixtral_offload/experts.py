@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,8 +52,13 @@ class ExpertLayout:
     n_bytes: int
 
     @classmethod
-    def build(cls, hidden: int, intermediate: int, sizes: Sizes) -> ExpertLayout:
-        """From the stored tensors' dtypes and element counts; raises CheckpointError where they fit no format."""
+    def build(
+        cls, hidden: int, intermediate: int, sizes: Sizes, path: Path | None = None, expert: str = "expert"
+    ) -> ExpertLayout:
+        """From the stored tensors' dtypes and element counts; raises CheckpointError where they fit no format.
+
+        path, expert: the file and the expert's name, for errors.
+        """
         shapes = {
             "gate": (intermediate, hidden),
             "up": (intermediate, hidden),
@@ -61,7 +67,7 @@ class ExpertLayout:
         quantization, fields, offset = {}, [], 0
         for matrix in MATRICES:
             of_matrix = {field: size for (m, field), size in sizes.items() if m == matrix}
-            quantization[matrix] = infer(shapes[matrix], of_matrix)
+            quantization[matrix] = infer(shapes[matrix], of_matrix, path, f"{expert}: {matrix}")
             for name, (_, shape) in field_specs(shapes[matrix], quantization[matrix]).items():
                 dtype = of_matrix[name][0]
                 n_bytes = prod(shape) * dtype.itemsize

@@ -23,6 +23,8 @@ except ImportError:  # Windows
 CAN_LOCK = fcntl is not None
 #: the largest file of a checkpoint that is no weights, a tokenizer with a large vocabulary, has some 40 MB
 SMALL_BYTES = 256 << 20
+#: of such files: configurations, tokenizers, chat templates
+SMALL_SUFFIXES = (".json", ".model", ".jinja", ".txt")
 _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -112,14 +114,20 @@ def own_folder(path: Path) -> None:
         raise OSError(0, "the folder belongs to another user", os.fspath(path))
 
 
-def open_locked(path: Path) -> BinaryIO:
-    """Open a file for reading and writing, new where there was none, locked until it is closed.
+def open_locked(path: Path, create: bool = True) -> BinaryIO:
+    """Open a file for reading and writing, locked until it is closed.
+
+    Args:
+        path: of the file.
+        create: make it where there is none.
 
     Raises:
+        FileNotFoundError: there is none, or no folder for it.
         BlockingIOError: another process holds the lock.
         OSError: the name is a link, or the file cannot be opened.
     """
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    flags |= os.O_CREAT if create else 0
     while True:
         file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
         try:

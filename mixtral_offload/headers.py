@@ -26,6 +26,10 @@ DTYPES = {
 N_READERS = 4
 PART_BYTES = 4 << 20
 MOST_HEADER_BYTES = 32 << 20  # of one file: about 200,000 tensors (the format allows 100 MB)
+#: of all files of a checkpoint together. DeepSeek-V3 has 91,991 tensors in 163 files, Kimi-K2 some 200,000 before it is
+#: packed; packed, a matrix has up to eight. An entry takes 100 to 180 bytes there, and some 700 in memory: 2 GB at most.
+MOST_TENSORS = 3_000_000
+MOST_HEADERS_BYTES = 512 << 20
 #: read and checked at a time: small enough to be still in the second-level cache when it is hashed
 STEP_BYTES = 256 << 10
 #: dtype -> integers of the same size, all bits but the sign, and what those bits are at least where a value is not finite
@@ -211,6 +215,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             found=f"{size} bytes; {type(error).__name__}: {error}", hint=AGAIN,
         ) from None  # fmt: skip
     return {key: _stored(path, key, entry, begin) for key, entry in header.items()}
+
+
+def read_headers(paths: Iterable[Path]) -> dict[Path, dict[str, StoredTensor]]:
+    """`read_header` of each file of a checkpoint; refuses files that together have more than any checkpoint has."""
+    headers: dict[Path, dict[str, StoredTensor]] = {}
+    n_tensors = n_bytes = 0
+    for path in paths:
+        headers[path] = read_header(path)
+        n_tensors += len(headers[path])
+        n_bytes += header_length(path)
+        if n_tensors > MOST_TENSORS or n_bytes > MOST_HEADERS_BYTES:
+            raise CheckpointError(
+                "the headers of this checkpoint's files are too large together", path=path.parent,
+                expected=f"at most {MOST_TENSORS:,} tensors, and {MOST_HEADERS_BYTES >> 20} MiB of headers",
+                found=f"{n_tensors:,} tensors and {n_bytes:,} bytes in the first {len(headers):,} files",
+                hint="check where these files come from: no model has so many tensors",
+            )  # fmt: skip
+    return headers
+
+
+def header_length(path: Path) -> int:
+    """Bytes of the header, as the file says."""
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(8), "little")
 
 
 def header_bytes(path: Path) -> bytes:

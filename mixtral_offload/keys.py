@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -97,8 +98,12 @@ class KeyMap:
         self._lists = {LAYER.match(name)["list"] for name in self._experts}
         self.module_name = lru_cache(maxsize=None)(self._module_name)
 
-    def place(self, key: str) -> Place | None:
+    def place(self, key: str, path: Path | None = None) -> Place | None:
         """Where the tensor of this key belongs; None if nowhere.
+
+        Args:
+            key: as stored.
+            path: its file, for errors.
 
         Raises:
             CheckpointError: If it belongs somewhere, but in a form that has to be converted first.
@@ -113,7 +118,7 @@ class KeyMap:
         name, is_converted = self._renamed(f"{split[0]}.weight" if split else key)
         if is_converted:
             raise CheckpointError(
-                "a tensor is stored in a form that this package does not read", key=key,
+                "a tensor is stored in a form that this package does not read", path=path, key=key,
                 expected="tensors as transformers' modules hold them, or one for each matrix of an expert",
                 hint="load the checkpoint with transformers and save it with save_original_format=False, then convert that folder",
             )  # fmt: skip

@@ -200,10 +200,7 @@ def _compared(
             path=config, key=name, expected=str(matrix), found=f"{shape[0]}x{shape[1]}, by the sizes in the same file",
             hint=f"{AGAIN}: intermediate_size, head_dim and the numbers of heads must not be changed",
         )  # fmt: skip
-    try:
-        found = infer(shape, sizes)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}", path=file) from error
+    found = infer(shape, sizes, file, name)
     if matrix is not None and matrix.quantization != found:
         raise CheckpointError(
             "a matrix is stored in another way than config.json states", path=file, key=name,

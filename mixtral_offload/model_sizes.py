@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from .checkpoint import first_attribute
-from .config_check import TOP_K, layer_configs
+from .config_check import TOP_K, layer_configs, stated_experts
 from .errors import OptionError
 from .experts import ALIGNMENT
 from .packed import dequantized_bytes
@@ -145,6 +145,12 @@ def model_sizes(config) -> ModelSizes:
     text = config.get_text_config()
     experts = dict(_experts(model))
     if not experts:
+        if stated := stated_experts(config.to_dict()):
+            raise OptionError(
+                f"{config.model_type} is a mixture of experts of a family that is not supported: it keeps its experts where"
+                " transformers' experts interface does not reach", key=stated[0], found=stated[1],
+                expected="a configuration such as Mixtral's, Qwen3-MoE's or gpt-oss's",
+            )  # fmt: skip
         raise OptionError(
             f"{config.model_type} is a dense model, or keeps its experts where transformers' experts interface does not"
             " reach", expected="a Mixture-of-Experts configuration, such as Mixtral's, Qwen3-MoE's or gpt-oss's",
@@ -159,7 +165,7 @@ def model_sizes(config) -> ModelSizes:
     in_experts = len(experts) * n_experts * (sum(map(prod, matrices)) + vectors)
     packed = sum(prod(shape) * n for of in (attention, linear) for shape, n in of.items())
     total = sum(parameter.numel() for parameter in model.parameters())
-    kv, kv_notes = _kv(model, text)
+    kv, kv_notes = _kv(model, text, experts)
     return ModelSizes(
         config.model_type, text.num_hidden_layers, tuple(_number(name) for name in experts), n_experts, _top_k(text, n_experts),
         text.hidden_size, first_attribute(text, "max_position_embeddings") or 2**31, matrices, vectors, attention, linear,
@@ -251,13 +257,18 @@ def _top_k(config, n_experts: int) -> int:
     return top_k
 
 
-def _kv(model: nn.Module, config) -> tuple[tuple[tuple[int, int | None], ...], tuple[str, ...]]:
+def _kv(model: nn.Module, config, experts) -> tuple[tuple[tuple[int, int | None], ...], tuple[str, ...]]:
     """For each layer of transformers' own cache that grows: (elements per token, sliding window); and what is unsure."""
     layers = DynamicCache(config=config).layers
     configs = layer_configs(config)
     kv, notes = [], []
+    lists = tuple({name[: LAYER.search(name).start() + 1] for name in experts})  # not an image encoder's
     elements = {
-        _number(name): n for name, module in model.named_modules() if (n := _kv_elements(module)) is not None
+        int(match[1]): n
+        for name, module in model.named_modules()
+        if name.startswith(lists)
+        and (match := LAYER.search(name))
+        and (n := _kv_elements(module)) is not None
     }
     for number, layer in enumerate(layers):
         if type(layer).__name__.startswith("LinearAttention"):

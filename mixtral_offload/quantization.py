@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -145,7 +146,9 @@ def split_quantized(key: str) -> tuple[str, str] | None:
     return None
 
 
-def infer(shape: tuple[int, int], sizes: Sizes) -> Quantization:
+def infer(
+    shape: tuple[int, int], sizes: Sizes, path: Path | None = None, matrix: str | None = None
+) -> Quantization:
     """Find the `Quantization` of a stored matrix from its fields' dtypes and element counts alone.
 
     With a wrong shape the answer may be wrong too: 4-bit groups of 64 look like 2-bit groups of 128 of a matrix twice as
@@ -154,11 +157,14 @@ def infer(shape: tuple[int, int], sizes: Sizes) -> Quantization:
     Args:
         shape: (N, K).
         sizes: field name -> (dtype, number of elements).
+        path: the file, for errors.
+        matrix: its name, for errors.
 
     Raises:
         CheckpointError: nothing fits.
     """
-    found = Quantization(16) if "weight" in sizes else _infer_packed(shape, sizes)
+    prefix = f"{matrix}." if matrix else ""
+    found = Quantization(16) if "weight" in sizes else _infer_packed(shape, sizes, path, prefix)
     expected = {name: (dtype, math.prod(dims)) for name, (dtype, dims) in field_specs(shape, found).items()}
     if sizes.get("weight", (None, 0))[0] in (torch.bfloat16, torch.float32):  # as good: products convert them
         expected["weight"] = (sizes["weight"][0], expected["weight"][1])
@@ -166,20 +172,22 @@ def infer(shape: tuple[int, int], sizes: Sizes) -> Quantization:
         if name not in sizes or name not in expected or sizes[name] != expected[name]:
             raise CheckpointError(
                 f"a matrix of {shape[0]}x{shape[1]} ({found}) has a tensor of the wrong kind",
-                key=name,
+                path=path,
+                key=prefix + name,
                 expected=_describe(expected.get(name)),
                 found=_describe(sizes.get(name)),
             )
     return found
 
 
-def _infer_packed(shape, sizes) -> Quantization:
+def _infer_packed(shape, sizes, path: Path | None, prefix: str) -> Quantization:
     n_weights = shape[0] * shape[1]
     groups = next((sizes[name][1] for name in ("meta.zero_q", "meta.zero") if name in sizes), 0)
     if "W_q" not in sizes or groups == 0 or n_weights % groups:
         raise CheckpointError(
             f"not an HQQ matrix of {shape[0]}x{shape[1]}",
-            key="W_q and meta.*",
+            path=path,
+            key=f"{prefix}W_q and meta.*",
             expected=f"W_q, and a number of zeros that divides {n_weights}",
             found=", ".join(f"{name}: {_describe(size)}" for name, size in sizes.items()) or "nothing",
         )
@@ -189,7 +197,8 @@ def _infer_packed(shape, sizes) -> Quantization:
     if bits is None:
         raise CheckpointError(
             f"W_q fits no bit width for a matrix of {shape[0]}x{shape[1]} in groups of {group}",
-            key="W_q",
+            path=path,
+            key=f"{prefix}W_q",
             expected=" or ".join(f"{_describe(size)} ({bits}-bit)" for bits, size in words.items()),
             found=_describe(sizes["W_q"]),
         )
@@ -306,11 +315,19 @@ def _packed(q: Tensor, quantization: Quantization) -> Fields:
     }
 
 
-def check_replaceable(linear: torch.nn.Module) -> None:
-    """Raise a CheckpointError unless a `QuantizedLinear` can keep all that this module holds and does."""
+def check_replaceable(linear: torch.nn.Module, path: Path | None = None, name: str | None = None) -> None:
+    """Raise a CheckpointError unless a `QuantizedLinear` can keep all that this module holds and does.
+
+    Args:
+        linear: the module.
+        path: where its weight is stored, for errors.
+        name: the module's, for errors.
+    """
     if not isinstance(linear, torch.nn.Linear):
         raise CheckpointError(
             "a quantized matrix is not for a linear layer",
+            path=path,
+            key=name,
             expected="torch.nn.Linear",
             found=type(linear).__name__,
         )
@@ -324,8 +341,8 @@ def check_replaceable(linear: torch.nn.Module) -> None:
         lost.append(f"the forward of {type(linear).__name__}")
     if lost:
         raise CheckpointError(
-            "a linear layer has more than its quantized form can keep", expected="a weight and a bias", found=", ".join(lost),
-            hint="convert the checkpoint again, with this layer in 16 bits",
+            "a linear layer has more than its quantized form can keep", path=path, key=name,
+            expected="a weight and a bias", found=", ".join(lost), hint="convert the checkpoint again, with this layer in 16 bits",
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
     """(set, prompt) of each line; a line is `prompt`, or `set<TAB>prompt` to compare sets of prompts.
 
     Lines end at newlines only: the other characters at which `str.splitlines` splits may be part of a prompt.
+
+    Raises OptionError for a file that cannot be read, has no prompts, or is for `generate --input` (JSON Lines).
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
@@ -33,7 +36,24 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
     parts = [line.partition("\t") for line in text.split("\n") if line.strip()]
     if not parts:
         raise OptionError("no prompts in this file", path=path, expected="one prompt on each line")
+    if Path(path).suffix.lower() == ".jsonl" or all(
+        _is_request(line) for line in text.split("\n") if line.strip()
+    ):
+        raise OptionError(
+            "this is a file of JSON Lines, as `mixtral-offload generate --input` takes it", path=path,
+            expected="plain text, one prompt on each line, or set<TAB>prompt", found=parts[0][0][:80],
+            hint="write the prompts alone into a text file",
+        )  # fmt: skip
     return [(before, after) if tab else ("prompts", before) for before, tab, after in parts]
+
+
+def _is_request(line: str) -> bool:
+    """Whether this is a line of a job: a JSON object with a prompt or messages."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not found.keys().isdisjoint(("prompt", "messages"))
 
 
 def trace_prompts(model, tokenizer, prompts: Sequence[tuple[str, str]], max_new_tokens: int = 64):

@@ -1,7 +1,8 @@
 """`mixtral-offload verify`: read every byte of a checkpoint once, and say what was proven and what could not be.
 
-Knows which proofs there are: our own checksums, the hub's hashes where a download left them, finite numbers, and that
-`from_pretrained` would take the folder.
+Knows which proofs there are: our own checksums (of the weights, and of the small files beside them: configurations,
+tokenizer, chat template), the hub's hashes where a download left them, finite numbers, and that `from_pretrained` would take
+the folder. A small file that was edited on purpose loads; only here it is told.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 from .checkpoint import INDEX, open_checkpoint
-from .checksums import combine, in_order, pieces_of, stated
+from .checksums import checksum_of_small, combine, in_order, pieces_of, stated, stated_small
 from .errors import CheckpointError
-from .files import SMALL_BYTES, read_small
+from .files import SMALL_BYTES, SMALL_SUFFIXES, read_small
 from .headers import header_bytes, in_threads, is_finite, read_header
 from .hub_record import hash_of
 from .plan import gb
@@ -32,8 +33,9 @@ SHOWN = 5  # names in a message, at most
 class Verification:
     """What was proven of a folder.
 
-    by_checksum, by_hub: names of the files that are what our index, or the hub, says. unproven: weight files of which
-    neither knows anything. n_bytes: read, in seconds.
+    by_checksum, by_hub: names of the files that are what our index, or the hub, says; small_by_checksum: of those beside
+    the weights. unproven, small_unproven: weight files, and others, of which neither knows anything. n_bytes: read, in
+    seconds.
     """
 
     folder: Path
@@ -43,6 +45,8 @@ class Verification:
     n_files: int
     n_bytes: int
     seconds: float
+    small_by_checksum: tuple[str, ...] = ()
+    small_unproven: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -52,6 +56,8 @@ class Verification:
         ]
         if self.by_checksum:
             lines.append(f"  checksums: {len(self.by_checksum)} files are what the index says")
+        if self.small_by_checksum:
+            lines.append(f"  small files: {len(self.small_by_checksum)} files are what was written here")
         if self.by_hub:
             lines.append(f"  hub: {len(self.by_hub)} files are what the hub has")
         if self.unproven:
@@ -59,11 +65,20 @@ class Verification:
                 f"  not proven: {len(self.unproven)} weight files ({_some(self.unproven)}): the folder has no checksums of "
                 "them, and no download left the hub's hashes; `mixtral-offload convert` writes checksums"
             )
+        if self.small_unproven:
+            lines.append(
+                f"  not proven: {len(self.small_unproven)} small files ({_some(self.small_unproven)}): nobody wrote down "
+                "what they were"
+            )
         return "\n".join(lines)
 
 
 def verify(folder: str | Path, progress: Callable[[int], object] = lambda n_bytes: None) -> Verification:
     """Check a checkpoint completely: structure, finite numbers, every byte of every file that a checksum is known of.
+
+    These are the weights, and in folders that `convert` or `save_pretrained` wrote also config.json, the tokenizer's files,
+    generation_config.json and chat templates: each that is missing or was changed since is a fault. Files that came later
+    are none.
 
     Args:
         progress: called with the bytes of each weight file that has been read.
@@ -81,12 +96,15 @@ def verify(folder: str | Path, progress: Callable[[int], object] = lambda n_byte
     for path, faults in zip(paths, in_threads(tasks)):
         wrong += [f"{path.name}: {fault}" for fault in faults]
         progress(path.stat().st_size)
+    small_checksums = stated_small(folder / INDEX)
+    for name, checksum in small_checksums.items():
+        wrong += [f"{name}: {fault}" for fault in _small_faults(folder / name, checksum)]
     small = [name for name in hub if (folder / name).is_file() and folder / name not in paths]
     wrong += [f"{name}: is not what the hub has" for name in small if not _is_hubs(folder / name, hub[name])]
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} faults in this checkpoint", path=folder, found=_some(wrong, "\n    "),
-            hint="copy, download or convert these files again",
+            hint="copy, download or convert these files again; a small file that was changed on purpose may stay as it is",
         )  # fmt: skip
     names = [path.name for path in paths]
     return Verification(
@@ -94,7 +112,25 @@ def verify(folder: str | Path, progress: Callable[[int], object] = lambda n_byte
         tuple(name for name in (*names, *small) if name in hub),
         tuple(name for name in names if name not in checksums and name not in hub),
         len(paths), sum(path.stat().st_size for path in paths), time.perf_counter() - began_s,
+        tuple(small_checksums), _unknown(folder, {INDEX, *small_checksums, *hub}),
     )  # fmt: skip
+
+
+def _small_faults(path: Path, checksum: str) -> list[str]:
+    """What is wrong with a file beside the weights."""
+    try:
+        found = checksum_of_small(path)
+    except FileNotFoundError:
+        return ["is missing"]
+    except OSError as error:
+        return [f"cannot be read: {error.strerror or error}"]
+    return [] if found == checksum else [f"was changed: its checksum is {found}, not {checksum}"]
+
+
+def _unknown(folder: Path, known: set[str]) -> tuple[str, ...]:
+    """Names of the small files that are not known."""
+    paths = (path for path in folder.iterdir() if path.suffix in SMALL_SUFFIXES and path.is_file())
+    return tuple(sorted(path.name for path in paths if path.name not in known))
 
 
 def _expert_files(checkpoint) -> set[Path]:

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mixtral_offload import convert_checkpoint, from_pretrained
-from mixtral_offload.checkpoint import INDEX, open_checkpoint
+from mixtral_offload import convert_checkpoint, from_pretrained, headers
+from mixtral_offload.checkpoint import DEMO, INDEX, open_checkpoint
+from mixtral_offload.cli import main
+from mixtral_offload.config_check import stated_experts
 from mixtral_offload.errors import CapacityError, CheckpointError, OffloadError, OptionError
 from mixtral_offload.headers import read_header
 from mixtral_offload.options import OffloadOptions, trunk_bytes
@@ -42,6 +44,14 @@ def error_of(folder, **options) -> str:
     with pytest.raises(OffloadError) as caught:
         from_pretrained(folder, device="cpu", **options)
     return str(caught.value)
+
+
+def one_of_each(message, path, key):
+    """It is one message with one of each line, not one inside another."""
+    what, *lines = message.split("\n")
+    names = [line.partition(":")[0].strip() for line in lines]
+    assert names[:4] == ["file", "key", "expected", "found"] and len({*names}) == len(names), message
+    assert ": " not in what and lines[0].endswith(path) and lines[1] == f"  key: {key}", message
 
 
 def has(message, *parts):
@@ -92,7 +102,46 @@ def test_first_expert_that_fits_no_format(folder):
         folder / EXPERT.replace("00002", "00001"),
         lambda tensors: tensors.update({"w2.W_q": tensors["w2.W_q"][:, :8].contiguous()}),
     )
-    has(error_of(folder), "expert 0 of layer 0", "W_q fits no bit width", "256x512")
+    message = error_of(folder)
+    has(message, "expert 0 of layer 0", "W_q fits no bit width", "256x512")
+    one_of_each(message, EXPERT.replace("00002", "00001"), "expert 0 of layer 0: down.W_q")
+
+
+@pytest.mark.parametrize(
+    "lost, key",
+    [("W_q", "W_q and meta.*"), ("meta.zero_q", "W_q and meta.*"), ("meta.meta_zero.scale", "meta.meta_zero.scale")],
+)  # fmt: skip
+def test_packed_matrices_that_fit_no_format_are_one_message(folder, lost, key):
+    name = "model.layers.1.self_attn.o_proj"
+    change(folder / TRUNK, lambda tensors: tensors.pop(f"{name}.{lost}"))
+    change_index(folder, lambda weights: weights.pop(f"{name}.{lost}"))
+    one_of_each(error_of(folder), TRUNK, f"{name}.{key}")
+
+
+def test_plain_experts_of_the_wrong_size_are_one_message(tmp_path):
+    folder = shutil.copytree(DEMO.parent / "fp16", tmp_path / "plain")
+    key = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+    change(
+        folder / "model.safetensors", lambda tensors: tensors.update({key: tensors[key][:, :8].contiguous()})
+    )
+    one_of_each(error_of(folder), "model.safetensors", "expert 0 of layer 0: down.weight")
+
+
+@pytest.mark.parametrize("bound", [{"MOST_TENSORS": 300}, {"MOST_HEADERS_BYTES": 20_000}], ids=str)
+def test_headers_that_are_too_large_together(folder, monkeypatch, bound):
+    """Only each file's was bounded: many files filled the memory."""
+    for name, value in bound.items():
+        monkeypatch.setattr(headers, name, value, raising=False)
+    has(
+        error_of(folder), "headers of this checkpoint's files are too large together", str(folder), "expected: at most",
+        "found: ", "next step:",
+    )  # fmt: skip
+
+
+def test_the_bounds_of_headers_admit_every_known_checkpoint():
+    """Kimi-K2 at 3 bits: 60 layers of 384 experts of three matrices of up to 8 fields, by keys of 90 characters."""
+    n_tensors = 60 * 384 * 3 * 8
+    assert n_tensors * 4 < headers.MOST_TENSORS and n_tensors * 200 * 4 < headers.MOST_HEADERS_BYTES
 
 
 def test_missing_index_entry_of_an_expert(folder):
@@ -251,6 +300,37 @@ def test_experts_inside_a_nested_model(folder):
 def test_dense_model(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 256}))
     has(error_of(folder), "llama is a dense model", "next step: load it with transformers")
+
+
+@pytest.mark.parametrize(
+    "config, name, number",
+    [
+        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}, "ffn_config.moe_num_experts", 16),
+        ({"model_type": "aria_text", "moe_num_experts": 8}, "moe_num_experts", 8),
+        ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, "text_config.moe_num_experts", 8),
+    ],
+    ids=["dbrx", "aria_text", "aria"],
+)  # fmt: skip
+def test_a_mixture_of_a_family_that_is_not_supported_is_not_called_dense(
+    folder, capsys, config, name, number
+):
+    (folder / "config.json").write_text(json.dumps(config))
+    has(
+        error_of(folder), f"{config['model_type']} is a mixture of experts of a family that is not supported",
+        f"key: {name}", f"found: {number}", "next step: ",
+    )  # fmt: skip
+    assert main(["info", "--model", str(folder)]) == 1
+    assert "dense" not in capsys.readouterr().err
+
+
+def test_settings_that_make_no_mixture():
+    for settings in (
+        {"num_experts": 1}, {"num_experts": 0}, {"num_experts_per_tok": 8}, {"n_shared_experts": 2}, {"n_experts": None},
+        {"moe_num_shared_experts": 2}, {"num_experts": True},
+    ):  # fmt: skip
+        assert stated_experts(settings) is None, settings
+    for name in ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts", "n_experts"):
+        assert stated_experts({"inner": {name: 4}}) == (f"inner.{name}", 4)
 
 
 def test_family_whose_experts_are_of_another_kind(folder):

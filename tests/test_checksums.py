@@ -19,6 +19,7 @@ from mixtral_offload.errors import CheckpointError
 from mixtral_offload.headers import NOT_FINITE, Watch, header_bytes, is_finite, read_header
 from mixtral_offload.hub_record import Record
 from mixtral_offload.quantization import PAPER
+from mixtral_offload.tokenizer import load_tokenizer
 from mixtral_offload.verify import hub_hashes, verify
 
 EXPERT, TRUNK = "model-00002-of-00049.safetensors", "model-00049-of-00049.safetensors"  # layer 0, expert 1
@@ -269,6 +270,7 @@ def test_verify_of_what_ships(capsys):
     assert main(["verify", "demo"]) == 0
     out = capsys.readouterr().out
     assert "49 weight files" in out and "checksums: 49 files" in out and "not proven" not in out
+    assert "small files: 4 files are what was written here" in out
 
 
 def test_verify_names_every_damaged_file(demo, capsys):
@@ -291,6 +293,84 @@ def test_verify_refuses_what_cannot_be_loaded(demo):
     (demo / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     with pytest.raises(CheckpointError, match="has no place for this tensor"):
         verify(demo)
+
+
+SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def change_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index["metadata"]["checksums"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_verify_names_a_small_file_that_was_edited(demo, capsys, name):
+    """Weights alone were proven. People edit these on purpose, so that they load."""
+    content = json.loads((demo / name).read_text())
+    if name != "tokenizer.json":  # which takes no keys that it does not know
+        content |= {"temperature": 0.3} if name == "generation_config.json" else {"added": 1}
+    (demo / name).write_text(json.dumps(content, indent=3))
+    from_pretrained(demo, device="cpu", cache_size=2).offload.cache.close()
+    load_tokenizer(demo)
+    assert main(["verify", str(demo)]) == 1
+    error = capsys.readouterr().err
+    assert "1 faults" in error and f"{name}: was changed: its checksum is" in error
+    assert "a small file that was changed on purpose may stay" in error
+
+
+def test_verify_names_all_small_files_with_the_weights(demo):
+    flip(demo / TRUNK, "lm_head.weight")
+    (demo / "tokenizer.json").unlink()
+    (demo / "generation_config.json").unlink()
+    (demo / "generation_config.json").mkdir()
+    (demo / "tokenizer_config.json").write_bytes((demo / "tokenizer_config.json").read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match="4 faults") as caught:
+        verify(demo)
+    for fault in (
+        f"{TRUNK}: its checksum is", "tokenizer.json: is missing", "generation_config.json: cannot be read: not a regular",
+        "tokenizer_config.json: was changed",
+    ):  # fmt: skip
+        assert fault in str(caught.value)
+
+
+def test_small_files_that_came_later_are_no_fault(demo):
+    for name in ("chat_template.jinja", "notes.txt", "README.md"):
+        (demo / name).write_text("new")
+    result = verify(demo)
+    assert result.small_by_checksum == SMALL and result.small_unproven == ("chat_template.jinja", "notes.txt")
+    assert "not proven: 2 small files (chat_template.jinja, notes.txt)" in str(result)
+
+
+def test_a_folder_of_an_earlier_version_has_no_checksums_of_small_files(demo):
+    change_index(demo, lambda checksums: checksums.pop("small_files"))
+    (demo / "tokenizer_config.json").write_bytes((demo / "tokenizer_config.json").read_bytes() + b" ")
+    from_pretrained(demo, device="cpu", cache_size=2).offload.cache.close()
+    result = verify(demo)
+    assert len(result.by_checksum) == 49 and not result.unproven and result.small_unproven == SMALL
+    assert "not proven: 4 small files (config.json, " in str(result)
+
+
+@pytest.mark.parametrize("value", [None, [], "x", {"config.json": 3}, {"../config.json": "x"}], ids=repr)
+def test_checksums_of_small_files_of_another_kind(demo, value):
+    change_index(demo, lambda checksums: checksums.update(small_files=value))
+    from_pretrained(demo, device="cpu", cache_size=2).offload.cache.close()
+    with pytest.raises(CheckpointError, match=r"cannot read the index's checksums(?s:.*)small_files"):
+        verify(demo)
+
+
+def test_whoever_writes_a_folder_writes_checksums_of_its_small_files(published, tmp_path, offloaded):
+    source = shutil.copytree(DEMO.parent / "fp16", tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "README.md").write_text("a card")
+    target = convert_checkpoint(source, tmp_path / "target", PAPER[4])
+    expected = (*sorted([*SMALL, "chat_template.jinja"]),)
+    assert verify(target).small_by_checksum == expected
+    offloaded(target, cache_size=2).save_pretrained(tmp_path / "saved")
+    assert verify(tmp_path / "saved").small_by_checksum == expected
+    checksums = json.loads((target / INDEX).read_text())["metadata"]["checksums"]
+    assert checksums["algorithm"] == "xxh3-128 of header and tensors, 1"  # what earlier versions read
+    assert len(checksums["files"]) == 49
 
 
 @pytest.fixture

@@ -289,7 +289,7 @@ def test_the_other_process_finishes_in_between(tmp_path, monkeypatch):
 # the check at the end
 
 
-def test_what_was_written_wrong_is_never_given_its_name(tmp_path, monkeypatch):
+def test_what_was_written_wrong_is_never_given_its_name(tmp_path, undisturbed, monkeypatch):
     real = convert.write_new
 
     def write_and_spoil(path, data):
@@ -300,7 +300,26 @@ def test_what_was_written_wrong_is_never_given_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "write_new", write_and_spoil)
     with pytest.raises(CheckpointError, match=r"cannot be read again(?s:.*)model-00007"):
         convert_checkpoint(PLAIN, tmp_path / "target", *WIDTHS)
-    assert not os.listdir(tmp_path)
+    assert os.listdir(tmp_path) == ["target.converting"]
+    monkeypatch.undo()
+    said = []
+    convert_checkpoint(PLAIN, tmp_path / "target", *WIDTHS, report=said.append)
+    assert "resuming: 48 files" in said[0]
+    assert contents(tmp_path / "target") == undisturbed
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_small_file_that_was_written_wrong(tmp_path, monkeypatch, name):
+    real = convert.write_new
+
+    def spoil(path, data):
+        real(path, data.replace("{", "{ ", 1) if path.name == name and isinstance(data, str) else data)
+        if path.name == name and isinstance(data, bytes):
+            path.write_bytes(data[:-1])
+
+    monkeypatch.setattr(convert, "write_new", spoil)
+    with pytest.raises(CheckpointError, match=f"cannot be read again(?s:.*){name}"):
+        convert_checkpoint(DEMO, tmp_path / "target")
 
 
 def test_each_file_has_a_checksum(tmp_path, undisturbed, published):

@@ -588,7 +588,9 @@ def test_what_a_killed_download_left_is_removed_by_the_next_one(server, place, t
     assert partial_files(tmp_path) == []
 
 
-def test_small_files_that_a_killed_download_left_are_removed_once_nobody_can_write_them(server, place, tmp_path):
+def test_small_files_that_a_killed_download_left_are_removed_once_nobody_can_write_them(
+    server, place, tmp_path
+):
     get(server, **place)
     job = hub._ask(REPO, None, server.endpoint, None, place.get("local_dir"), None)
     folders = [job.record.parent] + ([] if place.get("local_dir") else [job.store / "refs"])

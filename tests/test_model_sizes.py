@@ -157,6 +157,31 @@ def test_hundreds_of_layers_take_no_time():
     assert time.process_time() - began < 10
 
 
+def test_the_attention_of_an_image_encoder_has_no_kv_cache():
+    """Beside the layers (aria's projector), or in layers of its own."""
+    text = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "moe_num_experts": 4,
+    }
+    vision = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 16}
+    inside = sizes_of("aria", text_config={"model_type": "aria_text", **text}, vision_config=vision)
+    assert inside.kv == sizes_of("aria_text", **text).kv == ((64, None), (64, None))
+
+
+def test_a_mixture_of_another_kind_is_not_called_dense():
+    with pytest.raises(
+        OptionError, match=r"dbrx is a mixture of experts of a family(?s:.*)moe_num_experts(?s:.*)16"
+    ):
+        sizes_of(
+            "dbrx", d_model=128, n_heads=4, n_layers=2, vocab_size=300,
+            ffn_config={"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 64},
+            attn_config={"rope_theta": 5e5, "kv_n_heads": 2, "clip_qkv": 8},
+        )  # fmt: skip
+
+
 def test_refusals(tmp_path):
     with pytest.raises(OptionError, match="llama is a dense model"):
         sizes_of("llama", num_hidden_layers=2)

@@ -122,9 +122,7 @@ def test_zeros_that_are_all_alike(at):
     """One group, or groups that differ by nothing, far from 0: their range is no range to quantize them in."""
     weight = torch.linspace(at, at + 0.1, 64).repeat(4, 1)
     plain, packed = Quantization(8, 64), Quantization(8, 64, None, True)
-    found, expected = (
-        dequantize(quantize(weight, of), (4, 64), of, torch.float32) for of in (packed, plain)
-    )
+    found, expected = (dequantize(quantize(weight, of), (4, 64), of, torch.float32) for of in (packed, plain))
     assert (found - weight).abs().max() < (expected - weight).abs().max() + 0.002 * abs(at)
 
 

@@ -178,6 +178,32 @@ def test_prompts_are_read_as_they_are(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("prompts.jsonl", '{"prompt": "Hello!"}\n{"prompt": "And you?"}\n'),
+        ("prompts.JSONL", "not even JSON\n"),
+        ("prompts.txt", '\n{"messages": [{"role": "user", "content": "Hello!"}], "id": 3}\n'),
+        ("tabs.txt", '{"prompt":\t"Hello!"}\n'),
+    ],
+)
+def test_a_file_of_jobs_is_not_traced_as_text(tmp_path, capsys, monkeypatch, name, text):
+    """Its braces were taken for the prompt."""
+    monkeypatch.setattr("mixtral_offload.cli.load", lambda arguments: pytest.fail("a model was loaded"))
+    (tmp_path / name).write_text(text)
+    assert main(["trace", str(tmp_path / name), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "this is a file of JSON Lines" in error and name in error and "one prompt on each line" in error
+    assert "write the prompts alone into a text file" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_look_like_json_are_prompts(tmp_path):
+    lines = ['{"a": 1}', '["prompt"]', '{"prompt": "one of them alone"}', "3"]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    assert read_prompts(tmp_path / "p.txt") == [("prompts", line) for line in lines]
+
+
 def test_dollars_are_no_formulas(tmp_path, capsys):
     sets = ["$\\frac{$", "a $x^2$ $\\foo$ costs $5 and $6", "\\$", "<b>&", "_^{", "$$"]
     lines = [f"{name}\tIt costs $5 or $\\frac{{a$ $x_$\n" for name in sets]
