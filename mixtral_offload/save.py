@@ -10,7 +10,7 @@ import os
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ def save_whole(model: PreTrainedModel) -> None:
 
     def save_pretrained(save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         model = weak()
+        if model is None:
+            raise OptionError(
+                "this base model's whole model, which would be saved, is there no more", found="a base model alone",
+                hint="keep what from_pretrained has returned, not its base model alone",
+            )  # fmt: skip
         if model.offload.options.unpack:
             return _save_unpacked(model, save_directory, *args, **kwargs)
         if _stamps(model) != stamps:
@@ -41,19 +46,21 @@ def save_whole(model: PreTrainedModel) -> None:
         save_model(model, save_directory, *args, config_as_built=config, **kwargs)
 
     model.save_pretrained = save_pretrained
-    if not model.offload.options.unpack and model.base_model is not model:
-        model.base_model.save_pretrained = _refuse_part
+    if model.base_model is not model:
+        prefix = f"{model.base_model_prefix}."
+
+        def save_base(
+            save_directory: str | os.PathLike, is_main_process: bool = True,
+            state_dict: dict[str, Tensor] | None = None, **kwargs: Any,
+        ) -> None:  # fmt: skip
+            """Write the whole model, of which transformers' own method would write a part without experts."""
+            given = state_dict and {prefix + name: tensor for name, tensor in state_dict.items()}
+            save_pretrained(save_directory, is_main_process, given, **kwargs)
+
+        if not model.offload.options.unpack:
+            model.base_model.save_pretrained = save_base
     if not model.offload.options.unpack:
         model.register_state_dict_post_hook(_StateDictNotice())
-
-
-def _refuse_part(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for the base model's `save_pretrained`, which would write it without its experts."""
-    raise OptionError(
-        "only the whole model can be saved",
-        found="save_pretrained of its base model",
-        hint="call model.save_pretrained(folder)",
-    )
 
 
 def _stamps(model: PreTrainedModel) -> dict[Path, tuple[int, ...] | None]:

@@ -1,5 +1,6 @@
 """save_pretrained writes a whole model, or refuses; transformers refuses what it has written."""
 
+import gc
 import json
 import os
 import shutil
@@ -86,14 +87,29 @@ def test_what_cannot_be_saved_is_refused(offloaded, tmp_path):
     ):  # fmt: skip
         with pytest.raises(OptionError, match=match):
             model.save_pretrained(**arguments)
-    with pytest.raises(OptionError, match="only the whole model"):
-        model.model.save_pretrained(tmp_path / "x")
     model.save_pretrained(tmp_path / "x", is_main_process=False)
     assert not (tmp_path / "x").exists()
     model.model.norm.register_parameter("adapter", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(OptionError, match=r"model\.norm\.adapter"):
         model.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_base_model_is_saved_as_the_whole(offloaded, tmp_path):
+    """Which transformers would write without its experts; a base model's own names are given without the prefix."""
+    model = offloaded(cache_size=3)
+    expected = logits(model)
+    model.model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(offloaded(tmp_path / "saved", cache_size=2)), expected)
+    given = {"norm.weight": model.model.norm.weight * 2}
+    model.model.save_pretrained(tmp_path / "given", state_dict=given)
+    again = offloaded(tmp_path / "given", cache_size=2)
+    assert torch.equal(again.model.norm.weight, model.model.norm.weight * 2)
+    alone = from_pretrained(cache_size=2, device="cpu").model
+    gc.collect()
+    with pytest.raises(OptionError, match="there no more"):
+        alone.save_pretrained(tmp_path / "alone")
+    alone(IDS)
 
 
 def test_state_dict_says_once_what_it_lacks(offloaded):

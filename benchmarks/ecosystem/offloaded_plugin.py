@@ -100,8 +100,9 @@ def offload_experts(model: PreTrainedModel) -> None:
         opened = _reopened(model)
         _become(model, opened)
     else:  # a base model
-        opened = _reopened(_causal(base)).base_model
-        _become(base, opened)
+        whole = _reopened(_causal(base))
+        _become(base, whole.base_model)
+        base.__dict__["_whole"] = (whole,)  # what it is saved as; in a tuple: no module of its own
     for module in model.modules():  # one object for all, as transformers has it: tests change it afterwards
         if hasattr(module, "config"):
             module.config = config
