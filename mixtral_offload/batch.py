@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -197,7 +198,7 @@ class _Batch:
     ) -> tuple[Tensor, DynamicCache]:
         """The rows' next tokens, int64 [rows], after `ids [rows, T]`; and the KV cache."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with forward_errors(self._model):
+        with forward_errors(self._model), self._passes():
             output = self._model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True, logits_to_keep=1
             )  # fmt: skip
@@ -208,6 +209,10 @@ class _Batch:
         for row, token in zip(rows, newest.tolist()):
             row.new.append(token)
         return newest.to(ids.device), output.past_key_values
+
+    def _passes(self) -> AbstractContextManager:
+        """Padding needs no experts where nobody reads what comes of it: this KV cache is never handed out."""
+        return self._model.offload.passes.without_padding() if self.can_join else nullcontext()
 
     @torch.inference_mode()
     def remove_ended(self) -> list[Answer]:

@@ -82,8 +82,9 @@ class ChatSession:
     says why it came to its end: one of ENDS.
     One answer comes at a time. It is under way from its first piece until it was read to its end, its iterator was closed or
     dropped, or `stop` was called. A forked child goes on with the conversation as it was before an answer under way.
-    The KV cache of earlier turns is used again, unless the model's parameters have changed since. After an adapter was
-    switched on or off, which changes none, call `clear`, or begin a new session with these `messages`.
+    The KV cache of earlier turns is used again, unless the model's tensors or hooks have changed since. What changes none of
+    them cannot be seen: after an adapter was switched on or off, or a tensor was changed in place through its `data`, begin a
+    new session with these `messages`.
     """
 
     def __init__(
@@ -132,6 +133,10 @@ class ChatSession:
 
     @messages.setter
     def messages(self, messages: list[dict[str, str]]) -> None:
+        if not isinstance(messages, list) or not all(_is_message(of) for of in messages):
+            raise OptionError(
+                "not a conversation", expected='a list like [{"role": "user", "content": "Hello"}]', found=repr(messages)[:80]
+            )  # fmt: skip
         with self._lock:
             self._drop()
             self._messages = messages
@@ -449,9 +454,11 @@ class _Streamer(TextIteratorStreamer):
             super().end()
 
 
-def _state(model) -> tuple[int, int]:
-    """Differs after a change of the model's parameters: torch counts changes of each tensor."""
-    return id(model), sum(parameter._version for parameter in model.parameters())
+def _state(model) -> tuple:
+    """Differs after a change of the model: torch counts changes of each tensor, except those through its `data`."""
+    tensors = (*model.parameters(), *model.buffers())
+    hooks = sum(len(of._forward_hooks) + len(of._forward_pre_hooks) for of in model.modules())
+    return id(model), hooks, tuple((of.data_ptr(), of._version, of.dtype) for of in tensors)
 
 
 def _why(ids: list[int], n_prompt: int, answer: _Answer) -> str:
@@ -469,7 +476,13 @@ def _can_be_cut(past: DynamicCache) -> bool:
     return all(type(layer) is DynamicLayer for layer in past.layers)
 
 
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+
+
 def _said_by_user(text: str) -> dict[str, str]:
+    if not isinstance(text, str):
+        raise OptionError("not a message", expected="text", found=repr(text)[:80])
     return {"role": "user", "content": whole(text)}
 
 

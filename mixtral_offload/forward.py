@@ -27,7 +27,7 @@ def offloaded_experts(
 
     Tokens are sorted by expert once; each expert comes once and runs for all of its tokens. Results are summed in the
     order of the router's choice, whatever order the experts came in, so that no cache size changes a single bit. Padding
-    that nobody can read costs nothing: it gets zeros (see `pass_state.reads_last_only`).
+    that nobody reads costs nothing: it gets zeros (see `Passes.without_padding`).
     """
     if not hasattr(module, "offload"):
         raise OptionError(
@@ -90,11 +90,15 @@ class _FrozenExperts(torch.autograd.Function):
     """`run_experts`, whose backward asks the cache for each expert again: its slot may hold another one by then."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, module: nn.Module, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        ctx.module, ctx.device = module, x.device.type
+    def forward(x: Tensor, module: nn.Module, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return run_experts(module, x, top_k_index, top_k_weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, ctx.module, top_k_index, _ = inputs
+        ctx.device = x.device.type
         ctx.autocast = torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device)
         ctx.save_for_backward(x, top_k_index)
-        return run_experts(module, x, top_k_index, top_k_weights)
 
     @staticmethod
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ from huggingface_hub import errors as hf
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
-from .errors import CheckpointError, DownloadError, OffloadError
+from .errors import CheckpointError, DownloadError, OffloadError, OptionError
 from .hub_access import HINT as TOKEN
 from .hub_access import hub_token
 from .hub_leftovers import remove_leftovers
@@ -169,6 +169,10 @@ def fetch_file(repo_id, name, *, revision=None, endpoint=None, token=None) -> Pa
 
 def local_folder(path_or_repo_id) -> Path | None:
     """The folder of this name, or None for what can only be a repository. Raises CheckpointError for other paths."""
+    if not isinstance(path_or_repo_id, (str, os.PathLike)):
+        raise OptionError(
+            "not the name of a model", expected="a folder, or a hub repository as owner/name", found=repr(path_or_repo_id)[:80]
+        )  # fmt: skip
     text = os.fspath(path_or_repo_id)
     path = Path(os.path.expanduser(text))
     if text and os.path.isdir(

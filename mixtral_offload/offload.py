@@ -10,7 +10,7 @@ import copy
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,7 @@ from .experts import ExpertLayout, dequantize_expert
 from .hub import resolve
 from .options import OffloadOptions, compile_choice, device_layout, plan_for
 from .packed import PACKED_TOKENS, Run, linear, make_run
-from .pass_state import Passes, track_passes
+from .pass_state import Pass, Passes, track_passes
 from .plan import Plan
 from .policy import POLICIES
 from .prefetch import Gate, Prefetcher, find_gates
@@ -279,11 +279,34 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
     save_whole(model)
     for module in (model, model.base_model):
         module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
-    track_passes(model, offload.passes)
+    track_passes(model.base_model, offload.passes)
+    if not options.unpack:  # then they are parameters
+        offload.passes.observers.append(_refuse_adapters_of_experts(model))
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(
             model, gates, offload.prefetch, options.prefetch, options.look_ahead, passes=offload.passes
         )
+
+
+def _refuse_adapters_of_experts(model: PreTrainedModel) -> Callable[[Pass], None]:
+    """An observer of passes that raises OptionError where peft was asked for adapters of experts.
+
+    peft finds no such parameters here, and leaves that part of an adapter out with a warning at most. It writes the
+    configuration that it has followed on the model.
+    """
+    of = [weakref.ref(part) for part in (model, model.base_model)]
+
+    def check(current: Pass) -> None:
+        for part in of:
+            for name, config in (getattr(part(), "peft_config", None) or {}).items():
+                for target in getattr(config, "target_parameters", None) or ():
+                    if target.rpartition(".")[2] in ("gate_up_proj", "down_proj"):
+                        raise OptionError(
+                            "this adapter changes experts, whose weights are no parameters here", key=f"adapter {name}", found=target,
+                            hint="train or load adapters of other layers (attention, router, head), or use unpack=True",
+                        )  # fmt: skip
+
+    return check
 
 
 def _lend_weights(module: nn.Module, cache: ExpertCache, layer: int) -> None:

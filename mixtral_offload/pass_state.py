@@ -13,13 +13,13 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .errors import OptionError
 
@@ -33,7 +33,7 @@ class Pass:
         ids: `input_ids [B, T]`; None for a pass that begins with embeddings.
         embeds: `inputs_embeds [B, T, H]`; None for a pass that begins with token ids.
         real: Numbers of the tokens, all sequences after each other, that experts are computed for, int64 `[n]`; None: for
-            all. Padding is left out only where nobody can read what comes of it: see `reads_last_only`.
+            all. Padding is left out only where its caller has said so: see `Passes.without_padding`.
         hidden: Input of the newest layer's norm, kept for a prediction before that layer's experts.
         late: (layer's number, predictions on their way to the host).
     """
@@ -113,7 +113,7 @@ class Passes:
                 if outer is None:
                     self._local.before = self._counters()
                 self._n_passes += 1
-                can_skip = outer is None and getattr(self._local, "reads_last_only", False)
+                can_skip = getattr(self._local, "skips_padding", False)
                 self._local.current = _new_pass(self._n_passes, arguments, can_skip)
                 for observer in tuple(self.observers):
                     observer(self._local.current)
@@ -123,21 +123,17 @@ class Passes:
                     self._local.counted, self._local.before = self.counted, None
                 self._local.current = outer
 
-    @torch.compiler.disable(recursive=False)
-    def run_head(self, arguments: Mapping[str, Any], config: Any, forward: Callable[[], Any]) -> Any:
-        """Call `forward`, that of the whole model with its head, whose base model's pass is a part of it.
+    @contextmanager
+    def without_padding(self) -> Iterator[None]:
+        """In this thread's passes meanwhile, padding gets zeros from experts, which do not compute it.
 
-        Args:
-            arguments: What it was called with, by name.
-            config: The model's, for what it was not called with.
-            forward: The call itself.
+        For a caller that reads nothing of what comes of padding, neither logits nor hidden states nor the KV cache.
         """
-        before = getattr(self._local, "reads_last_only", False)
-        self._local.reads_last_only = reads_last_only(arguments, config)
+        self._local.skips_padding = True
         try:
-            return forward()
+            yield
         finally:
-            self._local.reads_last_only = before
+            self._local.skips_padding = False
 
     def after_fork(self, refusal: str | None = None) -> None:
         """In a forked child: a new lock, since another thread of the parent may have held the old one.
@@ -160,59 +156,27 @@ def _use_one_thread() -> None:
         )
 
 
-def track_passes(model: PreTrainedModel, passes: Passes) -> None:
-    """Run every forward pass of the model's base model through `passes`, and tell them what can be read of it.
+def track_passes(base_model: nn.Module, passes: Passes) -> None:
+    """Run every forward pass of `base_model` through `passes`.
 
-    Args:
-        model: A causal language model; its base model may also be called by itself.
-        passes: Its passes.
+    The module's `forward` is wrapped, not hooked: torch skips forward hooks after a KeyboardInterrupt, which would leave
+    the lock held. The wrapper refers to the model weakly, so that a dropped model frees its memory at once.
     """
-    _around(model.base_model, lambda base, arguments, forward: passes.run(arguments, forward))
-    if model.base_model is not model:
-        _around(model, lambda head, arguments, forward: passes.run_head(arguments, head.config, forward))
-
-
-def _around(
-    module: nn.Module, call: Callable[[nn.Module, Mapping[str, Any], Callable[[], Any]], Any]
-) -> None:
-    """Let `call(module, arguments by name, forward)` run the module's `forward`.
-
-    It is wrapped, not hooked: torch skips forward hooks after a KeyboardInterrupt, which would leave the lock held. The
-    wrapper refers to the module weakly, so that a dropped model frees its memory at once.
-    """
-    inner, weak, signature = type(module).forward, weakref.ref(module), inspect.signature(module.forward)
+    inner, weak, signature = (
+        type(base_model).forward,
+        weakref.ref(base_model),
+        inspect.signature(base_model.forward),
+    )
     names = tuple(signature.parameters)
 
     @torch.compiler.disable(recursive=False)
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        arguments, module = dict(zip(names, args)) | kwargs, weak()
-        return call(module, arguments, lambda: inner(module, *args, **kwargs))
+        arguments = dict(zip(names, args)) | kwargs
+        return passes.run(arguments, lambda: inner(weak(), *args, **kwargs))
 
     forward.__signature__ = signature
-    module.forward = forward
-
-
-#: arguments of a causal model's forward, and fields of its configuration, by which it returns more than logits
-_EXTRAS = ("output_hidden_states", "output_attentions", "output_router_logits")
-
-
-def reads_last_only(arguments: Mapping[str, Any], config: Any) -> bool:
-    """Whether a causal model's caller gets nothing but the logits of each sequence's last position.
-
-    That is so in every pass of transformers' `generate`. Where logits of all positions are returned, or a loss over them,
-    padding is computed as transformers does it: a caller may read it, knowingly or not.
-
-    Args:
-        arguments: The forward's, by name.
-        config: The model's.
-    """
-    kept = arguments.get("logits_to_keep")
-    if type(kept) is not int or kept != 1 or arguments.get("labels") is not None:
-        return False
-    return not any(
-        getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in _EXTRAS
-    )
+    base_model.forward = forward
 
 
 def _new_pass(number: int, arguments: Mapping[str, Any], can_skip: bool) -> Pass:
@@ -231,15 +195,14 @@ def real_tokens(shape: tuple[int, int], arguments: Mapping[str, Any]) -> Tensor 
 
     A 2-D mask has one column per position from 0 on, as transformers reads it (masking_utils.py): those of the KV cache
     first, then the pass's own, then, where the mask was made for a preallocated cache, positions to come. Tokens whose
-    column the mask does not have, and tokens under masks of other kinds, count as real. So do all where a sequence's last
-    token, whose logits are read, is padding.
+    column the mask does not have, and tokens under masks of other kinds, count as real.
 
     Args:
         shape: (sequences, tokens of each).
         arguments: The pass's arguments, by name.
 
     Returns:
-        int64 [n], numbers of the real tokens, all sequences after each other; None where all are real.
+        int64 [n], numbers of the real tokens, all sequences after each other; None where all are real, or none is.
     """
     mask = arguments.get("attention_mask")
     if (
@@ -257,5 +220,5 @@ def real_tokens(shape: tuple[int, int], arguments: Mapping[str, Any]) -> Tensor 
         positions = torch.arange(first, first + shape[1], device=mask.device)
     if len(positions) != shape[1] or positions[-1] >= mask.shape[1]:
         return None
-    real = mask[:, positions].bool()
-    return None if real.all() or not real[:, -1].all() else real.reshape(-1).nonzero()[:, 0]
+    real = mask[:, positions].reshape(-1).bool()
+    return None if real.all() or not real.any() else real.nonzero()[:, 0]

@@ -353,10 +353,14 @@ class QuantizedWeight:
     """
 
     def __init__(self, layer: QuantizedLinear):
-        fields = layer.fields
-        self.device = next(iter(fields.values())).device
-        self.dtype, self.shape = layer.dtype, torch.Size((layer.out_features, layer.in_features))
-        self.requires_grad, self.is_meta = False, self.device.type == "meta"
+        device = next(iter(layer.fields.values())).device
+        shape = torch.Size((layer.out_features, layer.in_features))
+        vars(self).update(
+            device=device, dtype=layer.dtype, shape=shape, requires_grad=False, is_meta=device.type == "meta"
+        )
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        self.__torch_function__(name)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__") or not hasattr(Tensor, name):  # who asks goes on without it
@@ -406,6 +410,21 @@ class QuantizedLinear(torch.nn.Linear):
     def weight(self) -> QuantizedWeight:
         """No tensor; see `QuantizedWeight`."""
         return QuantizedWeight(self)
+
+    @weight.setter
+    def weight(self, value: object) -> NoReturn:
+        self.weight.copy_()
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantizedLinear:
+        """As torch's; training the weight is refused."""
+        if requires_grad:
+            self.weight.requires_grad_()
+        return super().requires_grad_(requires_grad)
+
+    def dequantize(self) -> Tensor:
+        """The weight `[N, K]` in the layer's dtype, made anew; peft asks for it by this name where an adapter needs values."""
+        shape = self.out_features, self.in_features
+        return dequantize(self.fields, shape, self.quantization, self.dtype)
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """As torch's; a new weight is refused."""
@@ -486,9 +505,12 @@ class _FrozenProduct(torch.autograd.Function):
     model that never was quantized."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, layer: QuantizedLinear) -> Tensor:
-        ctx.layer = layer
+    def forward(rows: Tensor, layer: QuantizedLinear) -> Tensor:
         return layer.multiply(rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ctx.layer = inputs
 
     @staticmethod
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None]:

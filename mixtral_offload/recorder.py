@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -126,11 +127,8 @@ class Recorder:
         last = self._offload.checkpoint.layers[-1]
         whole = [part.number for part in self._parts if part.layer == last and part.number in self._ids]
         passes = {old: new for new, old in enumerate(whole)}
-        if interrupted := len(self._ids) - len(passes):
-            warnings.warn(
-                f"{interrupted} of {len(self._ids)} passes did not run to their end: they are not in the trace, and its "
-                "replay does not know what they did to the cache", stacklevel=4,
-            )  # fmt: skip
+        interrupted = len(self._ids) - len(passes)
+        self._warn_if_inexact(passes, interrupted)
         ids = [self._ids[old].cpu().numpy() for old in passes]
         tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         n_layers, top_k = len(number), self._offload.checkpoint.top_k
@@ -155,6 +153,24 @@ class Recorder:
             **self._journal_arrays(passes, number), **self._guess_arrays(passes, number), spans=spans.transpose(1, 0, 2) - self._began_s,
             settings=self._offload.settings() | {"interrupted_passes": interrupted}, counters=asdict(self._offload.stats), pieces=pieces,
         )  # fmt: skip
+
+    def _warn_if_inexact(self, passes: dict[int, int], interrupted: int) -> None:
+        """Say what a replay of the trace does not know. passes: those that are in it."""
+        kept = [part for part in self._parts if part.number in passes]
+        n_uses = sum(isinstance(entry, Use) for entry in self._journal)
+        n_kept = sum(
+            isinstance(entry, Use) for part in kept for entry in self._journal[part.begin : part.end]
+        )
+        changes = sum(a.number != b.number for a, b in pairwise(kept))
+        if interrupted:
+            what = f"{interrupted} of {len(self._ids)} passes did not run to their end: they are not in the trace"
+        elif n_kept < n_uses:
+            what = f"{n_uses - n_kept} of {n_uses} uses of experts were outside of passes of the whole model: they are not in the trace"
+        elif changes >= max(len(passes), 1):
+            what = "a pass ran inside of another one: the trace has one after the other"
+        else:
+            return
+        warnings.warn(f"{what}, and its replay does not know what they did to the cache", stacklevel=5)
 
     def _journal_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
         """The columns use_* and wrong_* of the trace. passes: those to keep -> their number in the trace."""

@@ -201,6 +201,7 @@ def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Ten
     packed = {
         name: module.fields for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
     }
+    _check_same_places(model)
     _check_same_tensors(model, tensors, packed)
     trunk: dict[str, Tensor] = {}
     for key, place in checkpoint.places.items():
@@ -217,6 +218,21 @@ def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Ten
         same = exact.dtype == value.dtype or torch.equal(exact.to(value.dtype), value)
         trunk[key] = (exact if same else value).reshape(stored.shape).clone().contiguous()
     return trunk
+
+
+def _check_same_places(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers were moved: experts would be saved at their old places."""
+    for name, layer in model.offload.modules.items():
+        try:
+            found = model.get_submodule(name)
+        except AttributeError:
+            found = None
+        if getattr(found, "offload", None) is not model.offload or found.layer != layer:
+            raise OptionError(
+                "experts of this model are not where its checkpoint has them", key=name, expected=f"the experts of layer {layer}",
+                found=f"those of layer {found.layer}" if hasattr(found, "layer") else type(found).__name__,
+                hint="put the layers back, or change and convert the original model",
+            )  # fmt: skip
 
 
 def _check_same_tensors(model: PreTrainedModel, tensors: dict[str, Tensor], packed: dict[str, dict]) -> None:

@@ -82,18 +82,16 @@ def test_each_needed_expert_comes_at_most_once_for_a_pass_of_a_layer(offloaded, 
 
 
 def test_padding_uses_no_experts_and_is_in_no_trace(offloaded, requests, alone):
-    """Also in a batch of transformers' own `generate`, padded on the left."""
-    model, some = offloaded(cache_size=8), [request for request in requests if request.max_new_tokens > 3][:4]
-    width = max(len(request.ids) for request in some)
-    ids = torch.tensor([[0] * (width - len(request.ids)) + request.ids for request in some])
-    mask = torch.tensor([[0] * (width - len(request.ids)) + [1] * len(request.ids) for request in some])
-    assert not mask.all()
+    model, some = offloaded(cache_size=8, batch_size=8), [of for of in requests if of.max_new_tokens > 3][:4]
+    some = [replace(request, max_new_tokens=3) for request in some]
+    assert len({len(request.ids) for request in some}) > 1
     with record(model) as run:
-        found = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)[:, width:]
-    expected = [alone[requests.index(request)][:3] for request in some]
-    assert found.tolist() == expected
-    assert run.trace.n_tokens == sum(len(request.ids) for request in some) + 4 * 2
-    assert run.trace.tokens[: mask.sum()].tolist() == [token for request in some for token in request.ids]
+        found = by_number(generate_batch(model, some, batch_size=4))
+    first = {tuple(request.ids): answer[:3] for request, answer in zip(requests, alone)}
+    assert found == [first[tuple(request.ids)] for request in some]
+    n_prompt = sum(len(request.ids) for request in some)
+    assert run.trace.n_tokens == n_prompt + sum(len(answer) - 1 for answer in found)
+    assert run.trace.tokens[:n_prompt].tolist() == [token for request in some for token in request.ids]
     assert model.offload.passes.current is None
 
 

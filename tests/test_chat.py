@@ -47,11 +47,12 @@ def test_answers_stream_and_the_conversation_is_kept(session):
 
 
 def test_the_kept_kv_cache_is_used(session):
-    list(session.send("Tell me a story about a fox."))
     lengths = []
     session.model.model.embed_tokens.register_forward_hook(
         lambda m, args, out: lengths.append(args[0].shape[1])
     )
+    list(session.send("Tell me a story about a fox."))
+    lengths.clear()
     list(session.send("Thank you!"))
     n_prompt = len(session.tokenizer("Thank you!")["input_ids"])
     assert lengths[0] < n_prompt + 20  # not the whole conversation again
@@ -454,8 +455,26 @@ def test_a_dropped_session_is_freed(offloaded):
     assert weak() is None
 
 
-def test_a_model_trained_between_turns_answers_as_in_a_fresh_session(offloaded):
-    """The KV cache of earlier turns is of other weights then."""
+def _trained(model):
+    model.get_parameter("model.layers.0.input_layernorm.weight").mul_(-1)
+
+
+def _new_data(model):
+    weight = model.get_parameter("model.layers.0.input_layernorm.weight")
+    weight.data = -weight.data
+
+
+def _hooked(model):
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+def _buffer(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [_trained, _new_data, _hooked, _buffer, lambda model: model.bfloat16()])
+def test_a_model_changed_between_turns_answers_as_in_a_fresh_session(offloaded, change):
+    """The KV cache of earlier turns is of another model then."""
     tokenizer = load_tokenizer()
 
     def turns(session, *texts):
@@ -465,11 +484,36 @@ def test_a_model_trained_between_turns_answers_as_in_a_fresh_session(offloaded):
     session = ChatSession(model, tokenizer, max_new_tokens=12)
     turns(session, "What is the capital of France?")
     with torch.no_grad():
-        model.get_parameter("model.layers.0.input_layernorm.weight").mul_(-1)
+        change(model)
     fresh = ChatSession(model, tokenizer, max_new_tokens=12)
     fresh.messages = list(session.messages)
     assert turns(session, "And of Japan?") == turns(fresh, "And of Japan?")
-    other = offloaded(cache_size=8)
-    fresh = ChatSession(other, tokenizer, max_new_tokens=12)
-    session.model, fresh.messages = other, list(session.messages)
-    assert turns(session, "And of Italy?") == turns(fresh, "And of Italy?")
+    assert session._past_ids == fresh._past_ids
+    for layer, expected in zip(session._past.layers, fresh._past.layers):
+        assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+
+def test_another_model_takes_a_conversation_over(offloaded):
+    tokenizer, models = load_tokenizer(), [offloaded(cache_size=8) for _ in range(2)]
+    session = ChatSession(models[0], tokenizer, max_new_tokens=12)
+    "".join(session.send("What is the capital of France?"))
+    session.model = models[1]
+    assert session._reuse([1, 2, 3, *session._past_ids]) is not session._past
+    assert session._past_of[0] == id(models[0])
+
+
+@pytest.mark.parametrize("text", [None, 5, b"Hi", ["Hi"]])
+def test_what_is_no_text_is_no_message(offloaded, text):
+    session = ChatSession(offloaded(cache_size=8), load_tokenizer(), max_new_tokens=3)
+    with pytest.raises(OptionError, match="not a message"):
+        session.send(text)
+    for messages in (
+        None,
+        "Hi",
+        ["Hi"],
+        [{"content": "Hi"}],
+        [{"role": 5, "content": "Hi"}],
+        [{"role": "user"}],
+    ):
+        with pytest.raises(OptionError, match="not a conversation"):
+            session.messages = messages

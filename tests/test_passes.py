@@ -7,6 +7,7 @@ import pickle
 import shutil
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,12 +36,18 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def batches(tokenizer):
+    # the tokenizer's own padding is a token whose embedding is zero: no expert would make anything of it
+    other = torch.Generator().manual_seed(7)
     texts = [
         ["Once upon a time there was a fox who", "12 + 7 ="],
         ["What is the capital of France? Tell me", "Hi"],
         ["Hello", "Tell me about Japan and its cities, please"],
     ]
-    return [dict(tokenizer(of, padding=True, return_tensors="pt")) for of in texts]
+    batches = [dict(tokenizer(of, padding=True, return_tensors="pt")) for of in texts]
+    for batch in batches:
+        padding = batch["attention_mask"] == 0
+        batch["input_ids"][padding] = torch.randint(3, 1536, (int(padding.sum()),), generator=other)
+    return batches
 
 
 def at_once(*functions, repeats: int):
@@ -245,6 +252,8 @@ def test_what_generate_returns_of_padding_is_the_twins(offloaded, reference, tok
     """Answers after padding on the right, and hidden states, show what experts make of padding."""
     model, texts = offloaded(cache_size=2), ["Once upon a time there was a fox who", "12 + 7 ="]
     batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+    padding = batch["attention_mask"] == 0
+    batch["input_ids"][padding] = torch.arange(300, 300 + int(padding.sum()))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     for extra in ({"output_scores": True}, {"output_hidden_states": True}, {"output_logits": True}):
         found, expected = (run.generate(**batch, **options, **extra) for run in (model, reference))
@@ -255,6 +264,27 @@ def test_what_generate_returns_of_padding_is_the_twins(offloaded, reference, tok
                 assert relative_error(a[finite], b[finite]) < SAME
         for a, b in zip(found.get("hidden_states") or (), expected.get("hidden_states") or (), strict=True):
             assert all(relative_error(*of) < SAME for of in zip(a, b, strict=True))
+
+
+def _keep_output(kept, module, inputs, output):
+    kept.append(output)
+
+
+@torch.no_grad()
+def test_what_a_pass_leaves_of_padding_is_the_twins(offloaded, reference, batches):
+    """Its keys and values, and what hooks see: somebody may read them, whatever logits were asked for."""
+    model = offloaded(cache_size=2)
+    for batch in batches:
+        seen, pasts, nexts = [], [], []
+        for run in (model, reference):
+            hook = run.model.layers[4].register_forward_hook(functools.partial(_keep_output, seen))
+            output = run(**batch, logits_to_keep=1, use_cache=True)
+            hook.remove()
+            pasts.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
+            nexts.append(run(torch.tensor([[300], [700]]), past_key_values=output.past_key_values).logits)
+        assert relative_error(*seen) < SAME and relative_error(*nexts) < SAME
+        for found, expected in zip(*pasts, strict=True):
+            assert all(relative_error(*of) < SAME for of in zip(found, expected, strict=True))
 
 
 @torch.no_grad()
@@ -454,6 +484,29 @@ def _is_exact(trace, model):
     assert len(trace.use_pass) == stats.hits + stats.misses
 
 
+def test_a_trace_that_no_replay_can_repeat_says_so(offloaded):
+    model, ids = offloaded(cache_size=2), torch.tensor([[300, 700, 900]])
+    experts = model.model.layers[1].mlp.experts
+    with pytest.warns(UserWarning, match="outside of passes of the whole model"), record(model):
+        with torch.no_grad():
+            experts(torch.randn(1, 192), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+        _logits(model, {"input_ids": ids})
+
+    def inner(module, inputs):
+        handle.remove()
+        model(ids + 1)
+
+    handle = model.model.layers[2].register_forward_pre_hook(inner)
+    with pytest.warns(UserWarning, match="a pass ran inside of another one"), record(model):
+        _logits(model, {"input_ids": ids})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with record(model) as run:
+            _logits(model, {"input_ids": ids})
+            _logits(model, {"input_ids": ids + 1})
+    _is_exact(run.trace, model)
+
+
 @pytest.mark.parametrize("options", [{}, {"prefetch": 2, "link": "2GB"}, {"shared_slots": True}])
 def test_an_interrupted_pass_is_not_credited_to_the_next(offloaded, monkeypatch, options):
     model, ids = offloaded(cache_size=2, **options), torch.tensor([[300, 700, 900, 5]])
@@ -565,3 +618,23 @@ def test_a_model_of_transformers_with_our_configuration_says_what_to_do(offloade
     other = AutoModelForCausalLM.from_config(offloaded(cache_size=2).config)
     with pytest.raises(OptionError, match="was not built by mixtral_offload"):
         other(torch.tensor([[1, 2, 3]]))
+
+
+def test_functional_gradients_are_refused_with_one_message(offloaded):
+    """torch.func makes graphs of graphs."""
+    model = offloaded(cache_size=2, attn_implementation="eager")
+    embeds = model.get_input_embeddings()(torch.tensor([[300, 700]])).detach()
+    with pytest.raises(OptionError, match="second-order gradients"):
+        torch.func.grad(lambda of: model(inputs_embeds=of).logits.logsumexp(-1).sum())(embeds)
+
+
+def test_adapters_of_experts_are_refused(offloaded):
+    """As peft leaves them: its configuration on the model, and nothing in the experts."""
+    model, ids = offloaded(cache_size=2), torch.tensor([[300, 700]])
+    for part in (model, model.model):
+        part.peft_config = {"default": SimpleNamespace(target_modules={"q_proj"}, target_parameters=None)}
+        _logits(model, {"input_ids": ids})
+        part.peft_config["other"] = SimpleNamespace(target_parameters={"mlp.experts.gate_up_proj"})
+        with pytest.raises(OptionError, match="changes experts"):
+            _logits(model, {"input_ids": ids})
+        del part.peft_config

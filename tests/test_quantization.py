@@ -236,11 +236,14 @@ def test_a_quantized_layer_is_a_linear_one_without_a_tensor():
     assert (layer.weight.dtype, layer.weight.device.type) == (torch.float16, "cpu")
     assert {*dict(layer.named_parameters())} == {"bias"} and "weight" not in layer.state_dict()
     assert not hasattr(layer.weight, "quant_state")
+    assert torch.equal(layer.dequantize(), dequantize(layer.fields, (32, 64), Quantization(4, 16)).half())
+    layer.requires_grad_(False)
     x = torch.zeros(1, 64)
     for use in (
         lambda: layer.weight.data, lambda: layer.weight.T, lambda: layer.weight.sum(), lambda: torch.nn.init.normal_(layer.weight),
         lambda: torch.nn.functional.linear(x, layer.weight), lambda: x @ layer.weight, lambda: layer.reset_parameters(),
-        lambda: layer.weight.copy_(x), lambda: setattr(layer, "weight", torch.nn.Parameter(x)), lambda: torch.allclose(layer.weight, x),
+        lambda: layer.requires_grad_(), lambda: setattr(layer, "weight", x), lambda: setattr(layer.weight, "data", x),
+        lambda: setattr(layer.weight, "requires_grad", True), lambda: layer.weight.copy_(x), lambda: setattr(layer, "weight", torch.nn.Parameter(x)), lambda: torch.allclose(layer.weight, x),
     ):  # fmt: skip
         with pytest.raises(OptionError, match="weight is quantized"):
             use()

@@ -182,3 +182,19 @@ def test_changes_that_the_weights_do_not_fit_are_refused(offloaded, tmp_path, ch
     with pytest.raises(OptionError, match="another model"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("part", ["layer", "mlp", "experts"])
+def test_a_model_whose_layers_were_moved_is_refused(offloaded, tmp_path, part):
+    """Its experts would be saved at their old places."""
+    model = offloaded(cache_size=3)
+    layers = model.model.layers
+    if part == "layer":
+        layers[0], layers[1] = layers[1], layers[0]
+    elif part == "mlp":
+        layers[0].mlp, layers[1].mlp = layers[1].mlp, layers[0].mlp
+    else:
+        layers[0].mlp.experts = layers[1].mlp.experts
+    with pytest.raises(OptionError, match="not where its checkpoint has them"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
