@@ -281,20 +281,22 @@ def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
         module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
     track_passes(model.base_model, offload.passes)
     if not options.unpack:  # then they are parameters
-        offload.passes.observers.append(_refuse_adapters_of_experts(model))
+        offload.passes.observers.append(_refuse_untrainable(model))
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(
             model, gates, offload.prefetch, options.prefetch, options.look_ahead, passes=offload.passes
         )
 
 
-def _refuse_adapters_of_experts(model: PreTrainedModel) -> Callable[[Pass], None]:
-    """An observer of passes that raises OptionError where peft was asked for adapters of experts.
+def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
+    """An observer of passes that raises OptionError where peft was asked to train what are no parameters here.
 
-    peft finds no such parameters here, and leaves that part of an adapter out with a warning at most. It writes the
-    configuration that it has followed on the model.
+    peft leaves that part out, with a warning at most. It writes the configuration that it has followed on the model.
     """
     of = [weakref.ref(part) for part in (model, model.base_model)]
+    packed = {
+        name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, QuantizedLinear)
+    }
 
     def check(current: Pass) -> None:
         for part in of:
@@ -304,6 +306,12 @@ def _refuse_adapters_of_experts(model: PreTrainedModel) -> Callable[[Pass], None
                         raise OptionError(
                             "this adapter changes experts, whose weights are no parameters here", key=f"adapter {name}", found=target,
                             hint="train or load adapters of other layers (attention, router, head), or use unpack=True",
+                        )  # fmt: skip
+                for target in getattr(config, "modules_to_save", None) or ():
+                    if target.rpartition(".")[2] in packed:
+                        raise OptionError(
+                            "this adapter trains a layer as a whole, whose weight is quantized", key=f"adapter {name}", found=target,
+                            hint="give it LoRA (target_modules) in place of modules_to_save, or use unpack=True",
                         )  # fmt: skip
 
     return check

@@ -137,6 +137,36 @@ def merged(name: str, mine, reference, of) -> Check:
     return close(f"{name}: logits after merging", [logits(plain, of)], [wanted], TOLERANCE)
 
 
+def others(of) -> Iterator[Check]:
+    """DoRA, which reads the quantized weight; and adapters of experts: refused, or trained where the model is unpacked."""
+    from peft import LoraConfig, get_peft_model
+
+    def logits_and_gradients(model, **options) -> tuple[list, list]:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+        adapted = get_peft_model(model, config)
+        output = adapted(**of[0])
+        output.loss.backward()
+        wanted = sorted((name, of.grad) for name, of in adapted.named_parameters() if of.requires_grad)
+        return [output.logits.detach()], [gradient for _, gradient in wanted]
+
+    linear = ["q_proj", "v_proj", "w1", "w2", "w3"]
+    for name, options, unpack in (
+        ("DoRA on 4-bit attention", {"target_modules": ["q_proj", "v_proj"], "use_dora": True}, False),
+        ("LoRA on all linear layers, unpacked", {"target_modules": "all-linear"}, True),
+        ("LoRA on attention and experts, unpacked", {"target_modules": linear}, True),
+    ):
+        model = ours(unpack=True, cache_size=None) if unpack else ours()
+        found, wanted = (logits_and_gradients(each, **options) for each in (model, twin()))
+        yield close(f"{name}: logits", found[0], wanted[0], TOLERANCE)
+        yield close(f"{name}: gradients", found[1], wanted[1], TOLERANCE)
+    for name, options in (
+        ("LoRA on all linear layers", {"target_modules": "all-linear"}), ("LoRA on attention and experts", {"target_modules": linear}),
+        ("modules_to_save of 4-bit attention", {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"]}),
+    ):  # fmt: skip
+        yield refused(name, lambda options=options: logits_and_gradients(ours(), **options), OffloadError)
+
+
 def checks() -> Iterator[Check]:
     """The checks of every variant; one that raises does not end the others."""
     from peft import LoraConfig, get_peft_model
@@ -159,6 +189,7 @@ def checks() -> Iterator[Check]:
                     yield Check(
                         f"{name}: trains", None, 0, 1, "runs", message=f"{type(error).__name__}: {error}"
                     )
+    yield from others(of)
     for parameters in (["mlp.experts.gate_up_proj"], ["mlp.experts.down_proj"]):
         config = LoraConfig(r=4, target_modules=[], target_parameters=parameters)
         yield refused(

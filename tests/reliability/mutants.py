@@ -93,8 +93,8 @@ MUTANTS = (
     ),
     Mutant(
         "results are summed in the order in which experts arrive", "forward.py",
-        "    return torch.cat([results[expert] for expert in chosen]).unsqueeze(0)",
-        "    return torch.cat(list(results.values())).unsqueeze(0)",
+        "    return torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)",
+        "    return torch.cat(list(results.values())).to(x.dtype).unsqueeze(0)",
         "tests/reliability/test_detect.py",
     ),
     Mutant(
