@@ -113,9 +113,8 @@ class _FrozenExperts(torch.autograd.Function):
         )
         grads = torch.empty_like(grad_y.flatten(0, 1))
         rows = order.split(counts.tolist())
-        enabled, dtype = (
-            ctx.autocast
-        )  # as forward had it: autograd calls this outside of the caller's autocast
+        # as forward had it: autograd calls this outside of the caller's autocast
+        enabled, dtype = ctx.autocast
         with torch.autocast(ctx.device, dtype, enabled), offload.cache.unrecorded():
             needed = [expert for expert, of in enumerate(rows) if len(of)]
             for expert, views in offload.cache.serve(ctx.module.layer, needed):

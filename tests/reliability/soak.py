@@ -31,7 +31,7 @@ GROWTH = 16 * MIB  # of the process's own memory between the first and the last 
 
 
 def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lambda text: None) -> Result:
-    """Chat for `turns` turns and generate `tokens` tokens in long answers, on models of random settings.
+    """Chat for `turns` turns and generate `tokens` tokens, the rest of them in long answers, on models of random settings.
 
     A turn of a conversation, and a long answer, is compared with the same on a model that has every expert on the
     device, which takes part in the same conversations, undisturbed. A tenth of the turns is interrupted first, by
@@ -43,7 +43,7 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
     draw, tokenizer = random.Random(seed), load_tokenizer()
     questions = [json.loads(line)["messages"][0]["content"] for line in HELD_OUT.read_text().splitlines()]
     reference = from_pretrained(device="cpu", cache_size=8)
-    done = {"turns": 0, "tokens": 0, "interrupts": 0}
+    done = {"turns": 0, "long": 0, "tokens": 0, "interrupts": 0}
     wrong, held, settings, began_s = 0, [], [], time.perf_counter()
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -61,12 +61,14 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
                     done["interrupts"] += _disturb(chats[0], text, draw)
                 wrong += "".join(chats[0].send(text)) != "".join(chats[1].send(text))
                 done["turns"] += 1
+                done["tokens"] += chats[0].last.n_tokens
             if done["tokens"] < tokens:
                 ids = torch.tensor([tokenizer(draw.choice(questions)).input_ids])
                 length = {"max_new_tokens": LONG_TOKENS, "min_new_tokens": LONG_TOKENS, "do_sample": False}
                 answers = [of.generate(ids, **length) for of in (model, reference)]
                 wrong += not torch.equal(*answers)
                 done["tokens"] += LONG_TOKENS
+                done["long"] += 1
             model.offload.cache.close()
             del model, chats
             held.append(own_bytes())
@@ -81,7 +83,7 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
     }  # fmt: skip
     return Result(
         "a soak of chats and long answers with random settings and interrupts", wrong + (growth > GROWTH),
-        done["turns"] + done["tokens"] // LONG_TOKENS, "answers", time.perf_counter() - began_s, details,
+        done["turns"] + done["long"], "answers", time.perf_counter() - began_s, details,
     )  # fmt: skip
 
 
