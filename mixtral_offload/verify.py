@@ -104,8 +104,8 @@ def verify(folder: str | Path, progress: Callable[[int], object] = lambda n_byte
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} faults in this checkpoint", path=folder, found=_some(wrong, "\n    "),
-            hint="copy, download or convert these files again; a small file that was changed on purpose (tokenizer.save_pretrained writes "
-            "some anew) may stay as it is",
+            hint="copy, download or convert these files again; a small file that was changed on purpose may stay as it is "
+            "(tokenizer.save_pretrained writes some anew)",
         )  # fmt: skip
     names = [path.name for path in paths]
     return Verification(
