@@ -10,7 +10,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -65,15 +65,16 @@ class RowLimits(StoppingCriteria):
 @torch.inference_mode()
 def static_batches(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
     """transformers' own `generate` on batches padded on the left, in the order given: as plain PyTorch does it. What is
-    computed for a row after its end is thrown away."""
-    answers = []
+    computed for a row after its end is thrown away. Padding needs no experts here, as in `generate_batch`."""
+    answers, has_experts = [], hasattr(model, "offload")
     for first in range(0, len(requests), batch_size):
         some = requests[first : first + batch_size]
         width, limits = max(len(of.ids) for of in some), [of.max_new_tokens for of in some]
         ids, mask = (torch.tensor(rows, device=model.device) for rows in _left_padded(some, width))
         stop = [RowLimits(torch.tensor(limits, device=model.device) + width)]
         settings = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0}
-        found = model.generate(ids, attention_mask=mask, stopping_criteria=stop, **settings)
+        with model.offload.passes.without_padding() if has_experts else nullcontext():
+            found = model.generate(ids, attention_mask=mask, stopping_criteria=stop, **settings)
         answers += [row[:limit] for row, limit in zip(found[:, width:].tolist(), limits)]
     return answers
 
