@@ -35,10 +35,12 @@ def main() -> None:
     found = [
         checks.run_program(name, PROGRAMS[name].PACKAGES, PROGRAMS[name].checks) for name in arguments.only
     ]
-    record = {
-        "machine": checks.machine(), "versions": checks.versions(checks.COMMON),
-        "programs": {program.name: program.asdict() for program in found},
-    }  # fmt: skip
+    machine, versions = checks.machine(), checks.versions(checks.COMMON)
+    kept = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    is_same = kept.get("machine") == machine and kept.get("versions") == versions
+    # of programs that were not run now, the record of this machine stays
+    programs = (kept["programs"] if is_same else {}) | {program.name: program.asdict() for program in found}
+    record = {"machine": machine, "versions": versions, "programs": programs}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     failed = [program.name for program in found if not program.passed]
     n = sum(len(program.checks) for program in found)
