@@ -98,9 +98,8 @@ class ChatSession:
         self._messages: list[dict[str, str]] = []
         self.last, self.total, self.ended = TurnStats(), TurnStats(), None
         self._current: _Answer | None = None
-        self._lock = (
-            threading.RLock()
-        )  # a dropped iterator may be collected, and settled, while its own thread holds it
+        # a dropped iterator may be collected, and settled, while its own thread holds it
+        self._lock = threading.RLock()
         self._generating = threading.Lock()
         self._sampling: tuple[torch.Generator, torch.Tensor] | None = None  # in use, and its state before
         self._past, self._past_ids, self._past_of = None, [], None

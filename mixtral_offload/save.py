@@ -33,7 +33,7 @@ def save_whole(model: PreTrainedModel) -> None:
         model = weak()
         if model is None:
             raise OptionError(
-                "this base model's whole model, which would be saved, is there no more", found="a base model alone",
+                "the whole model that this base model is a part of has been freed", found="a base model alone",
                 hint="keep what from_pretrained has returned, not its base model alone",
             )  # fmt: skip
         if model.offload.options.unpack:
@@ -46,21 +46,21 @@ def save_whole(model: PreTrainedModel) -> None:
         save_model(model, save_directory, *args, config_as_built=config, **kwargs)
 
     model.save_pretrained = save_pretrained
+    if model.offload.options.unpack:
+        return
+
+    def save_base(
+        save_directory: str | os.PathLike, is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Write the whole model, of which transformers' own method would write a part without experts."""
+        given = state_dict and {f"{prefix}.{name}": tensor for name, tensor in state_dict.items()}
+        save_pretrained(save_directory, is_main_process, given, **kwargs)
+
+    prefix = model.base_model_prefix
     if model.base_model is not model:
-        prefix = f"{model.base_model_prefix}."
-
-        def save_base(
-            save_directory: str | os.PathLike, is_main_process: bool = True,
-            state_dict: dict[str, Tensor] | None = None, **kwargs: Any,
-        ) -> None:  # fmt: skip
-            """Write the whole model, of which transformers' own method would write a part without experts."""
-            given = state_dict and {prefix + name: tensor for name, tensor in state_dict.items()}
-            save_pretrained(save_directory, is_main_process, given, **kwargs)
-
-        if not model.offload.options.unpack:
-            model.base_model.save_pretrained = save_base
-    if not model.offload.options.unpack:
-        model.register_state_dict_post_hook(_StateDictNotice())
+        model.base_model.save_pretrained = save_base
+    model.register_state_dict_post_hook(_StateDictNotice())
 
 
 def _stamps(model: PreTrainedModel) -> dict[Path, tuple[int, ...] | None]:

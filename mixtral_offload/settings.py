@@ -3,7 +3,7 @@
 Answers follow this package's own settings only: max_new_tokens, temperature, top_p, seed, and a top-k of 50 where tokens
 are sampled. Of a checkpoint's generation_config.json, only the end tokens are taken; whatever else in it would change
 answers (repetition_penalty, suppress_tokens, num_beams ...) is ignored, with one notice that names it. transformers' own
-`model.generate` honours the file as ever.
+`model.generate` still follows the file.
 
 An answer ends at the end tokens of generation_config.json, of config.json, of the tokenizer, and at the one that the chat
 template puts behind an assistant's words (`templates.turn_ends`).
