@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import psutil
 from transformers import PreTrainedTokenizerBase
 
-from .errors import ConversationError, OffloadError, TemplateError
+from .errors import ConversationError, OffloadError, OptionError, TemplateError
 from .template_worker import RENDER_S
 
 START_S = 60.0  # for the process to start, on a machine however busy
@@ -60,10 +60,11 @@ def encode(
 
     Raises:
         ConversationError: The template refuses this conversation or fails on it, or the tokenizer fails on its text.
+        OptionError: A message's content is neither text, a list of parts nor None, or JSON cannot express the message.
         TemplateError: There is no template, or it passes a bound on time, memory or text.
     """
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages = [{**message, "content": whole(message["content"])} for message in (*system, *messages)]
+    messages = [_cleaned(message) for message in (*system, *messages)]
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return _own_way(tokenizer, messages, add_generation_prompt)
     return _tokenize(tokenizer, whole(render(tokenizer, messages, add_generation_prompt)))
@@ -72,6 +73,25 @@ def encode(
 def whole(text: str) -> str:
     """Without halves of characters, which no tokenizer takes: a shell or a JSON file may hand them over."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _cleaned(message: dict) -> dict:
+    """The message with whole text. A template would print any other object in silence, such as a tuple, as Python does."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": whole(content)}
+    if content is not None and not (
+        isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    ):
+        raise OptionError(
+            "not a message's content", expected='text, or a list of parts like {"type": "text", "text": "..."}',
+            found=repr(content)[:SHOWN],
+        )  # fmt: skip
+    parts = content and [
+        {name: whole(value) if isinstance(value, str) else value for name, value in part.items()}
+        for part in content
+    ]
+    return {**message, "content": parts}
 
 
 def render(
@@ -188,7 +208,10 @@ def _template_ends(tokenizer) -> frozenset[int]:
 
 
 def _reply(tokenizer, messages, add_generation_prompt: bool) -> dict:
-    n_characters = sum(len(message["content"]) for message in messages)
+    try:
+        n_characters = len(json.dumps(messages, ensure_ascii=False))
+    except (TypeError, ValueError) as error:  # such as a date among a tool's arguments
+        raise OptionError("a message that JSON cannot express", found=str(error)[:SHOWN]) from None
     special = {
         name: [*map(str, value)] if isinstance(value, list) else str(value)
         for name, value in tokenizer.special_tokens_map.items()

@@ -15,7 +15,13 @@ import pytest
 from mixtral_offload import ChatSession, load_tokenizer, templates
 from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.cli import main
-from mixtral_offload.errors import CheckpointError, ConversationError, OffloadError, TemplateError
+from mixtral_offload.errors import (
+    CheckpointError,
+    ConversationError,
+    OffloadError,
+    OptionError,
+    TemplateError,
+)
 from mixtral_offload.job_lines import encode_lines, read_lines
 from mixtral_offload.templates import encode, render, turn_ends
 from mixtral_offload.tokenizer import INSTRUCT_TEMPLATE, RAW_TEMPLATE
@@ -89,6 +95,28 @@ def test_what_the_sandbox_forbids_stays_forbidden(tokenizer):
 def test_halves_of_characters_become_whole(tokenizer):
     tokenizer.chat_template = "{{ messages[0].content }}{{ '\\ud800' }}"
     assert tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "a\udcffb"}])).startswith("a")
+
+
+@pytest.mark.parametrize("content", [["text"], ("a", "b"), 1, {"type": "text"}, b"text"])
+def test_what_is_no_text_is_refused_not_printed(tokenizer, content):
+    with pytest.raises(OptionError, match="content"):
+        encode(tokenizer, [{"role": "user", "content": content}])
+    with pytest.raises(OptionError, match="JSON"):
+        encode(tokenizer, [{"role": "user", "content": "text", "arguments": {1, 2}}])
+
+
+def test_parts_and_no_content_are_transformers_own(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% elif m.content is none %}"
+        "{{ m.tool_calls[0].name }}{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "One?"}, {"type": "text", "text": "Two?"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    messages = [{"role": "user", "content": parts}, call, USER]
+    expected = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert encode(tokenizer, messages, add_generation_prompt=False) == expected
+    parts[0]["text"] = "One\udcff"
+    assert tokenizer.decode(encode(tokenizer, messages)).startswith("user:One")
 
 
 # Bounds

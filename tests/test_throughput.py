@@ -42,6 +42,8 @@ def test_the_workload_is_the_same_every_time_and_as_asked(requests):
     assert two[0].ids == two[2].ids != two[1].ids
     with pytest.raises(OptionError, match="no prompts"):
         workload(tokenizer, 3, [])
+    with pytest.raises(OptionError, match=r"(?s)content.*'stories'"):  # a template would print the tuple
+        workload(tokenizer, 3, [("stories", "One?")])
 
 
 def test_batch_sizes_are_compared_over_the_same_answers(model, requests):
