@@ -51,7 +51,8 @@ def encode(
 
     Args:
         tokenizer: A transformers tokenizer.
-        messages: The conversation, as {"role", "content"}.
+        messages: The conversation, as {"role", "content"}; content is text, or a list of parts such as
+            {"type": "text", "text": "..."}. Keys of value None are left out, as in transformers.
         system_prompt: A system message to put first; None or "" for none.
         add_generation_prompt: Whether the assistant's turn comes next.
 
@@ -60,7 +61,7 @@ def encode(
 
     Raises:
         ConversationError: The template refuses this conversation or fails on it, or the tokenizer fails on its text.
-        OptionError: A message's content is neither text, a list of parts nor None, or JSON cannot express the message.
+        OptionError: A message's content is neither text nor a list of parts, or JSON cannot express the message.
         TemplateError: There is no template, or it passes a bound on time, memory or text.
     """
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -76,22 +77,24 @@ def whole(text: str) -> str:
 
 
 def _cleaned(message: dict) -> dict:
-    """The message with whole text. A template would print any other object in silence, such as a tuple, as Python does."""
+    """The message with whole text, and without the keys of value None, as transformers leaves them out. A template would
+    print any other object in silence, such as a tuple, as Python does."""
     content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": whole(content)}
-    if content is not None and not (
-        isinstance(content, list) and all(isinstance(part, dict) for part in content)
-    ):
+    is_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    if not (content is None or isinstance(content, str) or is_parts):
         raise OptionError(
             "not a message's content", expected='text, or a list of parts like {"type": "text", "text": "..."}',
             found=repr(content)[:SHOWN],
         )  # fmt: skip
-    parts = content and [
-        {name: whole(value) if isinstance(value, str) else value for name, value in part.items()}
-        for part in content
-    ]
-    return {**message, "content": parts}
+    return {key: _whole_text(value) for key, value in message.items() if value is not None}
+
+
+def _whole_text(value):
+    if isinstance(value, str):
+        return whole(value)
+    if isinstance(value, list):
+        return [_whole_text(item) for item in value]
+    return {key: _whole_text(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def render(

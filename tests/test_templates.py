@@ -107,7 +107,7 @@ def test_what_is_no_text_is_refused_not_printed(tokenizer, content):
 
 def test_parts_and_no_content_are_transformers_own(tokenizer):
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% elif m.content is none %}"
+        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% elif m.content is undefined %}"
         "{{ m.tool_calls[0].name }}{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
     )
     parts = [{"type": "text", "text": "One?"}, {"type": "text", "text": "Two?"}]
