@@ -2,12 +2,13 @@
 
     python -m tests.reliability.mutants [NAME ...]
 
-Each mutant is a copy of the package with one piece of text replaced, on which tests run that pass on the package itself. A
-mutant that no test notices is a hole in the tests.
+Each mutant is a copy of the package with one piece of text replaced. A test must fail on it that passes on an unchanged
+copy; a mutant without such a test is a gap in the tests.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .result import Result
@@ -138,81 +139,74 @@ MUTANTS = (
 )  # fmt: skip
 
 
-def control(mutants: tuple[Mutant, ...] = MUTANTS) -> list[Mutant]:
-    """For each set of tests, a mutant that changes nothing: it must not be noticed."""
-    tests = dict.fromkeys(mutant.tests for mutant in mutants)
-    return [
-        Mutant(f"nothing ({of})", "cache.py", "class ExpertCache:", "class ExpertCache:", of) for of in tests
-    ]
+def noticed_by(mutant: Mutant, timeout_s: float = TIMEOUT_S) -> str | None:
+    """Run the mutant's tests on a copy of the package with its fault.
 
-
-def short_control() -> list[Mutant]:
-    """The same in two runs: the files whose tests all run, and those of which some are chosen; without the longest."""
-    long = ("tests/test_cache.py", "tests/test_transfer.py", "tests/test_chat.py")
-    whole = {
-        name for of in control() if " -k " not in of.tests for name in of.tests.split() if name not in long
-    }
-    chosen = [of.tests.split(" -k ") for of in control() if " -k " in of.tests]
-    names, words = ({of[number] for of in chosen} for number in (0, 1))
-    tests = " ".join(sorted(whole)), f"{' '.join(sorted(names))} -k '{' or '.join(sorted(words))}'"
-    return [replace(control()[0], what=f"nothing ({of})", tests=of) for of in tests]
-
-
-def is_noticed(mutant: Mutant, timeout_s: float = TIMEOUT_S) -> bool:
-    """Run the mutant's tests on a copy of the package with its fault; returns whether one of them fails, or hangs."""
+    Returns:
+        The first test that fails or does not end in time, as pytest names it; None if all pass.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for part in ("mixtral_offload", "tests", "training", "pyproject.toml"):
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, copy / part)
+        copy = _copy(Path(folder))
         module = copy / "mixtral_offload" / mutant.file
         text = module.read_text()
         assert text.count(mutant.old) == 1, (
             f"{mutant.what}: {mutant.file} has changed, so this mutant must too"
         )
         module.write_text(text.replace(mutant.old, mutant.new))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            *shlex.split(mutant.tests),
-        ]
-        environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-        try:
-            found = subprocess.run(
-                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout_s
-            )
-        except subprocess.TimeoutExpired:
-            return True
-        assert found.returncode in (0, 1), found.stdout + found.stderr  # 2 and more: the tests did not run
-        return found.returncode == 1
+        return _first_failure(copy, shlex.split(mutant.tests), timeout_s)
+
+
+def fails_without_a_fault(test: str, timeout_s: float = TIMEOUT_S) -> bool:
+    """Run one test on an unchanged copy: if it fails there too, it did not notice a fault, but the copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _first_failure(_copy(Path(folder)), [test], timeout_s) is not None
 
 
 def check_mutants(mutants: tuple[Mutant, ...] = MUTANTS) -> Result:
-    """Try each mutant; wrong are those that no test notices."""
-    unnoticed = [mutant.what for mutant in mutants if not is_noticed(mutant)]
-    unnoticed += [f"tests fail on {mutant.what}" for mutant in control(mutants) if is_noticed(mutant)]
+    """Try each mutant; wrong are those that no test notices, or only a test that fails without the fault too."""
+    tests = {mutant.what: noticed_by(mutant) for mutant in mutants}
+    wrong = [what for what, test in tests.items() if test is None or fails_without_a_fault(test)]
     return Result(
-        "faults put into the package that no test notices", len(unnoticed), len(mutants), "faults",
-        details={"faults": [mutant.what for mutant in mutants], "unnoticed": unnoticed},
+        "faults put into the package that no test notices", len(wrong), len(mutants), "faults",
+        details={"noticed_by": tests, "unnoticed": wrong},
     )  # fmt: skip
 
 
+def _copy(folder: Path) -> Path:
+    for part in ("mixtral_offload", "tests", "training", "pyproject.toml"):
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / part)
+    return folder
+
+
+def _first_failure(copy: Path, tests: list[str], timeout_s: float) -> str | None:
+    command = [sys.executable, "-m", "pytest", "-v", "-x", "-n", "0", "-o", "cache_dir=.cache", *tests]
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    try:
+        found = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired as error:
+        lines = [line for line in (error.stdout or b"").decode().splitlines() if "::" in line]
+        assert lines, f"no test began in {timeout_s:g} s"
+        return lines[-1].strip()  # the test that was running: its result is not behind it
+    assert found.returncode in (0, 1), found.stdout + found.stderr  # 2 and more: the tests did not run
+    if found.returncode == 0:
+        return None
+    (failed,) = json.loads((copy / ".cache/v/cache/lastfailed").read_text())
+    return failed
+
+
 if __name__ == "__main__":
-    for mutant in (*MUTANTS, *control()):
+    for mutant in MUTANTS:
         if len(sys.argv) == 1 or any(word in mutant.what for word in sys.argv[1:]):
             begin = time.perf_counter()
-            noticed = is_noticed(mutant)
-            print(
-                f"{'noticed' if noticed else 'NOT NOTICED'}: {mutant.what} ({time.perf_counter() - begin:.0f} s)",
-                flush=True,
-            )
+            test = noticed_by(mutant)
+            end = time.perf_counter()
+            state = f"noticed by {test}" if test else "NOT NOTICED"
+            if test and fails_without_a_fault(test):
+                state += ", which FAILS WITHOUT IT TOO"
+            print(f"{mutant.what}: {state} ({end - begin:.0f} s)", flush=True)
