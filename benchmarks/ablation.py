@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.ablation import PROMPTS, ablate, generate, slow_link
-from mixtral_offload.checkpoint import DEMO, open_checkpoint
 from mixtral_offload.errors import CapacityError
-from mixtral_offload.prefetch import MOMENTS
+from mixtral_offload.experiments.ablation import PROMPTS, ablate, generate, slow_link
+from mixtral_offload.runtime.prefetch import MOMENTS
+from mixtral_offload.weights.checkpoint import DEMO, open_checkpoint
 
 __all__ = ["PROMPTS", "RESULTS", "generate"]  # for the other benchmarks
 RESULTS = Path(__file__).parent / "results"

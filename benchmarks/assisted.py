@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.ablation import _encode
-from mixtral_offload.variants import make_variants, slow_link, switched
+from mixtral_offload.experiments.ablation import _encode
+from mixtral_offload.experiments.baselines import make_variants, slow_link, switched
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {

@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.passes import PACKED, UNPACKED, compare_passes
-from mixtral_offload.plots_batch import plot_batches
-from mixtral_offload.throughput import (
+from mixtral_offload.experiments.baselines import layer_seconds, slow_link
+from mixtral_offload.experiments.batching import (
     BATCH_SIZES,
     LENGTHS,
     ablate_batch,
@@ -30,7 +29,8 @@ from mixtral_offload.throughput import (
     measure_usage,
     workload,
 )
-from mixtral_offload.variants import layer_seconds, slow_link
+from mixtral_offload.experiments.passes import PACKED, UNPACKED, compare_passes
+from mixtral_offload.experiments.plot_batching import plot_batches
 
 RESULTS = Path(__file__).parent / "results"
 

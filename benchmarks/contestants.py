@@ -175,7 +175,7 @@ def _forced_model(task: Task):
     """(model, its forced routing, the experts it is forced to: int16 [N, L, k])."""
     from forced_routing import ForcedGuesses, ForcedRouting, sticky_experts
 
-    from mixtral_offload.offload import from_pretrained
+    from mixtral_offload.runtime.build import from_pretrained
 
     home = "disk" if task.device.startswith("cpu") else "ram"
     options = {"store": home, "ram": task.ram, "device": task.device} | task.options
@@ -196,7 +196,7 @@ def _traffic(task: Task, model, experts, marks: list[dict], decode_s: float) -> 
     what the trace says: its hits must be those of the trace's replay. marks: counters before and after each pass."""
     from forced_routing import forced_trace
 
-    from mixtral_offload.replay import simulate
+    from mixtral_offload.analysis.replay import simulate
 
     after_prompt, end = marks[1], marks[-1]
     hits, misses, moved = (end[k] - after_prompt[k] for k in ("hits", "misses", "bytes_moved"))

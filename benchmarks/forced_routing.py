@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from mixtral_offload.trace import RoutingTrace
+from mixtral_offload.core.trace import RoutingTrace
 
 
 def sticky_experts(

@@ -30,9 +30,9 @@ from contestants import Task, drop_page_cache
 from processes import STARTED_S, ballast, check_machine_ram, in_process, log
 from synthetic import mixtral_config
 
+from mixtral_offload.core.placement import parse_size
 from mixtral_offload.errors import OffloadError
-from mixtral_offload.plan import parse_size
-from mixtral_offload.quantization import PAPER
+from mixtral_offload.weights.hqq import PAPER
 
 RESULTS = Path(__file__).parent / "results"
 RIVALS = ("accelerate", "llama.cpp")

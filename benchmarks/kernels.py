@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from synthetic import random_fields
 from torch.nn import functional as F
 
-from mixtral_offload import packed
-from mixtral_offload.quantization import PAPER, Quantization, dequantize, matmul
+from mixtral_offload.weights import kernels as packed
+from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, matmul
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {**{f"{bits}-bit": PAPER[bits] for bits in (2, 3, 4, 8)}, "3-bit, ten in 32 bits": Quantization(3, 64, 128, True),

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from synthetic import mixtral_config, write_checkpoint
 
-from mixtral_offload.quantization import PAPER
+from mixtral_offload.weights.hqq import PAPER
 
 CASES = (("ram", 2), ("ram", 4), ("disk", 4), ("auto", 8))
 ALLOWANCE_BYTES = 300_000_000
@@ -46,8 +46,8 @@ def build(folder: str, store: str, cache_size: int, n_touched: int) -> dict:
     """In a process of its own: build the model; the peak is over what the imports alone had taken."""
     import psutil
 
-    from mixtral_offload.offload import from_pretrained
-    from mixtral_offload.options import OffloadOptions
+    from mixtral_offload.runtime.build import from_pretrained
+    from mixtral_offload.runtime.options import OffloadOptions
 
     from_pretrained(FIXTURE, device="cpu")  # pays for imports and first-use allocations
     touch(n_touched)

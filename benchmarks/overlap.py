@@ -21,14 +21,14 @@ import torch
 from matplotlib.figure import Figure
 
 from mixtral_offload import from_pretrained, load_tokenizer, record
-from mixtral_offload.ablation import PROMPTS, _encode, generate
-from mixtral_offload.calibrate import measure_card
-from mixtral_offload.card import Card
-from mixtral_offload.clock import play
-from mixtral_offload.played import Played
-from mixtral_offload.plots_clock import plot_timeline
-from mixtral_offload.policy import staging_rows
-from mixtral_offload.variants import make_variants, slow_link, switched
+from mixtral_offload.analysis.plots.timeline import plot_timeline
+from mixtral_offload.analysis.timed_replay import play
+from mixtral_offload.core.costs import Card
+from mixtral_offload.core.policies import staging_rows
+from mixtral_offload.core.timed_result import Played
+from mixtral_offload.experiments.ablation import PROMPTS, _encode, generate
+from mixtral_offload.experiments.baselines import make_variants, slow_link, switched
+from mixtral_offload.experiments.calibration import measure_card
 
 RESULTS = Path(__file__).parent / "results"
 AHEAD = (0, 1, 2, 3)  # layers to guess for; 0: no guesses

@@ -36,7 +36,7 @@ def start(folder: str | None, options: dict) -> dict:
     began = time.perf_counter()
     import torch
 
-    from mixtral_offload import offload
+    from mixtral_offload.runtime import build as offload
 
     seconds = {"import": time.perf_counter() - began}
     functions = {"build_skeleton": "skeleton", "load_trunk": "trunk", "_build_cache": "experts"}
@@ -85,7 +85,7 @@ def in_process(folder: str | None, options: dict) -> dict:
 
 def measure(folder: str | None, options: dict, repeats: int) -> dict:
     """Medians over `repeats` alternating starts and plain reads, after one start that is not counted."""
-    from mixtral_offload.checkpoint import DEMO
+    from mixtral_offload.weights.checkpoint import DEMO
 
     first = in_process(folder, options)  # brings the files into the page cache
     runs, reads = [], []

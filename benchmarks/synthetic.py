@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mixtral_offload.quantization import PAPER, Quantization, field_specs
+from mixtral_offload.weights.hqq import PAPER, Quantization, field_specs
 
 
 def random_fields(shape: tuple[int, int], quantization: Quantization, generator: torch.Generator) -> dict:

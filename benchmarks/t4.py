@@ -20,11 +20,11 @@ from synthetic import mixtral_config
 from transformers import AutoConfig
 
 from mixtral_offload import from_pretrained
+from mixtral_offload.analysis.planner import Request, _expected_trace, answer
+from mixtral_offload.analysis.plots.timeline import plot_time_over_slots
 from mixtral_offload.errors import CapacityError
-from mixtral_offload.model_sizes import model_sizes
-from mixtral_offload.planner import Request, _expected_trace, answer
-from mixtral_offload.plots_clock import plot_time_over_slots
-from mixtral_offload.variants import layer_seconds
+from mixtral_offload.experiments.baselines import layer_seconds
+from mixtral_offload.models.sizes import model_sizes
 
 RESULTS = Path(__file__).parent / "results"
 VRAM, RAM = ("15GB", "15.8GB"), "10GB"

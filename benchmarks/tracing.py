@@ -19,8 +19,8 @@ from ablation import PROMPTS, RESULTS, generate
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mixtral_offload import from_pretrained, load_tokenizer, record, simulate
-from mixtral_offload.recorder import Recorder
-from mixtral_offload.trace import RoutingTrace
+from mixtral_offload.analysis.recorder import Recorder
+from mixtral_offload.core.trace import RoutingTrace
 
 EVENTS = 1_000_000
 POLICIES = ("lru", "lfu", "lrfu", "belady")

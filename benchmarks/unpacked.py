@@ -15,8 +15,8 @@ from contestants import Task, log
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mixtral_offload.checkpoint import INDEX, Checkpoint, open_checkpoint
-from mixtral_offload.quantization import dequantize, infer
+from mixtral_offload.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
+from mixtral_offload.weights.hqq import dequantize, infer
 
 SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 Tensors = dict[

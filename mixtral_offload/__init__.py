@@ -5,17 +5,17 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "from_pretrained": "offload",
-    "load_tokenizer": "tokenizer",
-    "ChatSession": "chat",
-    "generate_batch": "batch",
-    "Request": "batch",
-    "memory_use": "memory",
-    "record": "recorder",
-    "RoutingTrace": "trace",
-    "simulate": "replay",
-    "convert_checkpoint": "convert",
-    "Quantization": "quantization",
+    "from_pretrained": "runtime.build",
+    "load_tokenizer": "generation.tokenizer",
+    "ChatSession": "generation.chat",
+    "generate_batch": "generation.batch",
+    "Request": "generation.batch",
+    "memory_use": "runtime.memory",
+    "record": "analysis.recorder",
+    "RoutingTrace": "core.trace",
+    "simulate": "analysis.replay",
+    "convert_checkpoint": "runtime.convert",
+    "Quantization": "weights.hqq",
     "OffloadError": "errors",
 }
 __all__ = [*_HOMES]

@@ -2,6 +2,6 @@
 
 import sys
 
-from .cli import main
+from mixtral_offload.apps.cli import main
 
 sys.exit(main())

@@ -6,8 +6,8 @@ values hold. Knows nothing about models or files.
 
 from __future__ import annotations
 
-from .redaction import redact
-from .safe_text import as_text, shorten, visible
+from mixtral_offload.system.redaction import redact
+from mixtral_offload.system.safe_text import as_text, shorten, visible
 
 LINE_LIMIT = 300  # characters of one line of a value
 VALUE_LIMIT = 1000  # of a value of several lines, where the whole message has room

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_offload.offload import from_pretrained
+from mixtral_offload.runtime.build import from_pretrained
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

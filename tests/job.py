@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from mixtral_offload.batch import Answer
-from mixtral_offload.cache import CacheStats
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.jobs import Job, JobOptions
-from mixtral_offload.options import OffloadOptions
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.batch import Answer
+from mixtral_offload.generation.jobs import Job, JobOptions
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.runtime.cache import CacheStats
+from mixtral_offload.runtime.options import OffloadOptions
+from mixtral_offload.weights.checkpoint import DEMO
 
 MODEL = SimpleNamespace(
     offload=SimpleNamespace(stats=CacheStats()), generation_config=SimpleNamespace(eos_token_id=1)
@@ -50,7 +50,7 @@ def run(monkeypatch, folder, engine=None, *, model=MODEL, offload=None, **option
     options = {"input": folder / "in.jsonl", "output": folder / "out.jsonl", **options}
     with monkeypatch.context() as patch, Job(JobOptions(**options)) as job:
         if engine is not None:
-            patch.setattr("mixtral_offload.jobs.generate_batch", engine)
+            patch.setattr("mixtral_offload.generation.jobs.generate_batch", engine)
         offload = OffloadOptions.parse({"device": "cpu", **(offload or {})})
         job.prepare(load_tokenizer(DEMO), DEMO, offload)
         job.answer(model)

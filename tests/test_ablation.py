@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from mixtral_offload import load_tokenizer, record, variants
-from mixtral_offload import offload as building
-from mixtral_offload.ablation import PAPER, RESIDENT, Ablation, ablate, generate
-from mixtral_offload.checkpoint import DEMO
+from mixtral_offload import load_tokenizer, record
+from mixtral_offload.core.placement import Sizes, make_plan
 from mixtral_offload.errors import OffloadError, OptionError
-from mixtral_offload.plan import Sizes, make_plan
-from mixtral_offload.plots_ablation import plot_ablation
+from mixtral_offload.experiments import baselines as variants
+from mixtral_offload.experiments.ablation import PAPER, RESIDENT, Ablation, ablate, generate
+from mixtral_offload.experiments.plot_ablation import plot_ablation
+from mixtral_offload.runtime import build as building
+from mixtral_offload.weights.checkpoint import DEMO
 
 PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?"]
 QUICK = {"cache_size": 2, "tokens": 6, "naive_tokens": 3, "repeats": 1, "ratio": 0.5}

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mixtral_offload import from_pretrained
-from mixtral_offload.arguments import HUB, OTHERS, split_arguments
 from mixtral_offload.errors import DownloadError, OptionError
-from mixtral_offload.hub import download
-from mixtral_offload.memory import memory_use
-from mixtral_offload.options import DTYPES
+from mixtral_offload.runtime.arguments import HUB, OTHERS, split_arguments
+from mixtral_offload.runtime.memory import memory_use
+from mixtral_offload.runtime.options import DTYPES
+from mixtral_offload.weights.hub import download
 
 HARMLESS = {
     "trust_remote_code": False, "low_cpu_mem_usage": True, "use_safetensors": True, "output_loading_info": False,
@@ -110,7 +110,7 @@ def test_arguments_of_the_download():
 
 
 def test_local_files_only_asks_no_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtral_offload.hub.HfApi", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("mixtral_offload.weights.hub.HfApi", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(DownloadError, match="local_files_only"):
         from_pretrained("owner/name", cache_dir=tmp_path, local_files_only=True)
     with pytest.raises(DownloadError, match="local_files_only"):

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixtral_offload import ChatSession, load_tokenizer, record
-from mixtral_offload.batch import Request, generate_batch
-from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.errors import OptionError
-from mixtral_offload.options import device_needs
+from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.runtime.options import device_needs
+from mixtral_offload.weights.checkpoint import DEMO
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_p
     said = [str(of.message) for of in caught if "one at a time" in str(of.message)]
     assert len(said) == (not joins)
     session = ChatSession(model, load_tokenizer(), max_new_tokens=3)
-    monkeypatch.setattr("mixtral_offload.chat.encode", lambda *arguments: some[0].ids)
+    monkeypatch.setattr("mixtral_offload.generation.chat.encode", lambda *arguments: some[0].ids)
     "".join(session.send("Hi"))
     assert session.last.n_tokens == 3 and session.ended == "max_new_tokens"
     # a bound for the plan: what the attention layers leave in their cache

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mixtral_offload import RoutingTrace, simulate
-from mixtral_offload.checkpoint import open_checkpoint
-from mixtral_offload.quantization import PAPER, dequantize
+from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.weights.hqq import PAPER, dequantize
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 LAYERS, TOKENS, STAY = 3, 12, 0.5

@@ -19,7 +19,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 BUILD = """from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.widget import ChatWidget
+from mixtral_offload.apps.widget import ChatWidget
 model = from_pretrained(cache_size=3, prefetch=2, device="cpu", link={link!r})
 chat = ChatWidget(model, load_tokenizer())"""
 STORY = "Tell me a story about a fox."

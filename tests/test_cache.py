@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtral_offload.cache import ExpertCache
-from mixtral_offload.experts import ExpertLayout
-from mixtral_offload.transfer import ThreadEngine, make_engine
+from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.engines import ThreadEngine, make_engine
+from mixtral_offload.weights.layout import ExpertLayout
 
 CPU = torch.device("cpu")
 N_EXPERTS = 8

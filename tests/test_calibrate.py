@@ -5,7 +5,9 @@ import time
 import pytest
 
 from mixtral_offload import from_pretrained
-from mixtral_offload.calibrate import (
+from mixtral_offload.analysis.recorder import record
+from mixtral_offload.errors import OptionError
+from mixtral_offload.experiments.calibration import (
     EXPERTS,
     EXPERTS_END,
     LAYERS,
@@ -14,8 +16,6 @@ from mixtral_offload.calibrate import (
     _token_parts,
     measure_card,
 )
-from mixtral_offload.errors import OptionError
-from mixtral_offload.recorder import record
 
 
 def test_a_token_is_taken_apart():

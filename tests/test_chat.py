@@ -14,11 +14,11 @@ from transformers import DynamicCache, MixtralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from mixtral_offload import ChatSession
-from mixtral_offload.chat import _can_be_cut
+from mixtral_offload.apps.terminal import notices
 from mixtral_offload.errors import CheckpointError, ConversationError, OptionError
-from mixtral_offload.offload import DEMO
-from mixtral_offload.terminal import notices
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.chat import _can_be_cut
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.runtime.build import DEMO
 
 
 @pytest.fixture

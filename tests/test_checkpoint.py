@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mixtral_offload import convert_checkpoint, from_pretrained, headers
-from mixtral_offload.checkpoint import DEMO, INDEX, open_checkpoint
-from mixtral_offload.cli import main
-from mixtral_offload.config_check import stated_experts
+from mixtral_offload import convert_checkpoint, from_pretrained
+from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CapacityError, CheckpointError, OffloadError, OptionError
-from mixtral_offload.headers import read_header
-from mixtral_offload.options import OffloadOptions, trunk_bytes
-from mixtral_offload.quantization import PAPER, Quantization
+from mixtral_offload.runtime.options import OffloadOptions, trunk_bytes
+from mixtral_offload.weights import safetensors_io as headers
+from mixtral_offload.weights.checkpoint import DEMO, INDEX, open_checkpoint
+from mixtral_offload.weights.config_check import stated_experts
+from mixtral_offload.weights.hqq import PAPER, Quantization
+from mixtral_offload.weights.safetensors_io import read_header
 
 EXPERT = "model-00002-of-00025.safetensors"  # layer 0, expert 1
 TRUNK = "model-00025-of-00025.safetensors"

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixtral_offload import convert_checkpoint, from_pretrained
-from mixtral_offload.checkpoint import DEMO, INDEX, open_checkpoint
-from mixtral_offload.checksums import Ledger, checksum_of, checksum_of_tensors, stated
-from mixtral_offload.cli import main
+from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.headers import NOT_FINITE, Watch, header_bytes, is_finite, read_header
-from mixtral_offload.hub_record import Record
-from mixtral_offload.quantization import PAPER
-from mixtral_offload.tokenizer import load_tokenizer
-from mixtral_offload.verify import hub_hashes, verify
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.runtime.verify import hub_hashes, verify
+from mixtral_offload.weights.checkpoint import DEMO, INDEX, open_checkpoint
+from mixtral_offload.weights.checksums import Ledger, checksum_of, checksum_of_tensors, stated
+from mixtral_offload.weights.hqq import PAPER
+from mixtral_offload.weights.hub_record import Record
+from mixtral_offload.weights.safetensors_io import NOT_FINITE, Watch, header_bytes, is_finite, read_header
 
 EXPERT, TRUNK = "model-00002-of-00049.safetensors", "model-00049-of-00049.safetensors"  # layer 0, expert 1
 PUBLISHED_EXPERT, PUBLISHED_TRUNK = "model-00002-of-00025.safetensors", "model-00025-of-00025.safetensors"
@@ -376,7 +376,7 @@ def test_whoever_writes_a_folder_writes_checksums_of_its_small_files(published, 
 @pytest.fixture
 def downloaded(published, tmp_path):
     """The published format as a download into a folder leaves it, with the record of the hub's hashes."""
-    from mixtral_offload.hub_record import hash_of
+    from mixtral_offload.weights.hub_record import hash_of
 
     folder = shutil.copytree(published, tmp_path / "local")
     record = Record("someone/model", "main", folder)

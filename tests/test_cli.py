@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mixtral_offload import convert_checkpoint, from_pretrained
-from mixtral_offload.checkpoint import DEMO, open_checkpoint
-from mixtral_offload.cli import main
-from mixtral_offload.quantization import Quantization
+from mixtral_offload.apps.cli import main
+from mixtral_offload.weights.checkpoint import DEMO, open_checkpoint
+from mixtral_offload.weights.hqq import Quantization
 
 COMMAND = [sys.executable, "-m", "mixtral_offload"]
 
@@ -148,7 +148,7 @@ def test_a_chat_outlives_an_unexpected_error(capsys, monkeypatch):
             raise ZeroDivisionError("by zero")
 
     lines = iter(["hello", "again", "/exit"])
-    monkeypatch.setattr("mixtral_offload.cli.session", lambda arguments: Chat())
+    monkeypatch.setattr("mixtral_offload.apps.cli.session", lambda arguments: Chat())
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert main(["chat"]) == 0
     assert capsys.readouterr().err.count("error: ZeroDivisionError: by zero") == 2

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mixtral_offload.cache
-from mixtral_offload.cache import ExpertCache
-from mixtral_offload.clock import Card, play
-from mixtral_offload.copies import NOW, RUNNING, Copy
-from mixtral_offload.link import NEEDED, RIGHT, WRONG
-from mixtral_offload.played import EXPERT
-from mixtral_offload.policy import POLICIES, staging_rows
-from mixtral_offload.replay import simulate
+import mixtral_offload.runtime.cache
+from mixtral_offload.analysis.replay import simulate
+from mixtral_offload.analysis.timed_replay import Card, play
+from mixtral_offload.core.link import NEEDED, RIGHT, WRONG
+from mixtral_offload.core.policies import POLICIES, staging_rows
+from mixtral_offload.core.timed_result import EXPERT
+from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.copies import NOW, RUNNING, Copy
 from tests.test_clock import copies, merged, routed
 
 # --- the live cache on a virtual clock -------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.checkpoint import DEMO, INDEX, open_checkpoint
-from mixtral_offload.cli import main
-from mixtral_offload.config_check import check_config, text_config
+from mixtral_offload.apps.cli import main
+from mixtral_offload.core.placement import parse_size
 from mixtral_offload.errors import CheckpointError, OffloadError, OptionError
-from mixtral_offload.plan import parse_size
+from mixtral_offload.weights.checkpoint import DEMO, INDEX, open_checkpoint
+from mixtral_offload.weights.config_check import check_config, text_config
 
 CONFIG = json.loads((DEMO / "config.json").read_text())
 DIGITS = int("9" * 400)

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mixtral_offload import convert, convert_checkpoint, from_pretrained, work_folder
-from mixtral_offload.checkpoint import DEMO, INDEX
-from mixtral_offload.checksums import stated
-from mixtral_offload.cli import main
+from mixtral_offload import convert_checkpoint, from_pretrained
+from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.quantization import PAPER, Quantization
-from mixtral_offload.work_folder import JOURNAL, work_folder_of
+from mixtral_offload.runtime import convert
+from mixtral_offload.weights import work_folder
+from mixtral_offload.weights.checkpoint import DEMO, INDEX
+from mixtral_offload.weights.checksums import stated
+from mixtral_offload.weights.hqq import PAPER, Quantization
+from mixtral_offload.weights.work_folder import JOURNAL, work_folder_of
 
 PLAIN = DEMO.parent / "fp16"
 WIDTHS = Quantization(4, 64), Quantization(8, 64)
@@ -224,7 +226,7 @@ def start(target, *options, **kwargs):
     code = (
         "import sys, time; from mixtral_offload import convert; real = convert._expert_tensors\n"
         "convert._expert_tensors = lambda *of: (time.sleep(.1), real(*of))[1]\n"
-        "from mixtral_offload.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from mixtral_offload.apps.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "convert", str(PLAIN), str(target), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -16,9 +16,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mixtral_offload import Request, convert_checkpoint, generate_batch, trunk
-from mixtral_offload.headers import read_header
-from mixtral_offload.quantization import Quantization, QuantizedLinear, dequantize, quantize
+from mixtral_offload import Request, convert_checkpoint, generate_batch
+from mixtral_offload.runtime import dense as trunk
+from mixtral_offload.weights.hqq import Quantization, QuantizedLinear, dequantize, quantize
+from mixtral_offload.weights.safetensors_io import read_header
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,

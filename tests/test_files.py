@@ -12,10 +12,10 @@ import pytest
 
 import mixtral_offload
 from mixtral_offload import convert_checkpoint
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.cli import main
+from mixtral_offload.apps.cli import main
+from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CheckpointError, JobError
-from mixtral_offload.files import (
+from mixtral_offload.system.files import (
     open_locked,
     open_new,
     own_folder,
@@ -24,9 +24,9 @@ from mixtral_offload.files import (
     replacing,
     write_new,
 )
-from mixtral_offload.hub_record import Record
-from mixtral_offload.quantization import PAPER
-from mixtral_offload.trace import RoutingTrace
+from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.hqq import PAPER
+from mixtral_offload.weights.hub_record import Record
 
 from .job import Engine, run, write
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mixtral_offload import ChatSession
-from mixtral_offload.cache import ExpertCache
-from mixtral_offload.offload import DEMO
-from mixtral_offload.tokenizer import load_tokenizer
-from mixtral_offload.transfer import StreamEngine, ThreadEngine
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.runtime.build import DEMO
+from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.engines import StreamEngine, ThreadEngine
 from tests.test_cache import LAYOUT, N_EXPERTS, Home, serve
 
 pytestmark = pytest.mark.gpu

@@ -22,12 +22,13 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from mixtral_offload import from_pretrained, hub, hub_record, load_tokenizer
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.cli import main
+from mixtral_offload import from_pretrained, load_tokenizer
+from mixtral_offload.apps.cli import main
+from mixtral_offload.core.placement import gb
 from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
-from mixtral_offload.hub_leftovers import remove_leftovers
-from mixtral_offload.plan import gb
+from mixtral_offload.weights import hub, hub_record
+from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.hub_leftovers import remove_leftovers
 from tests.hub_server import HubServer
 
 REPO = "someone/model"
@@ -555,7 +556,7 @@ def test_no_token_where_none_is_wanted(server, monkeypatch):
 DOWNLOAD = """import sys
 from huggingface_hub import constants
 constants.HF_HUB_CACHE, constants.DOWNLOAD_CHUNK_SIZE = sys.argv[2], 1024
-from mixtral_offload import hub
+from mixtral_offload.weights import hub
 hub.download(sys.argv[1], endpoint=sys.argv[3], local_dir=sys.argv[4] or None, progress=False)"""
 
 
@@ -646,7 +647,7 @@ def test_where_locks_exclude_nobody_only_old_leftovers_are_removed(server, place
         left = folder.parent.parent / "blobs" / f"{'a' * 40}.12345678.incomplete"
     left.write_bytes(b"partial")
     monkeypatch.setattr(
-        "mixtral_offload.hub_leftovers.WeakFileLock", lambda *a, **k: contextlib.nullcontext()
+        "mixtral_offload.weights.hub_leftovers.WeakFileLock", lambda *a, **k: contextlib.nullcontext()
     )
     if old:
         os.utime(left, (0, 0))
@@ -801,7 +802,7 @@ def test_mixtrals_own_tokenizer_is_fetched_with_the_same_arguments(tmp_path, mon
         asked.append(arguments)
         raise OSError(f"{name} is not here")
 
-    monkeypatch.setattr("mixtral_offload.tokenizer.AutoTokenizer.from_pretrained", from_pretrained)
+    monkeypatch.setattr("mixtral_offload.generation.tokenizer.AutoTokenizer.from_pretrained", from_pretrained)
     config = json.loads((DEMO / "config.json").read_text()) | {"vocab_size": 32000}
     (tmp_path / "config.json").write_text(json.dumps(config))
     given = {"cache_dir": tmp_path / "another", "local_files_only": True}

@@ -13,11 +13,11 @@ import warnings
 import pytest
 
 from mixtral_offload import ChatSession
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.cli import main
+from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import JobError, OptionError
-from mixtral_offload.jobs import JobOptions
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.jobs import JobOptions
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.weights.checkpoint import DEMO
 
 from .job import Engine, names, read, run, write
 
@@ -131,7 +131,7 @@ def test_options(tmp_path):
 
 
 def test_a_job_without_anything_to_generate_loads_no_model(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("mixtral_offload.cli.load_model", None)
+    monkeypatch.setattr("mixtral_offload.apps.cli.load_model", None)
     write(tmp_path / "in.jsonl", {"promt": "a"}, "b")
     paths = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     assert main(["generate", *paths]) == 1
@@ -231,7 +231,7 @@ def test_ctrl_c_keeps_what_is_finished_and_a_second_process_is_refused(tmp_path,
 
 def test_the_plan_leaves_room_for_the_whole_batch(monkeypatch, tmp_path):
     """Ten stories of up to 300 tokens at once need more than the one context that a chat has."""
-    from mixtral_offload.batch import _Batch
+    from mixtral_offload.generation.batch import _Batch
 
     sizes, step = [], _Batch.step
 

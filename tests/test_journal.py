@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 
-from mixtral_offload import files, journal
-from mixtral_offload.checkpoint import DEMO
 from mixtral_offload.errors import JobError, OptionError
-from mixtral_offload.journal import Journal
+from mixtral_offload.generation import journal
+from mixtral_offload.generation.journal import Journal
+from mixtral_offload.system import files
+from mixtral_offload.weights.checkpoint import DEMO
 
 from .job import Engine, names, read, run, write
 
@@ -102,7 +103,7 @@ def test_a_last_line_that_the_disk_never_got(monkeypatch, tmp_path, undisturbed)
 def test_killed_at_the_very_end(monkeypatch, tmp_path, undisturbed, end):
     interrupt(monkeypatch, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        name = "mixtral_offload.journal.os.replace" if end == "output written" else "pathlib.Path.unlink"
+        name = "mixtral_offload.generation.journal.os.replace" if end == "output written" else "pathlib.Path.unlink"
         patch.setattr(name, lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         run(patch, tmp_path, Engine())
     assert len(names(tmp_path)) == 3
@@ -237,7 +238,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(monkeypatch, tmp_path, und
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mixtral_offload.journal.os.fsync", full)
+        patch.setattr("mixtral_offload.generation.journal.os.fsync", full)
         if call < 12:
             with pytest.raises(
                 JobError, match=rf"(?s){tmp_path}/out.jsonl.*No space left on device.*free some space"

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from mixtral_offload import convert_checkpoint, from_pretrained
-from mixtral_offload.checkpoint import open_checkpoint
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.headers import StoredTensor
-from mixtral_offload.options import OffloadOptions, device_needs
-from mixtral_offload.quantization import Quantization, QuantizedLinear
+from mixtral_offload.runtime.options import OffloadOptions, device_needs
+from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.weights.hqq import Quantization, QuantizedLinear
+from mixtral_offload.weights.safetensors_io import StoredTensor
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -4,11 +4,12 @@ import collections
 
 import pytest
 
-from mixtral_offload import machine, memory_use
-from mixtral_offload.cli import main
-from mixtral_offload.machine import free_memory, total_memory
-from mixtral_offload.notebook import show_versions
-from mixtral_offload.options import OffloadOptions, budgets
+from mixtral_offload import memory_use
+from mixtral_offload.apps.cli import main
+from mixtral_offload.apps.notebook import show_versions
+from mixtral_offload.runtime.options import OffloadOptions, budgets
+from mixtral_offload.system import machine
+from mixtral_offload.system.machine import free_memory, total_memory
 
 GB = 10**9
 UNLIMITED = 0x7FFFFFFFFFFFF000

@@ -7,14 +7,15 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from mixtral_offload import from_pretrained, memory, options
-from mixtral_offload.checkpoint import DEMO, Checkpoint, open_checkpoint
+from mixtral_offload import from_pretrained
+from mixtral_offload.analysis.plots.memory import COLUMNS, LOOKS, plot_memory
+from mixtral_offload.core.placement import Sizes, make_plan
 from mixtral_offload.errors import OffloadError, OptionError
-from mixtral_offload.headers import StoredTensor
-from mixtral_offload.memory import DEVICE_PARTS, MemoryUse, memory_use
-from mixtral_offload.options import MARGIN_BYTES, OffloadOptions, device_needs, trunk_bytes
-from mixtral_offload.plan import Sizes, make_plan
-from mixtral_offload.plots_memory import COLUMNS, LOOKS, plot_memory
+from mixtral_offload.runtime import memory, options
+from mixtral_offload.runtime.memory import DEVICE_PARTS, MemoryUse, memory_use
+from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, device_needs, trunk_bytes
+from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
+from mixtral_offload.weights.safetensors_io import StoredTensor
 
 RAM = {"vram": "12MB", "context_length": 128, "cache_size": 4}
 DISK = {**RAM, "vram": "9MB"}

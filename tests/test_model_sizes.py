@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from mixtral_offload.checkpoint import DEMO, load_config, open_checkpoint
+from mixtral_offload.analysis.planner import Request
 from mixtral_offload.errors import OptionError
-from mixtral_offload.model_sizes import fitting, matrix_bytes, model_sizes
-from mixtral_offload.options import OffloadOptions, device_needs
-from mixtral_offload.planner import Request
-from mixtral_offload.quantization import PAPER, quantize
+from mixtral_offload.models.sizes import fitting, matrix_bytes, model_sizes
+from mixtral_offload.runtime.options import OffloadOptions, device_needs
+from mixtral_offload.weights.checkpoint import DEMO, load_config, open_checkpoint
+from mixtral_offload.weights.hqq import PAPER, quantize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from synthetic import mixtral_config

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from mixtral_offload import from_pretrained, packed
-from mixtral_offload.cli import main
+from mixtral_offload import from_pretrained
+from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import OptionError
-from mixtral_offload.experts import ExpertLayout, expert_forward
-from mixtral_offload.quantization import PAPER, Quantization, dequantize, matmul, quantize
+from mixtral_offload.weights import kernels as packed
+from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, matmul, quantize
+from mixtral_offload.weights.layout import ExpertLayout, expert_forward
 
 FORMATS = [PAPER[2], PAPER[3], Quantization(3, 64, 128, True), Quantization(3, 64), Quantization(3, 16, None, True), PAPER[4],
            Quantization(3, 16, split=True), Quantization(3, 8, 64, split=True), PAPER[8], Quantization(2, 16),

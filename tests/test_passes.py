@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, StaticCache
 
 from mixtral_offload import ChatSession, OffloadError, Request, generate_batch, load_tokenizer, record
-from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.analysis.recorder import Recorder
 from mixtral_offload.errors import OptionError
-from mixtral_offload.recorder import Recorder
+from mixtral_offload.weights.checkpoint import DEMO
 
 from .twin import relative_error, twin
 
@@ -328,7 +328,7 @@ def test_embeddings_are_recorded_without_ids(offloaded, tokenizer):
 
 
 def test_a_recording_of_two_threads_replays_exactly(offloaded, batches):
-    from mixtral_offload.replay import simulate
+    from mixtral_offload.analysis.replay import simulate
 
     model = offloaded(cache_size=3, prefetch=2, link="2GB")
     with record(model) as run:
@@ -485,7 +485,7 @@ def test_a_backward_is_in_no_journal(offloaded):
 
 
 def _is_exact(trace, model):
-    from mixtral_offload.replay import simulate
+    from mixtral_offload.analysis.replay import simulate
 
     replay, stats = simulate(trace), model.offload.stats
     assert (replay.hits, replay.misses) == (stats.hits, stats.misses)

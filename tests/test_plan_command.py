@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from mixtral_offload import options, packed
-from mixtral_offload.checkpoint import open_checkpoint
-from mixtral_offload.cli import main
+from mixtral_offload.analysis.planner import Request, answer, best_knobs, knobs
+from mixtral_offload.analysis.synthetic import sticky_trace
+from mixtral_offload.apps.cli import main
+from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
-from mixtral_offload.model_sizes import model_sizes
-from mixtral_offload.options import MARGIN_BYTES
-from mixtral_offload.planner import Request, answer, best_knobs, knobs
-from mixtral_offload.routing import sticky_trace
-from mixtral_offload.trace import RoutingTrace
+from mixtral_offload.models.sizes import model_sizes
+from mixtral_offload.runtime import options
+from mixtral_offload.runtime.options import MARGIN_BYTES
+from mixtral_offload.weights import kernels as packed
+from mixtral_offload.weights.checkpoint import open_checkpoint
 
 from .test_model_sizes import QWEN3_30B, mixtral_config
 
@@ -94,7 +95,7 @@ def test_of_a_hub_repository_only_the_configuration_is_fetched(capsys, mixtral, 
         fetched.append((*names, revision))
         return mixtral / "config.json"
 
-    monkeypatch.setattr("mixtral_offload.plan_text.fetch_file", fetch)
+    monkeypatch.setattr("mixtral_offload.apps.plan_report.fetch_file", fetch)
     assert main(["plan", "someone/model", *CARD, "--revision", "abc"]) == 0
     assert fetched == [("someone/model", "config.json", "abc")]
     assert "106 resident" in capsys.readouterr().out

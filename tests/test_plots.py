@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from mixtral_offload import load_tokenizer
-from mixtral_offload.cli import main
-from mixtral_offload.errors import OptionError
-from mixtral_offload.offload import DEMO
-from mixtral_offload.plots import (
+from mixtral_offload.analysis.plots.cache import (
+    plot_hit_heatmap,
+    plot_hit_rates,
+    plot_reuse,
+    plot_speculation,
+    plot_timeline,
+)
+from mixtral_offload.analysis.plots.routing import (
     CELLS,
     cells,
     entropy,
@@ -18,18 +22,14 @@ from mixtral_offload.plots import (
     plot_transitions,
     plot_usage,
 )
-from mixtral_offload.plots_cache import (
-    plot_hit_heatmap,
-    plot_hit_rates,
-    plot_reuse,
-    plot_speculation,
-    plot_timeline,
-)
-from mixtral_offload.prefetch import find_gates
-from mixtral_offload.replay import cache_contents, simulate
-from mixtral_offload.report import pictures, read_prompts, trace_prompts
-from mixtral_offload.speculation import collect_states, first_layer_recall, measure_recall
-from mixtral_offload.trace import HIT, MISS, PREFETCHED, RoutingTrace
+from mixtral_offload.analysis.recall import collect_states, first_layer_recall, measure_recall
+from mixtral_offload.analysis.replay import cache_contents, simulate
+from mixtral_offload.apps.cli import main
+from mixtral_offload.apps.trace_report import pictures, read_prompts, trace_prompts
+from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
+from mixtral_offload.errors import OptionError
+from mixtral_offload.runtime.build import DEMO
+from mixtral_offload.runtime.prefetch import find_gates
 
 PROMPTS = [
     ("stories", "Tell me a story about a fox."),

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtral_offload.core.policies import LFU, LOAD, LRFU, LRU, POLICIES, Belady, Pool, make_policy, serve
 from mixtral_offload.errors import OptionError
-from mixtral_offload.policy import LFU, LOAD, LRFU, LRU, POLICIES, Belady, Pool, make_policy, serve
 
 
 def replay(policy, sequence, n_slots):

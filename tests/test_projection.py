@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
+from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS, make_card, project
+from mixtral_offload.analysis.replay import simulate
+from mixtral_offload.analysis.synthetic import as_prompt, recall_by_layer, sticky_trace, with_plan
+from mixtral_offload.core.placement import make_plan
+from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
-from mixtral_offload.model_sizes import model_sizes
-from mixtral_offload.plan import make_plan
-from mixtral_offload.projection import BANDWIDTH_SHARE, PROMPT_TOKENS, make_card, project
-from mixtral_offload.replay import simulate
-from mixtral_offload.routing import as_prompt, recall_by_layer, sticky_trace, with_plan
-from mixtral_offload.trace import RoutingTrace
+from mixtral_offload.models.sizes import model_sizes
 
 LAYERS, E, K = 3, 8, 2
 CARD = {"link_bytes_per_s": 1e9, "bandwidth_bytes_per_s": 50e9, "host_s": 0.0}

@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 
 from mixtral_offload import convert_checkpoint
-from mixtral_offload.checkpoint import open_checkpoint
-from mixtral_offload.quantization import PAPER, Quantization
+from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.weights.hqq import PAPER, Quantization
 
 
 @pytest.fixture(scope="module", params=["published", "rewritten"])

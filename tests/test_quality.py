@@ -8,12 +8,9 @@ import pytest
 import torch
 
 from mixtral_offload import load_tokenizer
-from mixtral_offload.bitpack import unpack
-from mixtral_offload.checkpoint import open_checkpoint
+from mixtral_offload.analysis.plots.quantization import plot_matrix, plot_quality, plot_quantized, read_matrix
 from mixtral_offload.errors import OptionError
-from mixtral_offload.offload import DEMO
-from mixtral_offload.plots_quantization import plot_matrix, plot_quality, plot_quantized, read_matrix
-from mixtral_offload.quality import (
+from mixtral_offload.experiments.bit_widths import (
     DEMO_16,
     PAPER_TABLE_1,
     compare_widths,
@@ -21,7 +18,10 @@ from mixtral_offload.quality import (
     perplexity,
     quality_table,
 )
-from mixtral_offload.quantization import PAPER, Quantization, dequantize, quantize
+from mixtral_offload.runtime.build import DEMO
+from mixtral_offload.weights.bitpack import unpack
+from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, quantize
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -92,7 +92,7 @@ def test_a_width_s_perplexity_is_its_model_s_own(compared, offloaded):
 
 def test_a_second_call_converts_nothing(compared, monkeypatch):
     folder, rows = compared
-    monkeypatch.setattr("mixtral_offload.quality.convert_checkpoint", None)
+    monkeypatch.setattr("mixtral_offload.experiments.bit_widths.convert_checkpoint", None)
     again = compare_widths(DEMO_16, WIDTHS, load_tokenizer(), TEXTS, folder, device="cpu")
     assert again == [pytest.approx(row) for row in rows]
     with pytest.raises(OptionError, match="holds another one"):

@@ -7,9 +7,9 @@ from hqq.core.quantize import Quantizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixtral_offload.bitpack import WORDS, pack, unpack
 from mixtral_offload.errors import CheckpointError, OptionError
-from mixtral_offload.quantization import (
+from mixtral_offload.weights.bitpack import WORDS, pack, unpack
+from mixtral_offload.weights.hqq import (
     PAPER,
     Quantization,
     QuantizedLinear,

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from mixtral_offload.errors import OptionError
-from mixtral_offload.replay import simulate
-from mixtral_offload.routing import (
+from mixtral_offload.analysis.replay import simulate
+from mixtral_offload.analysis.synthetic import (
     CURVES,
     MIXTRAL_RECALL,
     fit_stay,
@@ -14,6 +13,7 @@ from mixtral_offload.routing import (
     sticky_guesses,
     sticky_trace,
 )  # fmt: skip
+from mixtral_offload.errors import OptionError
 
 
 def test_every_token_uses_different_experts_that_exist():

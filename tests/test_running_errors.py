@@ -13,11 +13,11 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixtral_offload import ChatSession, Request, from_pretrained, generate_batch, load_tokenizer
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.cli import main
+from mixtral_offload.analysis.recall import measure_recall
+from mixtral_offload.apps.cli import main
+from mixtral_offload.apps.trace_report import read_prompts
 from mixtral_offload.errors import CheckpointError, GenerationError, OptionError
-from mixtral_offload.report import read_prompts
-from mixtral_offload.speculation import measure_recall
+from mixtral_offload.weights.checkpoint import DEMO
 
 QUESTION = "What is 47 + 38?"
 COMMAND = [sys.executable, "-m", "mixtral_offload"]
@@ -74,7 +74,7 @@ def test_files_that_change_under_a_running_model(on_disk, damage):
 
 
 def test_few_open_files_are_enough():
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); from mixtral_offload.cli import main; " \
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); from mixtral_offload.apps.cli import main; " \
            f"raise SystemExit(main(['generate', {QUESTION!r}, '--store', 'disk', '--cache-size', '2', '--device', 'cpu']))"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "85" in done.stdout, done.stderr
@@ -161,7 +161,7 @@ def test_a_trace_of_a_model_of_one_layer(tmp_path, capsys):
 
 
 def test_impossible_lengths_are_refused_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mixtral_offload.cli.load", lambda arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("mixtral_offload.apps.cli.load", lambda arguments: pytest.fail("the model was loaded"))
     (tmp_path / "p.txt").write_text("Hello!\n")
     for n_tokens in ("0", "-3"):
         assert main(["trace", str(tmp_path / "p.txt"), str(tmp_path / "out"), "--max-tokens", n_tokens]) == 1
@@ -189,7 +189,7 @@ def test_prompts_are_read_as_they_are(tmp_path):
 )
 def test_a_file_of_jobs_is_not_traced_as_text(tmp_path, capsys, monkeypatch, name, text):
     """Its braces were taken for the prompt."""
-    monkeypatch.setattr("mixtral_offload.cli.load", lambda arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mixtral_offload.apps.cli.load", lambda arguments: pytest.fail("a model was loaded"))
     (tmp_path / name).write_text(text)
     assert main(["trace", str(tmp_path / name), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
@@ -225,7 +225,7 @@ def test_dollars_are_no_formulas(tmp_path, capsys):
 
 def chat_on_a_terminal(keys: bytes, monkeypatch):
     """The messages that `chat` sends for these keys, typed at once."""
-    from mixtral_offload import terminal
+    from mixtral_offload.apps import terminal
 
     sent = []
 

@@ -10,11 +10,11 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from mixtral_offload import notebook
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.cli import main
-from mixtral_offload.safe_output import SafeStream, safe_output
-from mixtral_offload.terminal import chat_loop
+from mixtral_offload.apps import notebook
+from mixtral_offload.apps.cli import main
+from mixtral_offload.apps.terminal import chat_loop
+from mixtral_offload.system.safe_output import SafeStream, safe_output
+from mixtral_offload.weights.checkpoint import DEMO
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202eabc\rover\x08"
 COMMAND = [sys.executable, "-m", "mixtral_offload"]
@@ -45,7 +45,7 @@ class Chat:
 
 @pytest.fixture
 def chat(monkeypatch):
-    monkeypatch.setattr("mixtral_offload.cli.session", lambda arguments: Chat())
+    monkeypatch.setattr("mixtral_offload.apps.cli.session", lambda arguments: Chat())
     lines = iter(["hello", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
 

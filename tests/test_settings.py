@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mixtral_offload import ChatSession, Request, from_pretrained, generate_batch, load_tokenizer
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.cli import main
+from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError, GenerationError, OptionError
-from mixtral_offload.settings import check_sampling, choose, generator, ignored_settings, model_ends
+from mixtral_offload.runtime.settings import check_sampling, choose, generator, ignored_settings, model_ends
+from mixtral_offload.weights.checkpoint import DEMO
 
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 QUESTION = "What is 47 + 38?"
@@ -206,7 +206,7 @@ def test_ends_of_configuration_and_tokenizer_count_together(folder, offloaded):
      '{"bos_token_id": {}}', "\x00", '{"eos_token_id": true}'],
 )  # fmt: skip
 def test_a_damaged_generation_config_is_refused_before_the_weights_are_read(folder, text, monkeypatch):
-    monkeypatch.setattr("mixtral_offload.offload.load_trunk", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr("mixtral_offload.runtime.build.load_trunk", lambda *a: pytest.fail("weights were read"))
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         from_pretrained(folder, device="cpu")

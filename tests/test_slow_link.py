@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from mixtral_offload.copies import ABANDONED, CREATED, DONE, NOW, Copy
-from mixtral_offload.slow_link import SlowEngine
-from mixtral_offload.transfer import make_engine
+from mixtral_offload.runtime.copies import ABANDONED, CREATED, DONE, NOW, Copy
+from mixtral_offload.runtime.engines import make_engine
+from mixtral_offload.runtime.slow_link import SlowEngine
 
 CPU = torch.device("cpu")
 COPY_S = 0.08

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from mixtral_offload import packed
-from mixtral_offload.quantization import PAPER, Quantization, field_specs
+from mixtral_offload.weights import kernels as packed
+from mixtral_offload.weights.hqq import PAPER, Quantization, field_specs
 
 if not os.environ.get("REQUIRE_TRITON"):
     pytest.importorskip("triton")

@@ -12,9 +12,8 @@ import time
 import psutil
 import pytest
 
-from mixtral_offload import ChatSession, load_tokenizer, templates
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.cli import main
+from mixtral_offload import ChatSession, load_tokenizer
+from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import (
     CheckpointError,
     ConversationError,
@@ -22,9 +21,11 @@ from mixtral_offload.errors import (
     OptionError,
     TemplateError,
 )
-from mixtral_offload.job_lines import encode_lines, read_lines
-from mixtral_offload.templates import encode, render, turn_ends
-from mixtral_offload.tokenizer import INSTRUCT_TEMPLATE, RAW_TEMPLATE
+from mixtral_offload.generation import templates
+from mixtral_offload.generation.job_input import encode_lines, read_lines
+from mixtral_offload.generation.templates import encode, render, turn_ends
+from mixtral_offload.generation.tokenizer import INSTRUCT_TEMPLATE, RAW_TEMPLATE
+from mixtral_offload.weights.checkpoint import DEMO
 
 USER = {"role": "user", "content": "Hello,  <b>wörld</b> \u2028 \U0001f600!"}
 TALK = [USER, {"role": "assistant", "content": " Hi. "}, {"role": "user", "content": "And\nnow?"}]
@@ -233,7 +234,7 @@ def test_threads_get_their_own_replies(tokenizer):
 FORKED = """
 import os, sys
 from mixtral_offload import load_tokenizer
-from mixtral_offload.templates import encode
+from mixtral_offload.generation.templates import encode
 tokenizer, talk = load_tokenizer(), [{"role": "user", "content": "Hi"}]
 expected = encode(tokenizer, talk)
 pid = os.fork()
@@ -252,7 +253,7 @@ def test_a_forked_child_renders_for_itself():
 
 
 def test_no_helper_is_left_behind():
-    code = "from mixtral_offload import load_tokenizer as l; from mixtral_offload.templates import encode; import psutil; "
+    code = "from mixtral_offload import load_tokenizer as l; from mixtral_offload.generation.templates import encode; import psutil; "
     code += "encode(l(), [{'role': 'user', 'content': 'Hi'}]); print(psutil.Process().children()[0].pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 
-from mixtral_offload import forward, load_tokenizer, record
+from mixtral_offload import load_tokenizer, record
 from mixtral_offload.errors import OffloadError, OptionError
-from mixtral_offload.passes import PACKED, UNPACKED, compare_passes
-from mixtral_offload.plots_batch import plot_batches
-from mixtral_offload.throughput import (
+from mixtral_offload.experiments.batch_baselines import (
+    continuous,
+    no_end,
+    plain_model,
+    static_batches,
+    unsorted,
+)
+from mixtral_offload.experiments.batching import (
     FULL,
     LEAVE_ONLY,
     STATIC,
@@ -20,7 +25,9 @@ from mixtral_offload.throughput import (
     take_turns,
     workload,
 )
-from mixtral_offload.variants_batch import continuous, no_end, plain_model, static_batches, unsorted
+from mixtral_offload.experiments.passes import PACKED, UNPACKED, compare_passes
+from mixtral_offload.experiments.plot_batching import plot_batches
+from mixtral_offload.runtime import forward
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from mixtral_offload import transfer
-from mixtral_offload.copies import ABANDONED, RUNNING, Copy
-from mixtral_offload.transfer import ThreadEngine
+from mixtral_offload.runtime import engines as transfer
+from mixtral_offload.runtime.copies import ABANDONED, RUNNING, Copy
+from mixtral_offload.runtime.engines import ThreadEngine
 
 CPU = torch.device("cpu")
 LARGE = 4 << 20  # 16 chunks

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from mixtral_offload import load_tokenizer, record
-from mixtral_offload.chat import TurnStats
-from mixtral_offload.checkpoint import DEMO
+from mixtral_offload.apps.expert_map import expert_grid, grid_html, watch
+from mixtral_offload.apps.terminal import chat_loop
+from mixtral_offload.apps.widget import ChatWidget, bubble, open_chat
+from mixtral_offload.core.trace import HIT, MISS, PREFETCHED
 from mixtral_offload.errors import CheckpointError, OptionError
-from mixtral_offload.live import expert_grid, grid_html, watch
-from mixtral_offload.settings import check_sampling
-from mixtral_offload.terminal import chat_loop
-from mixtral_offload.trace import HIT, MISS, PREFETCHED
-from mixtral_offload.widget import ChatWidget, bubble, open_chat
+from mixtral_offload.generation.chat import TurnStats
+from mixtral_offload.runtime.settings import check_sampling
+from mixtral_offload.weights.checkpoint import DEMO
 
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 
@@ -41,7 +41,7 @@ def test_enter_and_the_button_send_and_the_answer_is_shown(chat):
 
 
 def test_the_answer_is_shown_while_it_comes_and_stop_ends_it(chat, monkeypatch):
-    monkeypatch.setattr("mixtral_offload.widget.REFRESH_S", 0)
+    monkeypatch.setattr("mixtral_offload.apps.widget.REFRESH_S", 0)
     shown, more = [], threading.Event()
     chat._text.observe(lambda change: (shown.append(change["new"]), len(shown) == 8 and more.set()), "value")
     chat._input.value = "Tell me a story about a fox."
@@ -481,7 +481,7 @@ def test_text_that_acts_on_a_terminal_or_reorders_is_shown(chat):
 
 def test_a_session_cleared_from_code_during_an_answer(chat, monkeypatch):
     """The answer is what was streamed; that the conversation is empty by then is no error."""
-    monkeypatch.setattr("mixtral_offload.widget.REFRESH_S", 0)
+    monkeypatch.setattr("mixtral_offload.apps.widget.REFRESH_S", 0)
     chat._text.observe(lambda _: chat.session.last.n_tokens > 8 and chat.session.clear(), "value")
     answer = chat.ask("Tell me a story about a fox.")
     assert answer and chat.session.messages == [] and chat._error is None

@@ -11,14 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_offload import convert, convert_checkpoint, files, work_folder
-from mixtral_offload.checkpoint import DEMO, INDEX
-from mixtral_offload.checksums import checksum_of
-from mixtral_offload.cli import main
+from mixtral_offload import convert_checkpoint
+from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.files import write_new
-from mixtral_offload.headers import read_header
-from mixtral_offload.work_folder import JOURNAL, WorkFolder, finish_renamed, resume_hint, work_folder_of
+from mixtral_offload.runtime import convert
+from mixtral_offload.system import files
+from mixtral_offload.system.files import write_new
+from mixtral_offload.weights import work_folder
+from mixtral_offload.weights.checkpoint import DEMO, INDEX
+from mixtral_offload.weights.checksums import checksum_of
+from mixtral_offload.weights.safetensors_io import read_header
+from mixtral_offload.weights.work_folder import (
+    JOURNAL,
+    WorkFolder,
+    finish_renamed,
+    resume_hint,
+    work_folder_of,
+)
 
 NAMES = [f"model-{number}.safetensors" for number in range(3)]
 SETTINGS, OTHERS = {"bits": 4}, {"bits": 2}

@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import MixtralForCausalLM, PreTrainedModel
 
-from mixtral_offload.offload import from_pretrained
+from mixtral_offload.runtime.build import from_pretrained
 
 
 def twin(*source, **options) -> PreTrainedModel:

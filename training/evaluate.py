@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral_offload.quality import predictions
+from mixtral_offload.experiments.bit_widths import predictions
 
 HERE = Path(__file__).parent
 ROLES = ("system", "user", "assistant")

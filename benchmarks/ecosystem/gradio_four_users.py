@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 from transformers import TextIteratorStreamer
 
-from mixtral_offload.chat import ChatSession
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.chat import ChatSession
+from mixtral_offload.generation.tokenizer import load_tokenizer
 
 from .checks import Check, equal, exit_with, run_program
 from .twin import greedy, ours, questions, twin

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.tokenizer import load_tokenizer
 
 from .checks import Check, close, equal, exit_with, run_program
 from .twin import greedy, last_logits, ours, questions, twin

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.tokenizer import load_tokenizer
 
 from .checks import Check, close, equal, exit_with, run_program
 from .twin import conversations, ours, twin

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.tokenizer import load_tokenizer
 
 from .checks import Check, close, equal, exit_with, run_program
 from .twin import last_logits, ours, questions, twin

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mixtral_offload.errors import OffloadError
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.tokenizer import load_tokenizer
 
 from .checks import Check, close, exit_with, refused, run_program
 from .twin import conversations, ours, twin, variants

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from transformers import MixtralForCausalLM, PreTrainedModel
 
-from mixtral_offload.checkpoint import DEMO
-from mixtral_offload.convert import convert_checkpoint
-from mixtral_offload.offload import from_pretrained
-from mixtral_offload.quantization import Quantization
+from mixtral_offload.runtime.build import from_pretrained
+from mixtral_offload.runtime.convert import convert_checkpoint
+from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.hqq import Quantization
 
 FP16 = DEMO.parent / "fp16"
 TRAINING = Path(__file__).parents[2] / "training"

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mixtral_offload.checkpoint import DEMO, open_checkpoint
-from mixtral_offload.convert import convert_checkpoint
+from mixtral_offload.analysis.recorder import record
+from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OffloadError
-from mixtral_offload.offload import from_pretrained
-from mixtral_offload.recorder import record
-from mixtral_offload.tokenizer import load_tokenizer
-from mixtral_offload.trace import RoutingTrace
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.runtime.build import from_pretrained
+from mixtral_offload.runtime.convert import convert_checkpoint
+from mixtral_offload.weights.checkpoint import DEMO, open_checkpoint
 
 from ..hub_server import HubServer
 from .result import Result

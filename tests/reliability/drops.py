@@ -15,7 +15,7 @@ import sys
 import psutil
 import torch
 
-from mixtral_offload.offload import from_pretrained
+from mixtral_offload.runtime.build import from_pretrained
 
 from .result import Result
 

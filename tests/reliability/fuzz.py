@@ -28,12 +28,12 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
-from mixtral_offload.checkpoint import INDEX, SINGLE, open_checkpoint
-from mixtral_offload.convert import convert_checkpoint
 from mixtral_offload.errors import OffloadError
-from mixtral_offload.headers import read_header
-from mixtral_offload.offload import build_skeleton
-from mixtral_offload.options import OffloadOptions
+from mixtral_offload.runtime.build import build_skeleton
+from mixtral_offload.runtime.convert import convert_checkpoint
+from mixtral_offload.runtime.options import OffloadOptions
+from mixtral_offload.weights.checkpoint import INDEX, SINGLE, open_checkpoint
+from mixtral_offload.weights.safetensors_io import read_header
 
 from .result import Result
 

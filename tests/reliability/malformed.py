@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_offload.checkpoint import DEMO, INDEX
 from mixtral_offload.errors import OffloadError
-from mixtral_offload.offload import from_pretrained
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.runtime.build import from_pretrained
+from mixtral_offload.weights.checkpoint import DEMO, INDEX
 
 from .result import Result
 

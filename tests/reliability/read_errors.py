@@ -6,8 +6,8 @@ import os
 import random
 
 from mixtral_offload.errors import OffloadError
-from mixtral_offload.offload import from_pretrained
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.runtime.build import from_pretrained
 
 from .interrupts import QUESTIONS, answer
 from .result import Result

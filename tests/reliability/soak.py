@@ -15,9 +15,9 @@ from contextlib import suppress
 import psutil
 import torch
 
-from mixtral_offload.chat import ChatSession
-from mixtral_offload.offload import from_pretrained
-from mixtral_offload.tokenizer import load_tokenizer
+from mixtral_offload.generation.chat import ChatSession
+from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.runtime.build import from_pretrained
 
 from .drops import MIB, own_bytes
 from .identity import HELD_OUT

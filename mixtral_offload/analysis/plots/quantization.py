@@ -1,0 +1,302 @@
+"""Pictures of quantization: what a bit width does to one matrix, and to a whole model's size and quality.
+
+Knows checkpoints' matrices, rows of `quality.compare_widths` and matplotlib. Each function returns (figure, the array it
+shows). Dark is low and bright is high in every map; maps of weights and of errors in one figure share their colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from torch import Tensor
+
+from mixtral_offload.analysis.plots.routing import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
+from mixtral_offload.errors import OptionError
+from mixtral_offload.experiments.bit_widths import PAPER_TABLE_1
+from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
+from mixtral_offload.weights.hqq import (
+    PAPER,
+    Fields,
+    Quantization,
+    dequantize,
+    quantize,
+    scale_of,
+    values,
+    zero_of,
+)
+from mixtral_offload.weights.hub import resolve
+from mixtral_offload.weights.layout import MATRICES
+
+#: attention bits -> colour, marker, colour of a text on it
+SERIES = {16: (BLACK, "o", "white"), 8: (RED, "H", "white"), 4: (BLUE, "s", "white"), 3: (GREEN, "p", "white"),
+          2: (ORANGE, "D", "black")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One stored matrix of shape (N, K), on any device."""
+
+    fields: Fields
+    shape: tuple[int, int]
+    quantization: Quantization
+
+    @cached_property
+    def levels(self) -> np.ndarray:
+        """The integers as stored, uint8 [N, K]; none at 16 bits."""
+        return values(self.fields, self.quantization).view(self.shape).cpu().numpy()
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """The weights, float32 [N, K]."""
+        return _numpy(dequantize(self.fields, self.shape, self.quantization))
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
+Source = Checkpoint | str | Path | None
+
+
+def read_matrix(source: Source = None, expert: ExpertId = (0, 0), matrix: str = "gate") -> Matrix:
+    """One expert's matrix as it is stored: "gate", "up" or "down". Nothing else is read.
+
+    source: a checkpoint, its folder or repository, or None for the shipped 4-bit model. expert: (layer, number).
+    Raises OptionError for an expert or matrix that is not there.
+    """
+    if not isinstance(source, Checkpoint):
+        source = open_checkpoint(DEMO if source is None else resolve(source))
+    if tuple(expert) not in source.experts or matrix not in MATRICES:
+        first, last = min(source.experts), max(source.experts)
+        expected = f"an expert from {first} to {last}, and one of {', '.join(MATRICES)}"
+        raise OptionError("no such matrix", expected=expected, found=f"{expert}, {matrix}")
+    stored, wanted = source.experts[tuple(expert)], [f for f in source.layout.fields if f.matrix == matrix]
+    fields = {field.name: stored[matrix, field.name].read().view(field.shape) for field in wanted}
+    return Matrix(fields, source.layout.shapes[matrix], source.layout.quantization[matrix])
+
+
+def plot_matrix(
+    source: Source = None, expert: ExpertId = (0, 0), matrix: str = "gate", compare: Tensor | Source = None,
+    rows: slice | None = None, columns: slice = slice(0, 32),
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """How one matrix is stored: integers, a scale and a zero for each group, and the weights these give.
+
+    source, expert, matrix: as for `read_matrix`. compare: the weights before, [N, K], or a checkpoint that has them in
+    the same place. rows, columns: the corner shown; default: up to 16 rows of one group, 32 columns. Array: the corner's
+    integers, uint8 [rows, columns]; of a 16-bit matrix its values, float32.
+    """
+    shown = read_matrix(source, expert, matrix)
+    original = _original(compare, expert, matrix, shown.shape)
+    bits, corner = shown.quantization.bits, _Corner.of(shown, rows, columns)
+    heights = [1.5] if original is None else [1.5, 1.5]
+    above = ([1.5, 0.5, 0.5], [2.5]) if bits < 16 else ([], [])
+    title = f"Layer {expert[0]}, expert {expert[1]}, {matrix}, {shown.shape[0]} x {shown.shape[1]}: {shown.quantization}"
+    figure = new_figure(11, 0.6 + 1.6 * sum(heights + above[1]), title)
+    left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
+    maps, histograms = _column(left, above[0] + heights), _column(right, above[1] + heights)
+    if bits < 16:
+        _draw_stored(maps[:3], histograms[0], shown, corner)
+    first, limit = -len(heights), np.abs(corner.cut(shown.values)).max()
+    name = "weight = (integer - zero) x scale" if bits < 16 else "weight"
+    _draw_map(maps[first], corner.cut(shown.values), corner, limit, name)
+    _draw_histogram(histograms[first], f"{bits}-bit", shown.values, original)
+    if original is not None:
+        error = shown.values - original
+        _draw_map(maps[-1], corner.cut(error), corner, limit, "error, in the same colours")
+        _draw_errors(histograms[-1], error, original)
+    return figure, corner.cut(shown.levels if bits < 16 else shown.values)
+
+
+def _column(figure, heights: list[float]) -> np.ndarray:
+    return figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+
+
+def _original(compare: Tensor | Source, expert, matrix, shape) -> np.ndarray | None:
+    if compare is None:
+        return None
+    original = _numpy(compare) if isinstance(compare, Tensor) else read_matrix(compare, expert, matrix).values
+    if original.shape != shape:
+        raise OptionError("the other matrix has another shape", expected=shape, found=original.shape)
+    return original
+
+
+def plot_quantized(
+    weight: Tensor, quantization: Quantization = PAPER[2], rows: slice = slice(0, 32), columns: slice = slice(0, 32)
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """What quantizing `weight [N, K]` would do: original, quantized, and the difference, in the same colours.
+
+    Runs hqq's solver where the weight is: seconds for a matrix of Mixtral-8x7B on a CPU. Array: float32 [3, rows, columns].
+    """
+    original, shape = _numpy(weight), tuple(weight.shape)
+    after = Matrix(quantize(weight, quantization), shape, quantization).values
+    error, corner, name = after - original, _Corner(rows, columns, shape), f"{quantization.bits}-bit"
+    maps = np.stack([corner.cut(values) for values in (original, after, error)])
+    figure = new_figure(11, 6.6, f"A matrix of {shape[0]} x {shape[1]}, quantized: {quantization}")
+    grid = figure.subplot_mosaic("aabbcc;dddeee", height_ratios=(1.6, 1))
+    for axes, shown, title in zip("abc", maps, ("original", name, "difference, in the same colours")):
+        _draw_map(grid[axes], shown, corner, np.abs(maps).max(), title, bar=axes == "c")
+    _draw_histogram(grid["d"], name, after, original)
+    _draw_errors(grid["e"], error, original)
+    return figure, maps
+
+
+class _Corner(NamedTuple):
+    rows: slice
+    columns: slice
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, matrix: Matrix, rows: slice | None, columns: slice) -> _Corner:
+        if (
+            rows is None
+        ):  # a group's weights stand in one column, `step` rows apart, wherever that comes out even
+            group = max(matrix.quantization.group_size, 1)
+            step, rest = divmod(matrix.shape[0], group)
+            n = min(16, group) if group > 1 else 16
+            rows = slice(0, n) if rest or group == 1 else slice(0, n * step, step)
+        return cls(rows, columns, matrix.shape)
+
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        return array[self.rows, self.columns]
+
+    def groups(self, size: int) -> np.ndarray:
+        """Of each weight shown the number of its group, for groups of `size`; int [rows, columns]."""
+        n, k = self.shape
+        rows, columns = np.arange(n)[self.rows], np.arange(k)[self.columns]
+        return (rows[:, None] * k + columns) % (n * k // size)
+
+    def label(self, axes) -> None:
+        """Rows and columns by their numbers in the matrix."""
+        for axis, chosen, size in ((axes.yaxis, self.rows, 0), (axes.xaxis, self.columns, 1)):
+            numbers = range(self.shape[size])[chosen]
+            at = range(0, len(numbers), max(1, len(numbers) // 8))
+            axis.set_ticks(list(at), [numbers[i] for i in at], fontsize=7)
+        step = self.rows.step or 1
+        axes.set_ylabel("row" if step == 1 else f"row, {step} apart", fontsize=8)
+
+
+def _draw_stored(panels, bars, matrix: Matrix, corner: _Corner) -> None:
+    """The integers, each in its colour; the scales and zeros of their groups; how often each integer is used."""
+    n, shown = 2**matrix.quantization.bits, corner.cut(matrix.levels)
+    colours = ListedColormap(colormaps["cividis"](np.linspace(0, 1, n)))
+    panels[0].imshow(shown, cmap=colours, vmin=-0.5, vmax=n - 0.5, aspect="auto", interpolation="none")
+    if n <= 16 and shown.size <= 1024:
+        for (row, column), level in np.ndenumerate(shown):
+            colour = "white" if level < n / 2 else "black"
+            panels[0].text(column, row, level, color=colour, fontsize=6, ha="center", va="center")
+    _label(panels[0], f"stored: integers of {matrix.quantization.bits} bits")
+    corner.label(panels[0])
+    groups = corner.groups(matrix.quantization.group_size)
+    _draw_groups(panels[1], _numpy(scale_of(matrix.fields)).ravel()[groups], "scale")
+    _draw_groups(panels[2], _numpy(zero_of(matrix.fields)).ravel()[groups], "zero")
+    shares = np.bincount(matrix.levels.ravel(), minlength=n) / matrix.levels.size
+    bars.barh(range(n), shares, color=colours(range(n)), height=0.85 if n <= 16 else 1)
+    bars.set_yticks(range(n) if n <= 16 else range(0, n, 32))
+    bars.xaxis.set_major_locator(MaxNLocator(5))
+    _label(bars, f"{n} integers, and how often each is used", "share of the matrix", "integer")
+
+
+def _draw_groups(axes, of_weights: np.ndarray, name: str) -> None:
+    """A line for each row shown, one for all where every column is of one group."""
+    lines = np.unique(of_weights, axis=0)
+    colour, width = (BLUE, 1.4) if len(lines) == 1 else (SKY, 0.6)
+    axes.plot(lines.T, drawstyle="steps-mid", color=colour, linewidth=width)
+    axes.set_xlim(-0.5, lines.shape[1] - 0.5)
+    axes.set_xticks([])
+    axes.margins(y=0.15)
+    _label(axes, f"{name}: one for each column" if len(lines) == 1 else f"{name}: a line for each row")
+
+
+def _draw_map(axes, shown: np.ndarray, corner: _Corner, limit: float, name: str, bar: bool = True) -> None:
+    image = axes.imshow(shown, cmap="cividis", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
+    _label(axes, name, "column")
+    corner.label(axes)
+    if bar:
+        axes.figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=7)
+
+
+def _draw_histogram(axes, name: str, values: np.ndarray, original: np.ndarray | None) -> None:
+    limit = 3.5 * (values if original is None else original).std()
+    bins = np.linspace(-limit, limit, 121)
+    axes.hist(values.ravel(), bins, color=SKY, label=name)
+    if original is not None:
+        axes.hist(original.ravel(), bins, color=BLACK, histtype="step", linewidth=0.9, label="original")
+        axes.legend(fontsize=7, loc="upper left", frameon=False)
+    axes.set_yticks([])
+    _label(axes, f"all {values.size:,} weights", "weight")
+
+
+def _draw_errors(axes, error: np.ndarray, original: np.ndarray) -> None:
+    rms, of_weights = (float(np.sqrt(np.square(array).mean())) for array in (error, original))
+    axes.hist(error.ravel(), np.linspace(-3.5, 3.5, 121) * (rms or 1), color=RED)
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    _label(axes, f"error: {rms / of_weights:.1%} of the weights (rms {rms:.2g})", "error")
+
+
+def _label(axes, title: str, across: str = "", up: str = "") -> None:
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(across, fontsize=8)
+    axes.set_ylabel(up, fontsize=8)
+    axes.tick_params(labelsize=7)
+
+
+def plot_quality(rows: Sequence[dict]) -> tuple[Figure, np.ndarray]:
+    """What each width costs: KL divergence from the unquantized model against size, beside the paper's Mixtral-8x7B.
+
+    rows: of `compare_widths`. A line joins widths with the same attention; right, numbers are the experts' bits.
+    Array: float64 [rows, 2] of bytes on disk and nats per token.
+    """
+    points = np.array([(row["disk_bytes"], row["kl"]) for row in rows], float)
+    unit, name = (1e9, "GB") if points[:, 0].max() >= 1e9 else (1e6, "MB")
+    found = points[:, 1][points[:, 1] > 0]
+    floor = found.min() / 3 if len(found) else 1e-6  # nothing lost has no place on a logarithmic axis
+    shown = [*zip(points[:, 0] / unit, np.maximum(points[:, 1], floor))]
+    own = [(row["attention_bits"], row["name"], *point) for row, point in zip(rows, shown)]
+    paper = [(row.attention_bits, str(row.expert_bits), row.gb, row.wikitext2) for row in PAPER_TABLE_1]
+    figure = new_figure(11, 5.4, "What quantization saves, and what it costs")
+    left, right = figure.subplots(1, 2)
+    _draw_widths(left, own)
+    left.set_yscale("log")
+    if len(found) < len(points):
+        left.axhline(floor, color="0.6", linewidth=0.8, linestyle=":")
+        left.text(0.01, floor, "no difference", transform=left.get_yaxis_transform(), fontsize=7, va="bottom")
+    _label(left, "this model", f"weights on disk, {name}", "KL divergence from 16 bits, nats per token")
+    _draw_widths(right, paper)
+    _label(right, "Mixtral-8x7B (2312.17238, table 1)", "size, GB", "perplexity on WikiText2")
+    return figure, points
+
+
+def _draw_widths(axes, points: list[tuple[int, str, float, float]]) -> None:
+    """points: attention bits, label, size, loss. Short labels go inside the markers, others beside."""
+    inside = max(len(point[1]) for point in points) <= 2
+    for number, bits in enumerate(sorted({point[0] for point in points}, reverse=True)):
+        colour, marker, on_it = SERIES[bits]
+        own = sorted((point for point in points if point[0] == bits), key=lambda point: point[2])
+        _, labels, sizes, losses = zip(*own)
+        style = {"color": colour, "marker": marker, "markersize": 10 if inside else 6}
+        axes.plot(sizes, losses, label=f"{bits}-bit attention", **style)
+        # lines fall to the right: above right and below left of a point is room
+        place = {"xytext": (-5, -4), "ha": "right", "va": "top"} if number % 2 else {"xytext": (5, 3)}
+        place["path_effects"] = [withStroke(linewidth=2, foreground="white")]
+        if inside:
+            place = {"xytext": (0, 0), "ha": "center", "va": "center_baseline", "color": on_it}
+        for label, *point in zip(labels, sizes, losses):
+            axes.annotate(label, point, textcoords="offset points", fontsize=7 if inside else 8, **place)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.margins(x=0.12, y=0.08)
+    axes.grid(color="0.9")
+    axes.legend(fontsize=8, markerscale=0.7 if inside else 1)

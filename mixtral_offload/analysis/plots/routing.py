@@ -1,0 +1,210 @@
+"""Pictures of routing: which experts are used, by which tokens, and what became of each use.
+
+Knows traces and matplotlib. Each function returns (figure, the array it shows). Colours differ in lightness too, so
+that every picture can be read in grey; the hues are Okabe and Ito's, made for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from mixtral_offload.analysis.replay import cache_contents
+from mixtral_offload.core.trace import MISS, PREFETCHED, RoutingTrace
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+)
+HIT_CELL, GUESS_CELL, STALL_CELL = 0, 1, 2
+CELLS = {"hit": "#E4EEF5", "right guess": SKY, "stall": "#8A2F00"}
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)  # names may hold a $
+    return figure
+
+
+def token_labels(trace: RoutingTrace, tokens: Sequence[int]) -> list[str]:
+    """Short readable texts, spaces and line ends made visible."""
+    if not trace.pieces:
+        return [str(trace.tokens[i]) for i in tokens]
+    shown = [trace.pieces[i].replace("\n", "⏎").replace(" ", "␣") for i in tokens]
+    return [text if len(text) <= 12 else text[:11] + "…" for text in shown]
+
+
+def _label_tokens(axes, trace: RoutingTrace, tokens: Sequence[int]) -> None:
+    size = 8 if len(tokens) <= 40 else 6
+    axes.set_xticks(
+        range(len(tokens)), token_labels(trace, tokens), rotation=90, fontsize=size, family="monospace", parse_math=False
+    )  # fmt: skip
+    axes.set_xlabel("token")
+
+
+def plot_activations(
+    trace: RoutingTrace, layers: Sequence[int] | None = None, tokens: Sequence[int] | slice = slice(0, 48), **settings
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """Which experts each token used, with the cache behind it (2312.17238, figure 1).
+
+    Blue squares: gate weight. Grey: the expert was in the cache when the token came; settings: of that cache, as for
+    `simulate` (default: the run's own). layers: numbers, default four spread over the depth. Array: gate weights
+    float32 [layers, E, tokens], 0 where not chosen.
+    """
+    tokens = np.arange(trace.n_tokens)[tokens]
+    if layers is None:
+        layers = np.unique(np.linspace(0, trace.n_layers - 1, 4).round().astype(int))
+    layers = np.asarray(layers)
+    held = cache_contents(trace, **settings)[trace.passes[tokens]][:, layers].transpose(1, 2, 0)
+    shown = np.zeros(held.shape, np.float32)  # [layers, E, tokens]
+    chosen = trace.experts[tokens][:, layers].transpose(1, 2, 0)  # [layers, k, tokens]
+    np.put_along_axis(shown, chosen.astype(int), trace.weights[tokens][:, layers].transpose(1, 2, 0), axis=1)
+    height = 0.8 + len(layers) * (0.4 + 0.16 * trace.n_experts)
+    width = max(6, 0.21 * len(tokens) + 1.5)
+    figure = new_figure(width, height, "Experts used by each token, and the cache it found")
+    panels = np.atleast_1d(figure.subplots(len(layers), 1, sharex=True))
+    for axes, layer, of_layer, weights in zip(panels, layers, held, shown):
+        axes.imshow(
+            np.where(of_layer, 0.22, 0.0), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="none"
+        )
+        _squares(axes, weights)
+        axes.set_ylabel(f"layer {trace.settings['layers'][layer]}\nexpert")
+        axes.set_yticks(range(trace.n_experts), range(trace.n_experts), fontsize=7)
+    _label_tokens(panels[-1], trace, tokens)
+    handles = [
+        Patch(facecolor=_shade(weight), edgecolor=BLACK, label=f"chosen, gate weight {weight}")
+        for weight in (1, 0.5)
+    ]
+    handles.append(Patch(facecolor="0.82", label="in the cache"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    return figure, shown
+
+
+def _shade(weight: float) -> tuple[float, float, float]:
+    return 0.85 * (1 - weight), 0.3 + 0.55 * (1 - weight), 0.55 + 0.4 * (1 - weight)
+
+
+def _squares(axes, weights: np.ndarray) -> None:
+    """A square for each gate weight that is not 0, of [E, tokens]."""
+    for expert, column in zip(*weights.nonzero()):
+        where, colour = (column - 0.38, expert - 0.36), _shade(weights[expert, column])
+        axes.add_patch(Rectangle(where, 0.76, 0.72, facecolor=colour, edgecolor=BLACK, linewidth=0.5))
+
+
+def cells(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token and layer: HIT_CELL, GUESS_CELL or STALL_CELL, the worst of its uses, int [N, L]; and how many
+    guesses were wasted on it, int [N, L] (a pass's on its first token)."""
+    outcomes = trace.outcomes()
+    found = np.where(
+        (outcomes == MISS).any(-1),
+        STALL_CELL,
+        np.where((outcomes == PREFETCHED).any(-1), GUESS_CELL, HIT_CELL),
+    )
+    wasted = np.zeros((trace.n_tokens, trace.n_layers), int)
+    first = np.searchsorted(trace.passes, np.arange(trace.n_passes))
+    np.add.at(wasted, (first[trace.wrong_pass], trace.wrong_layer), 1)
+    return found, wasted
+
+
+def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figure, np.ndarray]:
+    """Token by layer: was every expert there, guessed in time, or waited for; a cross marks wasted guesses.
+
+    Array: int [L, tokens] of HIT_CELL, GUESS_CELL, STALL_CELL.
+    """
+    chosen = np.arange(trace.n_tokens)[tokens]
+    found, wasted = cells(trace)
+    shown = found[chosen].T
+    figure = new_figure(
+        max(6, 0.2 * len(chosen) + 1.5),
+        1.9 + 0.24 * trace.n_layers,
+        "Hits, guesses and stalls, token by layer",
+    )
+    axes = figure.subplots()
+    axes.imshow(
+        shown, cmap=ListedColormap(list(CELLS.values())), vmin=0, vmax=2, aspect="auto", interpolation="none"
+    )
+    layer, column = wasted[chosen].T.nonzero()
+    axes.plot(column, layer, "x", color=BLACK, markersize=4, markeredgewidth=0.9)
+    axes.set_yticks(range(trace.n_layers), trace.settings["layers"], fontsize=8)
+    axes.set_ylabel("layer")
+    axes.set_xticks(np.arange(len(chosen) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(trace.n_layers + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="minor", length=0)
+    _label_tokens(axes, trace, chosen)
+    handles = [Patch(facecolor=colour, edgecolor="0.6", label=name) for name, colour in CELLS.items()]
+    handles.append(axes.plot([], [], "x", color=BLACK, label="wasted guess")[0])
+    figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=8)
+    return figure, shown
+
+
+def plot_usage(
+    usage: dict[str, np.ndarray], layers: Sequence[int] | None = None
+) -> tuple[Figure, np.ndarray]:
+    """Do experts specialise? How each domain (or set of prompts) spreads over the experts, and the entropy per layer.
+
+    usage: name -> counts [L, E], as `RoutingTrace.usage` gives them. Array: shares float64 [L, domains, E].
+    """
+    names, counts = list(usage), np.stack(list(usage.values()), 1).astype(float)  # [L, domains, E]
+    shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    shown = range(len(shares)) if layers is None else layers
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = new_figure(
+        3.1 * columns + 1.2, rows * (0.9 + 0.24 * len(names)), "Share of each domain's tokens by expert"
+    )
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, layer in zip(grid.flat, shown):
+        image = axes.imshow(shares[layer], cmap="cividis", vmin=0, vmax=max(0.5, shares.max()), aspect="auto")
+        overall = entropy(shares[layer].mean(0))
+        within = entropy(shares[layer]).mean()
+        axes.set_title(f"layer {layer}: {overall:.2f} bits, {within:.2f} within a domain", fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+        axes.set_xticks(range(shares.shape[2]), range(shares.shape[2]), fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("expert")
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=grid, label="share", shrink=0.8)
+    return figure, shares
+
+
+def entropy(shares: np.ndarray) -> np.ndarray:
+    """In bits, over the last axis."""
+    return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(-1)
+
+
+def plot_transitions(trace: RoutingTrace, layer: int | None = None) -> tuple[Figure, np.ndarray]:
+    """Which expert follows which: the chance of each expert in the next layer, given one in this layer.
+
+    layer: its number; default: all. Array: float64 [L - 1, E, E], rows sum to the top-k.
+    """
+    n = trace.n_experts
+    used = np.zeros((trace.n_tokens, trace.n_layers, n))
+    np.put_along_axis(used, trace.experts.astype(int), 1.0, axis=2)
+    joint = np.einsum("tle,tlf->lef", used[:, :-1], used[:, 1:])
+    chance = joint / np.maximum(used[:, :-1].sum(0)[:, :, None], 1)
+    shown = range(trace.n_layers - 1) if layer is None else [layer]
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = new_figure(2.4 * columns + 1.2, 2.5 * rows + 0.4, "Which expert follows which")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, number in zip(grid.flat, shown):
+        image = axes.imshow(chance[number], cmap="cividis", vmin=0, vmax=1)
+        axes.set_xlabel(f"expert in layer {number + 1}", fontsize=8)
+        axes.set_ylabel(f"expert in layer {number}", fontsize=8)
+        axes.set_xticks(range(n), range(n), fontsize=7)
+        axes.set_yticks(range(n), range(n), fontsize=7)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=grid, label="probability", shrink=0.8)
+    return figure, chance

@@ -1,0 +1,250 @@
+"""Records a RoutingTrace while a model runs.
+
+Knows the live cache's journal and the model's token ids. While recording, it only keeps references; everything is put
+into arrays at the end.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixtral_offload.core.trace import RoutingTrace
+from mixtral_offload.errors import OptionError
+from mixtral_offload.runtime.cache import Use
+from mixtral_offload.runtime.pass_state import Pass
+
+#: in a trace: a position that was given as an embedding, without a token id
+NO_TOKEN = -1
+
+
+class _Part(NamedTuple):
+    """One pass through one layer's experts.
+
+    number: of the pass; 0, which is no pass's, where a layer is called outside of one. begin, end: what it added to the
+    journal.
+    """
+
+    number: int
+    layer: int
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    began_s: float
+    ended_s: float
+    begin: int
+    end: int
+
+
+class Recorder:
+    """Filled by `offloaded_experts` and by the cache. Made by `record`, at whose end it has its `trace`.
+
+    is_exclusive: a replay of its trace shall be exact, so that nothing else may clear the cache meanwhile.
+    """
+
+    def __init__(self, model, is_exclusive: bool = False):
+        self._offload, self.is_exclusive = model.offload, is_exclusive
+        self._began_s = time.perf_counter()
+        self._ids: dict[int, Tensor] = {}  # number of the pass -> its real tokens, in the order of the passes
+        self._starts: dict[int, int] = {}  # number of the pass -> entries of the journal when it began
+        self._parts: list[_Part] = []
+        self._journal: list = []
+        self._guesses: list[tuple[int, int, list[int], int]] = []
+        self.trace: RoutingTrace | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Record from the next pass on."""
+        offload = self._offload
+        with offload.passes.lock, offload.cache.lock:
+            offload.passes.observers.append(self._new_pass)
+            offload.cache.journals += (self._journal,)
+            offload.recorders += (self,)
+
+    def _new_pass(self, current: Pass) -> None:
+        ids = torch.full((current.n_tokens,), NO_TOKEN) if current.ids is None else current.ids.reshape(-1)
+        self._ids[current.number] = ids if current.real is None else ids[current.real]
+        self._starts[current.number] = len(self._journal)
+
+    def _number(self) -> int:
+        """Of the pass under way in this thread; 0, which is no pass's, where a layer is called outside of one."""
+        current = self._offload.passes.current
+        return 0 if current is None else current.number
+
+    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
+        """One pass through one layer's experts, whose uses are all in the journal."""
+        number, now, end = self._number(), time.perf_counter(), len(self._journal)
+        # what came before the pass began is of a pass that was interrupted
+        begin = max(self._parts[-1].end if self._parts else 0, self._starts.get(number, 0))
+        self._parts.append(
+            _Part(number, layer, top_k_index, top_k_weights.detach(), began_s, now, begin, end)
+        )
+
+    def add_guess(self, layer: int, experts: Sequence[int], distance: int) -> None:
+        """Experts that `layer`, `distance` layers from now, will probably need, likeliest first: asked for, not yet
+        looked at."""
+        self._guesses.append((self._number(), layer, list(experts), distance))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that went in so far."""
+        return sum(ids.numel() for ids in tuple(self._ids.values()))
+
+    def last_pass(self) -> list[dict[int, int]]:
+        """What the last token of the newest complete pass used: by layer, expert -> HIT, PREFETCHED or MISS.
+
+        Empty before there is such a pass. Safe from any thread.
+        """
+        layers, parts = self._offload.checkpoint.layers, self._parts
+        end = next((i for i in range(len(parts), 0, -1) if parts[i - 1].layer == layers[-1]), 0)
+        if end < len(layers):
+            return []
+        uses = []
+        for part in parts[end - len(layers) : end]:
+            entries = [entry for entry in self._journal[part.begin : part.end] if isinstance(entry, Use)]
+            outcomes = {entry.expert: entry.outcome for entry in entries}
+            uses.append({expert: outcomes[expert] for expert in part.top_k_index[-1].tolist()})
+        return uses
+
+    def stop(self) -> None:
+        offload = self._offload
+        with offload.passes.lock, offload.cache.lock:
+            offload.passes.observers.remove(self._new_pass)
+            offload.cache.journals = tuple(of for of in offload.cache.journals if of is not self._journal)
+            offload.recorders = tuple(of for of in offload.recorders if of is not self)
+
+    def finish(self, tokenizer=None) -> RoutingTrace:
+        """The trace of the passes that ran to their end; warns of others, without which a replay is not exact."""
+        number = {layer: i for i, layer in enumerate(self._offload.checkpoint.layers)}
+        last = self._offload.checkpoint.layers[-1]
+        whole = [part.number for part in self._parts if part.layer == last and part.number in self._ids]
+        passes = {old: new for new, old in enumerate(whole)}
+        interrupted = len(self._ids) - len(passes)
+        self._warn_if_inexact(passes, interrupted)
+        ids = [self._ids[old].cpu().numpy() for old in passes]
+        tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+        n_layers, top_k = len(number), self._offload.checkpoint.top_k
+        by_layer = [
+            [part for part in self._parts if part.layer == layer and part.number in passes]
+            for layer in number
+        ]
+        experts = [
+            np.concatenate([p.top_k_index.cpu().numpy() for p in of] or [np.zeros((0, top_k))])
+            for of in by_layer
+        ]
+        weights = [
+            np.concatenate([p.top_k_weights.float().cpu().numpy() for p in of] or [np.zeros((0, top_k))])
+            for of in by_layer
+        ]
+        spans = np.array([[(p.began_s, p.ended_s) for p in of] for of in by_layer])
+        spans = spans.reshape(n_layers, len(passes), 2)
+        pieces = [_piece(tokenizer, token) for token in tokens.tolist()] if tokenizer else []
+        return RoutingTrace(
+            tokens=tokens.astype(np.int64), passes=np.repeat(np.arange(len(ids)), [len(of) for of in ids]).astype(np.int32),
+            experts=np.stack(experts, 1).astype(np.int16), weights=np.stack(weights, 1).astype(np.float32),
+            **self._journal_arrays(passes, number), **self._guess_arrays(passes, number), spans=spans.transpose(1, 0, 2) - self._began_s,
+            settings=self._offload.settings() | {"interrupted_passes": interrupted}, counters=asdict(self._offload.stats), pieces=pieces,
+        )  # fmt: skip
+
+    def _warn_if_inexact(self, passes: dict[int, int], interrupted: int) -> None:
+        """Say what a replay of the trace does not know. passes: those that are in it."""
+        kept = [part for part in self._parts if part.number in passes]
+        n_uses = sum(isinstance(entry, Use) for entry in self._journal)
+        n_kept = sum(
+            isinstance(entry, Use) for part in kept for entry in self._journal[part.begin : part.end]
+        )
+        changes = sum(a.number != b.number for a, b in pairwise(kept))
+        if interrupted:
+            what = f"{interrupted} of {len(self._ids)} passes did not run to their end: they are not in the trace"
+        elif n_kept < n_uses:
+            what = f"{n_uses - n_kept} of {n_uses} uses of experts were outside of passes of the whole model: they are not in the trace"
+        elif changes >= max(len(passes), 1):
+            what = "a pass ran inside of another one: the trace has one after the other"
+        else:
+            return
+        warnings.warn(f"{what}, and its replay does not know what they did to the cache", stacklevel=5)
+
+    def _journal_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
+        """The columns use_* and wrong_* of the trace. passes: those to keep -> their number in the trace."""
+        used, wrong = [], []
+        for part in self._parts:
+            for entry in self._journal[part.begin : part.end] if part.number in passes else ():
+                copy = entry.copy
+                times = (np.nan, np.nan) if copy is None or not copy.began_s else (copy.began_s, copy.ended_s)
+                row = passes[part.number], copy.moved_bytes if copy else 0, *times
+                if isinstance(entry, Use):
+                    used.append(
+                        (number[entry.layer], entry.expert, entry.outcome, entry.wait_s, entry.at_s, *row)
+                    )
+                else:
+                    wrong.append((number[entry.key[0]], entry.key[1], *row))
+        return _columns("use", used, self._began_s) | _columns("wrong", wrong, self._began_s)
+
+    def _guess_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
+        """The columns guess_* of the trace. passes: those to keep -> their number in the trace."""
+        rows = [
+            (passes[in_pass], number[layer] - distance, number[layer], expert, rank)
+            for in_pass, layer, experts, distance in self._guesses if in_pass in passes
+            for rank, expert in enumerate(experts)
+        ]  # fmt: skip
+        columns = np.array(rows, np.int32).reshape(-1, 5).T
+        return {
+            f"guess_{name}": column
+            for name, column in zip(("pass", "from", "layer", "expert", "rank"), columns)
+        }
+
+
+def _piece(tokenizer, token: int) -> str:
+    return "" if token == NO_TOKEN else tokenizer.decode([token])
+
+
+def _columns(kind: str, rows: list[tuple], began_s: float) -> dict[str, np.ndarray]:
+    names = ["layer", "expert", "outcome", "wait_s", "at_s", "pass", "bytes"]
+    names = names if kind == "use" else ["layer", "expert", "pass", "bytes"]
+    types = {"pass": np.int32, "layer": np.int32, "expert": np.int32, "outcome": np.uint8, "bytes": np.int64}
+    columns = list(zip(*rows)) if rows else [()] * (len(names) + 2)
+    found = {
+        f"{kind}_{name}": np.array(column, types.get(name, np.float64))
+        for name, column in zip(names, columns)
+    }
+    if kind == "use":
+        found["use_at_s"] = found["use_at_s"] - began_s
+    return found | {f"{kind}_copy_s": np.array(columns[-2:], np.float64).T.reshape(-1, 2) - began_s}
+
+
+@contextmanager
+def record(model, tokenizer=None) -> Iterator[Recorder]:
+    """Record what `model` routes:
+
+        with record(model, tokenizer) as recording:
+            model.generate(...)
+        recording.trace.save("trace.safetensors")
+
+    The cache begins empty and its counters at zero, so that a replay of the trace is exact. tokenizer: to keep the
+    tokens' text. Batches are recorded as one stream of tokens; so are the passes of several threads, which take turns. A
+    pass that began with embeddings has the token NO_TOKEN. Raises OptionError while the model is being recorded already:
+    a second recording would clear the cache under the first one.
+    """
+    offload = model.offload
+    with offload.passes.lock, offload.cache.lock:
+        if any(recorder.is_exclusive for recorder in offload.recorders):
+            raise OptionError(
+                "this model is being recorded already", found="record() inside another record() of the same model",
+                hint="end the first recording, or record both parts in one",
+            )  # fmt: skip
+        offload.cache.clear()
+        offload.stats.reset()
+        recorder = Recorder(model, is_exclusive=True)
+    try:
+        yield recorder
+    finally:
+        recorder.stop()
+        recorder.trace = recorder.finish(tokenizer)

@@ -1,0 +1,238 @@
+"""Replays a trace under another cache: policies, sizes, one pool or many, and Belady's optimum as the bound.
+
+Knows traces and policies, no models. The decisions are the live cache's own (`policy.serve`), so a replay under a
+run's own settings counts exactly its hits, misses and bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mixtral_offload.core.policies import LOAD, POLICIES, Belady, Policy, Pool, serve
+from mixtral_offload.core.trace import RoutingTrace
+from mixtral_offload.errors import OptionError
+
+if TYPE_CHECKING:
+    from mixtral_offload.analysis.timed_replay import Card, Played
+
+BELADY = "belady"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """hit: bool, for each use of the trace. The counts by layer are int64 [L]. timing: if it was played on a card."""
+
+    trace: RoutingTrace
+    hit: np.ndarray
+    settings: dict
+    timing: Played | None = None
+
+    @property
+    def hits(self) -> int:
+        return int(self.hit.sum())
+
+    @property
+    def misses(self) -> int:
+        return len(self.hit) - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / len(self.hit) if len(self.hit) else float("nan")
+
+    @property
+    def bytes_moved(self) -> int:
+        """What the misses copy."""
+        return self.misses * self.trace.expert_bytes
+
+    def hit_rates(self) -> np.ndarray:
+        """By layer: float64 [L]."""
+        of_layer = self.trace.use_layer
+        uses = np.bincount(of_layer, minlength=self.trace.n_layers)
+        return np.bincount(of_layer, self.hit, minlength=self.trace.n_layers) / np.maximum(uses, 1)
+
+
+def simulate(
+    trace: RoutingTrace, cache_size: int | Sequence[int] | None = None, policy: str | None = None,
+    shared: bool | None = None, watch: Callable[[int, int, Pool], None] | None = None, *,
+    card: Card | None = None, prefetch: int = 0, look_ahead: int = 1,
+) -> Replay:  # fmt: skip
+    """Replay under these settings; what is None stays as it was in the run (residents too, if cache_size is None).
+
+    cache_size: slots of each layer, or one number for all. policy: "lru", "lfu", "lrfu" or "belady". shared: one pool
+    for all layers, as large as the layers' slots together. watch: called with (pass, layer, pool) before each. card: play
+    it against time too (`clock.play`); only then do prefetch and look_ahead matter. Raises OptionError for what no run
+    could have.
+    """
+    slots, residents, policy, shared = resolve_settings(trace, cache_size, policy, shared)
+    if prefetch and card is None:
+        raise OptionError("guesses change no hits, only times", found=f"prefetch={prefetch} without a card",
+                          hint="simulate(..., card=Card(...), prefetch=...)")  # fmt: skip
+    keys, bounds, uses = ordered_uses(trace)
+    hit = np.zeros(len(keys), bool)
+    pools = make_pools(trace, keys, slots, residents, policy, shared)
+    starts = uses[bounds[:-1]]
+    for number, layer, begin, end in zip(
+        trace.use_pass[starts].tolist(), trace.use_layer[starts].tolist(), bounds, bounds[1:]
+    ):
+        if watch is not None:
+            watch(number, layer, pools[layer])
+        _serve(pools[layer], keys[begin:end], hit, begin)
+    in_order = np.empty_like(hit)
+    in_order[uses] = hit
+    timing = None
+    if card is not None:
+        from mixtral_offload.analysis.timed_replay import play  # which is built on this file
+
+        timing = play(trace, card, cache_size=cache_size, policy=policy, shared=shared, prefetch=prefetch,
+                      look_ahead=look_ahead)  # fmt: skip
+    return Replay(trace, in_order, {"slots": slots, "policy": policy, "shared_slots": shared}, timing)
+
+
+def resolve_settings(
+    trace: RoutingTrace, cache_size: int | Sequence[int] | None, policy: str | None, shared: bool | None
+) -> tuple[list[int], list[Sequence[int]], str, bool]:
+    """Slots and residents by layer, policy, and whether there is one pool: as given or, where None, as in the run."""
+    run = trace.settings
+    policy = run["policy"] if policy is None else policy
+    shared = run["shared_slots"] if shared is None else shared
+    residents = run["resident"] if cache_size is None else [()] * trace.n_layers
+    slots = run["slots"] if cache_size is None else np.broadcast_to(cache_size, trace.n_layers).tolist()
+    if cache_size is not None and not all(trace.top_k <= n <= trace.n_experts for n in slots):
+        expected = f"{trace.top_k} to {trace.n_experts} experts per layer"
+        raise OptionError("impossible cache_size", expected=expected, found=cache_size)
+    if policy not in (*POLICIES, BELADY):
+        raise OptionError("unknown policy", expected=", ".join((*POLICIES, BELADY)), found=policy)
+    return slots, residents, policy, shared
+
+
+def ordered_uses(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]:
+    """Keys (layer * E + expert) in the order in which the live cache is asked, where each pass of a layer begins
+    (and the last ends), and the number of the trace's use for each."""
+    uses = np.lexsort((trace.use_expert, trace.use_layer, trace.use_pass))
+    layer, number = trace.use_layer[uses], trace.use_pass[uses]
+    changes = np.flatnonzero((np.diff(layer) != 0) | (np.diff(number) != 0)) + 1
+    keys = layer * trace.n_experts + trace.use_expert[uses]
+    return keys.tolist(), [0, *changes.tolist(), len(uses)] if len(uses) else [0], uses
+
+
+def make_pools(
+    trace: RoutingTrace,
+    keys: Sequence[int],
+    slots: Sequence[int],
+    residents: Sequence[Sequence[int]],
+    policy: str,
+    shared: bool,
+) -> list[Pool]:
+    """The pool of each layer (one and the same if shared); keys: all uses in their order, which only Belady looks at."""
+    n = trace.n_experts
+    resident = frozenset(layer * n + expert for layer, of in enumerate(residents) for expert in of)
+
+    def make(of_layer: int | None) -> Policy:
+        if policy != BELADY:
+            return POLICIES[policy]()
+        return Belady(key for key in keys if of_layer is None or key // n == of_layer)
+
+    if shared:
+        return [Pool(sum(slots), make(None), resident)] * trace.n_layers
+    return [Pool(n_slots, make(layer), resident) for layer, n_slots in enumerate(slots)]
+
+
+def _serve(pool: Pool, needed: list[int], hit: np.ndarray, begin: int) -> None:
+    """One pass of one layer; marks its hits from `begin` on."""
+    held = pool.held
+    if (
+        all(key in held for key in needed) and not pool.resident
+    ):  # nothing to decide: most passes of a large cache
+        for i, key in enumerate(needed, begin):
+            pool.policy.use(key)
+            hit[i] = True
+        return
+    place = {key: i for i, key in enumerate(needed, begin)}
+    for action, key, was_there in serve(pool, needed):
+        if action is LOAD:
+            pool.loading[key] = None
+        elif was_there:
+            hit[place[key]] = True
+        else:
+            pool.publish(next(iter(pool.loading)) if key is None else key, None)
+
+
+def hit_rate_curves(
+    trace: RoutingTrace, policies: Sequence[str] = ("lru", "lfu", "lrfu", BELADY), sizes: Sequence[int] | None = None,
+    shared: bool = False,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Hit rate by layer for each policy and cache size: policy -> float64 [sizes, L]; sizes: default top-k to all."""
+    sizes = range(trace.top_k, trace.n_experts + 1) if sizes is None else sizes
+    return {
+        name: np.stack([simulate(trace, k, name, shared).hit_rates() for k in sizes]) for name in policies
+    }
+
+
+def chance_hit_rate(trace: RoutingTrace, cache_size: int) -> float:
+    """The hit rate of a cache whose contents had nothing to do with the text: k of E."""
+    return cache_size / trace.n_experts
+
+
+def best_allocation(trace: RoutingTrace, total: int, policy: str = "lru") -> list[int]:
+    """Slots for each layer, `total` together, that give this trace the most hits (exact, by dynamic programming).
+
+    Each layer gets from top-k to all experts; raises OptionError for a total outside of that.
+    """
+    sizes = list(range(trace.top_k, trace.n_experts + 1))
+    least, most = trace.n_layers * sizes[0], trace.n_layers * sizes[-1]
+    if not least <= total <= most:
+        raise OptionError("impossible total of slots", expected=f"{least} to {most}", found=total)
+    uses = np.bincount(trace.use_layer, minlength=trace.n_layers)
+    hits = hit_rate_curves(trace, [policy], sizes)[policy] * uses  # [sizes, L]
+    best, chosen = {0: 0.0}, []
+    for layer in range(trace.n_layers):
+        options: dict[int, tuple[float, int]] = {}
+        for spent, value in best.items():
+            for size, gained in zip(sizes, hits[:, layer]):
+                options[spent + size] = max(options.get(spent + size, (-1.0, 0)), (value + gained, size))
+        best = {spent: value for spent, (value, _) in options.items()}
+        chosen.append(options)
+    slots = []
+    for options in reversed(chosen):
+        slots.append(options[total][1])
+        total -= slots[-1]
+    return slots[::-1]
+
+
+def cache_contents(trace: RoutingTrace, **settings) -> np.ndarray:
+    """What a replay's cache holds when each pass reaches each layer: bool [P, L, E]. settings: as for `simulate`."""
+    held = np.zeros((trace.n_passes, trace.n_layers, trace.n_experts), bool)
+
+    def look(number: int, layer: int, pool: Pool) -> None:
+        for key in (*pool.held, *pool.resident):
+            if key // trace.n_experts == layer:
+                held[number, layer, key % trace.n_experts] = True
+
+    simulate(trace, **settings, watch=look)
+    return held
+
+
+def reuse_distances(trace: RoutingTrace) -> np.ndarray:
+    """How many different experts of the layer were used between two uses of one expert: int64 [L, E + 1].
+
+    Column d counts uses at distance d (an LRU cache of more than d slots has them); the last one counts first uses.
+    """
+    keys, bounds, uses = ordered_uses(trace)
+    found = np.zeros((trace.n_layers, trace.n_experts + 1), np.int64)
+    recent: list[list[int]] = [[] for _ in range(trace.n_layers)]  # most recent first
+    layers = trace.use_layer[uses].tolist()
+    for begin, end in pairwise(bounds):
+        of_layer = recent[layers[begin]]
+        before = list(of_layer)
+        for key in keys[begin:end]:
+            distance = before.index(key) if key in before else trace.n_experts
+            found[layers[begin], distance] += 1
+            if key in of_layer:
+                of_layer.remove(key)
+            of_layer.insert(0, key)
+    return found

@@ -1,0 +1,334 @@
+"""The command line: chat, generate, trace, download, info, plan, convert, verify.
+
+Knows the terminal. Everything it does is a function of the package, called with the options given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mixtral_offload.apps.parser import DEMO, build_parser
+from mixtral_offload.errors import DownloadError, OffloadError, OptionError
+from mixtral_offload.system.safe_output import safe_output
+
+OPTIONS = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length", "link", "prefetch", "look_ahead",
+           "policy", "shared_slots", "compile", "unpack")  # fmt: skip
+
+
+@safe_output()
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors of ours are one message, never a traceback."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    commands = {
+        "chat": run_chat, "generate": run_generate, "trace": run_trace,
+        "download": run_download, "info": run_info, "plan": run_plan, "convert": run_convert,
+        "verify": run_verify,
+    }  # fmt: skip
+    arguments = build_parser(commands).parse_args(argv)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+        return 0
+    except OffloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        drop_output()
+        return 141
+    except (
+        OSError
+    ) as error:  # a full disk behind standard output, a file that went away: the system's own words
+        where = "" if error.filename is None else f"\n  file: {error.filename}"
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        drop_output()
+        return 1
+
+
+def drop_output() -> None:
+    """What is still to be written is dropped: or the flush at exit fails too."""
+    with contextlib.suppress(OSError, ValueError):  # standard output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def offload_options(arguments) -> dict:
+    """The options that were given, as `from_pretrained` takes them."""
+    return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+
+
+def load(arguments):
+    """(model, tokenizer) as the options ask; prints the plan to standard error."""
+    from mixtral_offload.generation.tokenizer import load_tokenizer
+    from mixtral_offload.runtime.options import OffloadOptions
+
+    OffloadOptions.parse(
+        offload_options(arguments)
+    )  # what is wrong with them is said before anything is fetched
+    source, hub = source_of(arguments)
+    tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
+    return load_model(arguments), tokenizer
+
+
+def source_of(arguments):
+    """(folder or hub repository, arguments for the hub) of the model."""
+    from mixtral_offload.weights.checkpoint import DEMO as demo_folder
+
+    hub = {"revision": arguments.revision} if arguments.revision else None
+    return demo_folder if arguments.model == DEMO else arguments.model, hub
+
+
+def load_model(arguments, **options):
+    from mixtral_offload.runtime.build import from_pretrained
+    from mixtral_offload.runtime.settings import notice
+
+    source, hub = source_of(arguments)
+    model = from_pretrained(
+        source, hub=hub, progress=sys.stderr.isatty(), **options, **offload_options(arguments)
+    )
+    print(model.offload.plan, file=sys.stderr)
+    if text := notice(model):
+        print(f"  - notice: {text}", file=sys.stderr)
+    if model.offload.compile_s:
+        how = "--no-compile does without, and is slower"
+        print(
+            f"  - compiled in {model.offload.compile_s:.0f} s (kept for the next start; {how})",
+            file=sys.stderr,
+        )
+    print(file=sys.stderr)
+    return model
+
+
+def session(arguments):
+    from mixtral_offload.generation.chat import ChatSession
+    from mixtral_offload.runtime.settings import check_sampling
+
+    sampling = {
+        "max_new_tokens": arguments.max_tokens, "temperature": arguments.temperature,
+        "top_p": arguments.top_p, "seed": arguments.seed,
+    }  # fmt: skip
+    check_sampling(**sampling)
+    return ChatSession(*load(arguments), system_prompt=arguments.system, **sampling)
+
+
+def run_chat(arguments) -> None:
+    from mixtral_offload.apps.terminal import chat_loop
+
+    chat_loop(session(arguments), "\nyou> " if sys.stdin.isatty() else "")
+
+
+def run_generate(arguments) -> None:
+    from mixtral_offload.generation.tokenizer import RAW_TEMPLATE
+
+    refuse_contradictions(arguments)
+    if arguments.input is not None:
+        return run_job(arguments)
+    chat = session(arguments)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if arguments.raw:
+        chat.tokenizer.chat_template = RAW_TEMPLATE
+    for piece in chat.send(prompt):
+        print(piece, end="", flush=True)
+    print()
+    print(chat.total, file=sys.stderr)
+
+
+def refuse_contradictions(arguments) -> None:
+    """What `generate` cannot do at once."""
+    if arguments.raw and arguments.system:
+        arguments.refuse("--system has no place in a --raw prompt")
+    if arguments.prompt is not None and arguments.input is not None:
+        arguments.refuse("give a prompt or --input, not both")
+    if arguments.input is None:
+        if arguments.prompt is None:
+            arguments.refuse("give a prompt, or --input and --output")
+        for name in ("output", "batch_size", "bad_lines", "restart"):
+            if getattr(arguments, name) is not None:
+                arguments.refuse(f"--{name.replace('_', '-')} belongs to --input")
+    elif "-" in (arguments.input, arguments.output):
+        arguments.refuse("--input and --output are files: an interrupted job goes on from them")
+    elif arguments.output is None:
+        arguments.refuse("--input needs --output, the file for the answers")
+
+
+def run_job(arguments) -> None:
+    """Answer a file of prompts. The input and the journal are looked at before anything is fetched or loaded."""
+    from pathlib import Path
+
+    from mixtral_offload.generation.jobs import Job, JobOptions
+    from mixtral_offload.generation.tokenizer import load_tokenizer
+    from mixtral_offload.runtime.options import OffloadOptions
+    from mixtral_offload.weights.hub import resolve
+
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "system",
+        "raw",
+        "batch_size",
+        "bad_lines",
+        "restart",
+    )
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    options = OffloadOptions.parse(offload_options(arguments))
+    with Job(JobOptions(Path(arguments.input), Path(arguments.output), **given)) as job:
+        source, hub = source_of(arguments)
+        tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
+        job.prepare(tokenizer, resolve(source, **(hub or {})), options)
+        if job.bad:
+            print(job.skipped, file=sys.stderr)
+        try:
+            answer(job, arguments)
+            job.finish()
+        except BaseException:
+            if job.journal.places:
+                print(f"\n{job.how_to_go_on}", file=sys.stderr)
+            raise
+    print(job.summary, file=sys.stderr)
+
+
+def answer(job, arguments) -> None:
+    """The lines that have no answer yet; without them, no model is needed."""
+    from tqdm import tqdm
+
+    if not job.pending:
+        return
+    model, n_lines = load_model(arguments, batch_size=job.n_contexts), len(job.lines) - len(job.bad)
+    with tqdm(
+        total=n_lines, initial=job.n_kept, unit="line", desc="generate", disable=not sys.stderr.isatty()
+    ) as bar:
+        job.answer(model, bar.update)
+
+
+def run_trace(arguments) -> None:
+    from mixtral_offload.apps.trace_report import read_prompts, write_report
+    from mixtral_offload.runtime.settings import check_sampling
+
+    check_sampling(arguments.max_tokens, 0.0, 1.0, None)
+    prompts = read_prompts(arguments.prompts)
+    model, tokenizer = load(arguments)
+    trace, written = write_report(model, tokenizer, prompts, arguments.folder, arguments.max_tokens)
+    print(f"{trace.n_tokens} tokens through {trace.n_layers} layers; {model.offload.stats.hit_rate:.0%} hits")
+    print("\n".join(str(path) for path in written if path.suffix != ".npy"))
+
+
+def run_download(arguments) -> None:
+    from mixtral_offload.core.placement import gb
+    from mixtral_offload.weights.hub import download, plan_download
+
+    options = {"revision": arguments.revision, "local_dir": arguments.local_dir}
+    try:
+        plan = plan_download(arguments.model, **options)
+        files = f"{len(plan.files)} files, {gb(plan.total_bytes)}, {gb(plan.remaining_bytes)} to fetch"
+        print(f"{plan.repo_id}: {files}\ninto {plan.folder}, where {gb(plan.free_bytes)} are free")
+    except DownloadError:
+        pass  # said by `download`, unless a complete copy is here
+    print(f"complete: {download(arguments.model, **options)}")
+
+
+def run_info(arguments) -> None:
+    from mixtral_offload.apps.checkpoint_report import describe
+
+    print(describe(arguments.model, arguments.revision, offload_options(arguments)))
+
+
+def run_plan(arguments) -> None:
+    from mixtral_offload.apps.plan_report import describe_plan
+
+    names = ("model", "revision", "bits", "attention_bits", "trace", "curve", "vram", "ram", "link", "bandwidth",
+             "disk", "context_length", "cache_size", "prefetch", "look_ahead")  # fmt: skip
+    print(describe_plan(**{name: getattr(arguments, name) for name in names}))
+
+
+def run_convert(arguments) -> None:
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from mixtral_offload.runtime.convert import convert_checkpoint
+    from mixtral_offload.runtime.options import parse_device
+    from mixtral_offload.weights.checkpoint import open_checkpoint
+    from mixtral_offload.weights.work_folder import resume_hint
+
+    device = parse_device(arguments.device)
+    experts, attention = (
+        _quantization(arguments, arguments.bits),
+        _quantization(arguments, arguments.attention_bits),
+    )
+    checkpoint = open_checkpoint(arguments.source)
+    recommended, extra = arguments.default_cache_size, None
+    if recommended is not None:
+        if not checkpoint.top_k <= recommended <= checkpoint.n_experts:
+            expected = f"{checkpoint.top_k} to {checkpoint.n_experts}"
+            raise OptionError("impossible default cache size", expected=expected, found=recommended)
+        extra = {"offload": {"cache_size": recommended}}
+    with tqdm(total=len(checkpoint.experts), unit="expert", desc="convert") as bar, terminable():
+        try:
+            convert_checkpoint(
+                arguments.source, arguments.target, experts, attention, device=device, config_extra=extra,
+                progress=bar.update, report=lambda text: bar.write(text, file=sys.stderr),
+            )  # fmt: skip
+        except (KeyboardInterrupt, SystemExit):
+            if hint := resume_hint(Path(arguments.target).absolute()):
+                bar.write(hint, file=sys.stderr)
+            raise
+    print(f"written: {arguments.target}")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what runs inside as Ctrl-C does, with its exit status: files in work are closed and said to be there."""
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_verify(arguments) -> None:
+    from tqdm import tqdm
+
+    from mixtral_offload.runtime.verify import verify
+    from mixtral_offload.weights.checkpoint import DEMO as demo_folder
+    from mixtral_offload.weights.hub import resolve
+
+    folder = demo_folder if arguments.model == DEMO else resolve(arguments.model, **_revision(arguments))
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+        result = verify(folder, bar.update)
+    print(result)
+
+
+def _revision(arguments) -> dict:
+    return {"revision": arguments.revision} if arguments.revision else {}
+
+
+def _quantization(arguments, bits: int | None):
+    from mixtral_offload.weights.hqq import Quantization
+
+    group, scale = arguments.group_size, arguments.scale_group_size
+    if (group or scale) and {arguments.bits, arguments.attention_bits} <= {None, 16}:
+        arguments.refuse("a group size needs --bits or --attention-bits, of less than 16")
+    if bits is None:
+        return None
+    group = (16 if bits == 2 else 64) if group is None else group
+    split = bits == 3 and group % 8 == 0
+    return Quantization(16) if bits == 16 else Quantization(bits, group, scale, scale is not None, split)

@@ -1,0 +1,210 @@
+"""What the expert cache and speculative loading are each worth on this machine: table 2 of 2312.17238.
+
+Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`variants.py`), of pictures or of
+command lines.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import LogitsProcessorList
+
+from mixtral_offload.core.policies import staging_rows
+from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.experiments.baselines import (
+    copy_seconds,
+    layer_seconds,
+    make_variants,
+    slow_link,
+    switched,
+)
+from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.prefetch import MOMENTS
+
+#: tokens/s on a T4 at 2 bits (2312.17238, table 2)
+PAPER = {"full": 2.092, "without prefetch": 1.567, "without cache and prefetch": 1.168, "naive": 0.661}
+RESIDENT = "everything resident"
+#: one expert's copy over one layer's compute on a T4: 66.4 MB at 12 GB/s is 5.5 ms, against about 1 ms
+T4_RATIO = 5.5
+PROMPTS = (
+    "Tell me a story about a fox.",
+    "How do I sort a list in Python?",
+    "Tell me a story about a boy named Tom.",
+    "Who are you and what can you do?",
+)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What `ablate` found; `print` shows it as a table.
+
+    tokens_per_s: variant -> speed of decoding, from the median of its turns. prefetch_saves: the share of time that
+    guessing saves, quartiles over pairs of turns. seconds_per_token: variant -> one number for each turn (repeat by repeat,
+    prompt by prompt). counters: variant -> sums of its `CacheStats` over all turns, the prompts' own passes included.
+    layer_s: one layer's compute for one token; copy_s: one expert's copy; both in seconds, measured before the turns.
+    """
+
+    tokens_per_s: dict[str, float]
+    prefetch_saves: list[float]
+    seconds_per_token: dict[str, list[float]]
+    counters: dict[str, dict[str, float]]
+    layer_s: float
+    copy_s: float
+    settings: dict
+
+    def over_naive(self, name: str) -> float:
+        """A variant's speed as a multiple of the naive way's."""
+        return self.tokens_per_s[name] / self.tokens_per_s["naive"]
+
+    def to_json(self) -> str:
+        """All of it: `Ablation(**json.loads(text))` is equal to this."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        lines = [f"{'':28}tokens/s  over naive  paper's T4, over naive  hits  MB moved (wasted)"]
+        for name, speed in self.tokens_per_s.items():
+            paper = f"{PAPER[name] / PAPER['naive']:.2f}" if name in PAPER else ""
+            row, rest = self.counters.get(name), ""
+            if row:
+                hit_rate = row["hits"] / (row["hits"] + row["misses"])
+                rest = f"{hit_rate:5.2f} {row['bytes_moved'] / 1e6:8.0f} ({row['wasted_bytes'] / 1e6:.0f})"
+            line = f"{name:28}{speed:8.2f}  {self.over_naive(name):10.2f}  {paper:>22}  {rest}"
+            lines.append(line.rstrip())
+        low, median, high = (f"{share:.1%}" for share in self.prefetch_saves)
+        lines += [
+            f"prefetch saves {median} of the time (median of pairs; quartiles {low} and {high})",
+            f"one expert's copy {1e3 * self.copy_s:.2f} ms, one layer's compute {1e3 * self.layer_s:.2f} ms",
+        ]
+        return "\n".join(lines)
+
+
+def ablate(
+    model, tokenizer, prompts: Sequence[str] = PROMPTS, *, cache_size: int, resident=None, prefetch: int = 2,
+    look_ahead: int = 1, tokens: int = 40, naive_tokens: int = 8, repeats: int = 3, ratio: float | str | None = "auto",
+    moments: tuple[str, ...] = MOMENTS,
+) -> Ablation:  # fmt: skip
+    """Table 2 of 2312.17238 for this model on this machine: LRU cache and prefetch, without one, without both, naive.
+
+    All variants answer the same prompts greedily, taking turns, over the model's own store and in its own slots (device
+    memory is taken only for slots it lacks). Only decoding is timed. Experts that the plan keeps resident stay so in
+    every variant. The model's cache comes back empty; nothing else may use the model meanwhile.
+
+    cache_size: experts of each layer on the device. resident: the same model with every expert on the device, for one
+    row more and for answers to compare with. tokens, naive_tokens: to generate for each prompt. ratio: slow the link
+    down until one expert's copy takes so many times one layer's compute; None: the link as it is; "auto": T4_RATIO on
+    the CPU unless the model was built with `link`, else as it is. prefetch, look_ahead, moments: see `Prefetcher`.
+    Raises OptionError for what cannot be measured, CapacityError where the device is too small, and OffloadError if an
+    answer depends on the variant.
+    """
+    texts = [prompts] if isinstance(prompts, str) else [*prompts]
+    asked = {"cache_size": cache_size, "prefetch": prefetch, "look_ahead": look_ahead, "tokens": tokens,
+             "naive_tokens": naive_tokens, "repeats": repeats}  # fmt: skip
+    _check(model, resident, texts, asked)
+    if ratio == "auto":
+        as_it_is = model.device.type == "cuda" or model.offload.options.link is not None
+        ratio = None if as_it_is else T4_RATIO
+    encoded = [_encode(tokenizer, text).to(model.device) for text in texts]
+    with slow_link(model, ratio):
+        layer_s, copy_s = layer_seconds(model), copy_seconds(model)
+        caches = make_variants(model, cache_size, staging_rows(prefetch, look_ahead))
+        seconds, counters = _take_turns(model, resident, caches, encoded, asked | {"moments": tuple(moments)})
+    settings = asked | {"moments": [*moments], "ratio": ratio, "n_prompts": len(texts)}
+    settings |= {"model": model.offload.checkpoint.folder.name, "device": str(model.offload.options.device)}
+    speed = {name: 1 / statistics.median(taken) for name, taken in seconds.items()}
+    saved = [1 - a / b for a, b in zip(seconds["full"], seconds["without prefetch"])]
+    saved = statistics.quantiles(saved) if len(saved) > 1 else saved * 3
+    return Ablation(speed, saved, seconds, counters, layer_s, copy_s, settings)
+
+
+def _check(model, resident, texts: list[str], asked: dict[str, int]) -> None:
+    offload = model.offload
+    if offload.plan.home is None:
+        raise OptionError("every expert of this model is on the device: there is nothing to ablate",
+                          hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
+    if offload.recorders:
+        raise OptionError("this model is being recorded", hint="ablate it outside of `record`")
+    if resident is not None and not (resident.offload.plan.home is None and _is_same(resident, model)):
+        raise OptionError("`resident` must be the same model with every expert on the device", found=resident.offload.plan,
+                          hint=f"build it likewise, with cache_size={offload.checkpoint.n_experts}")  # fmt: skip
+    if not texts:
+        raise OptionError("no prompts", expected="one or more texts")
+    least = {"cache_size": offload.checkpoint.top_k, "tokens": 2, "naive_tokens": 2}
+    most = {"cache_size": offload.checkpoint.n_experts, "naive_tokens": asked["tokens"]}
+    for name, n in asked.items():
+        low, high = least.get(name, 1), most.get(name, float("inf"))
+        if type(n) is not int or not low <= n <= high:
+            raise OptionError(f"impossible {name}", expected=f"a whole number from {low} to {high}", found=n)
+
+
+def _is_same(*models) -> bool:
+    offloads = [model.offload for model in models]
+    return len({(of.checkpoint.folder, of.options.device, of.options.dtype) for of in offloads}) == 1
+
+
+def _take_turns(model, resident, caches: dict[str, ExpertCache], prompts: list, asked: dict):
+    """Each variant in turn with each prompt, again and again: (seconds per token of each turn, counters) by variant."""
+    guesses = {"n_experts": asked["prefetch"], "look_ahead": asked["look_ahead"], "moments": asked["moments"]}
+    runs = caches if resident is None else {RESIDENT: None, **caches}
+    seconds, counters, expected = {name: [] for name in runs}, {name: Counter() for name in caches}, {}
+    n_turns = asked["repeats"] * len(prompts) * len(runs)
+    bar = tqdm(total=n_turns, unit="turn", desc="ablation", disable=not model.offload.options.progress)
+    for _ in range(asked["repeats"]):
+        for number, prompt in enumerate(prompts):
+            for name, cache in runs.items():
+                n_tokens = asked["naive_tokens" if name == "naive" else "tokens"]
+                if cache is None:
+                    taken, (answer,) = generate(resident, [prompt], n_tokens)
+                else:
+                    with switched(model, cache, guesses if cache.n_staging else None):
+                        taken, (answer,) = generate(model, [prompt], n_tokens)
+                    counters[name].update(vars(cache.stats))
+                _compare(name, number, answer, expected.setdefault(number, answer))
+                seconds[name].append(taken)
+                bar.update()
+    bar.close()
+    return seconds, {name: dict(of) for name, of in counters.items()}
+
+
+def _compare(name: str, number: int, answer: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raises OffloadError if this answer is not the beginning of the one expected."""
+    expected = expected[:, : answer.shape[1]]
+    if not torch.equal(answer, expected):
+        at = int((answer != expected).any(0).nonzero()[0])
+        raise OffloadError(f"an answer depends on the variant: {name}", key=f"prompt {number}, token {at}",
+                           expected=int(expected[0, at]), found=int(answer[0, at]),
+                           hint="the figures would mean nothing; please report this")  # fmt: skip
+
+
+@torch.inference_mode()
+def generate(model, prompts, n_tokens: int) -> tuple[float, list[torch.Tensor]]:
+    """Seconds per token after the first of each prompt (as the tokenizer gives them), and the greedy answers."""
+    seconds, out = 0.0, []
+    length = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
+    for prompt in prompts:
+        times: list[float] = []
+
+        def stamp(ids, scores, times=times):
+            times.append(time.perf_counter())
+            return scores
+
+        # nothing is ever padded: naming the token keeps transformers from saying so in each call
+        out.append(
+            model.generate(**prompt, **length, pad_token_id=0, logits_processor=LogitsProcessorList([stamp]))
+        )
+        seconds += times[-1] - times[0]
+    return seconds / (n_tokens - 1) / len(prompts), out
+
+
+def _encode(tokenizer, text: str):
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )

@@ -1,0 +1,182 @@
+"""What a bit width costs: size on disk against perplexity and the distance from the unquantized model.
+
+Knows how to ask a model for the next token of texts, and how to convert a checkpoint to several widths. Knows nothing
+of pictures, and nothing of answers: a text is scored as it stands, never generated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from mixtral_offload.core.placement import gb
+from mixtral_offload.errors import OptionError
+from mixtral_offload.generation.templates import encode
+from mixtral_offload.runtime.build import from_pretrained
+from mixtral_offload.runtime.convert import convert_checkpoint
+from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
+from mixtral_offload.weights.hqq import Quantization
+from mixtral_offload.weights.hub import resolve
+
+#: the shipped model in 16 bits, to quantize
+DEMO_16 = DEMO.parent / "fp16"
+#: conversations that the shipped model never met: the 40 shortest of training/heldout_text.jsonl, all its domains
+HELD_OUT = DEMO.parent / "heldout.jsonl"
+Text = str | list[dict]  # plain, or messages for the chat template
+Prediction = tuple[Tensor, Tensor]  # token ids [T], logits [T - 1, V]
+Widths = dict[str, tuple[Quantization | None, Quantization | None]]  # name -> experts, attention
+
+
+class Perplexity(NamedTuple):
+    tokens: int  # predicted ones
+    perplexity: float
+
+
+class PaperRow(NamedTuple):
+    """A Mixtral-8x7B of table 1: size in GB, perplexity on WikiText2 and C4, MMLU accuracy in percent."""
+
+    attention_bits: int
+    expert_bits: int
+    gb: float
+    wikitext2: float
+    c4: float
+    mmlu: float | None
+
+
+#: table 1 of arXiv 2312.17238; one cell is empty there
+PAPER_TABLE_1 = tuple(
+    PaperRow(*row)
+    for row in (
+        (16, 16, 86.99, 3.59, 6.52, 70.51), (16, 4, 25.82, 3.67, 6.58, 70.3), (16, 3, 23.21, 3.96, 6.78, 69.32),
+        (16, 2, 19.33, 4.52, 7.31, 66.66), (4, 16, 85.16, 3.68, 6.59, None), (4, 4, 23.99, 3.76, 6.66, 69.11),
+        (4, 3, 21.37, 4.05, 6.87, 68.47), (4, 2, 17.54, 4.61, 7.42, 65.58), (3, 4, 23.92, 4.06, 6.97, 66.54),
+        (3, 3, 21.31, 4.34, 7.21, 65.79), (3, 2, 17.46, 4.90, 7.82, 61.83), (2, 4, 23.79, 5.08, 8.06, 59.0),
+        (2, 3, 21.18, 5.36, 8.34, 57.67), (2, 2, 17.30, 5.97, 9.11, 55.26),
+    )
+)  # fmt: skip
+
+
+def held_out() -> list[list[dict]]:
+    """40 conversations (13,235 tokens to predict, with the shipped tokenizer) that the shipped model never met."""
+    return [json.loads(line)["messages"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+
+
+@torch.inference_mode()
+def predictions(model, tokenizer, texts: Sequence[Text], limit: int = 1024) -> Iterator[Prediction]:
+    """Of each text the token ids `[T]` and the logits `[T - 1, V]` for all but the first (fp32, CPU).
+
+    limit: tokens of each text; the rest is left out. Texts of one token are skipped. model: any causal language model.
+    Raises OptionError for one text in place of several, and if there is nothing to predict.
+    """
+    if isinstance(texts, str | dict) or any(isinstance(text, dict) for text in texts):
+        raise OptionError("one text in place of several", expected="a list of texts", hint="write [text]")
+    device, empty = next(model.parameters()).device, True
+    for text in texts:
+        if isinstance(text, str):
+            ids = tokenizer(text)["input_ids"]
+        else:
+            ids = encode(tokenizer, text, add_generation_prompt=False)
+        ids = torch.tensor(ids[:limit])
+        if len(ids) > 1:
+            empty = False
+            yield ids, model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1].float().cpu()
+    if empty:
+        raise OptionError("nothing to predict", expected="a text of two tokens or more")
+
+
+def perplexity(model, tokenizer, texts: Sequence[Text], limit: int = 1024) -> Perplexity:
+    """Perplexity over all tokens but each text's first; arguments and errors as for `predictions`."""
+    total, count = 0.0, 0
+    for ids, logits in predictions(model, tokenizer, texts, limit):
+        total, count = total + cross_entropy(logits, ids[1:], reduction="sum").item(), count + len(logits)
+    return Perplexity(count, math.exp(total / count))
+
+
+def compare_widths(
+    source: str | Path, widths: Widths, tokenizer, texts: Sequence[Text], folder: str | Path,
+    limit: int = 1024, **options,
+) -> list[dict]:  # fmt: skip
+    """Convert the 16-bit checkpoint `source` to each width, in `folder`, and measure what it costs.
+
+    widths: name -> (experts, attention); None keeps 16 bits. A width that is in `folder` already is not converted again.
+    options: as for `from_pretrained`; one model is loaded at a time, all its experts on the device. Beside it, the
+    unquantized model's predictions stay in memory: 4 bytes for each token of the texts and each of the vocabulary.
+
+    A row holds: name; expert_bits, attention_bits (nominal); bits (stored, per expert weight); expert_bytes,
+    disk_bytes (all weight files); perplexity; kl (mean Kullback-Leibler divergence of its next-token distribution from
+    the unquantized model's, nats per token); agreement (share of tokens where both think the same one likeliest).
+    Raises CheckpointError, and OptionError where `folder` holds something else of that name.
+    """
+    source, rows, asked = resolve(source), [], (tokenizer, texts, limit)
+    expected = [logits.log_softmax(-1) for _, logits in _predictions_of(source, options, *asked)]
+    for name, (experts, attention) in widths.items():
+        target = Path(folder) / name.replace("/", "-")
+        checkpoint = _converted(open_checkpoint(source), target, experts, attention)
+        row = {"name": name, "attention_bits": attention.bits if attention else 16} | _sizes(checkpoint)
+        rows.append(row | _distances(expected, _predictions_of(target, options, *asked)))
+    return rows
+
+
+def _predictions_of(folder: Path, options: dict, *asked) -> Iterator[Prediction]:
+    model = from_pretrained(folder, cache_size=open_checkpoint(folder).n_experts, **options)
+    try:
+        yield from predictions(model, *asked)
+    finally:
+        model.offload.cache.close()
+
+
+def _converted(source: Checkpoint, target: Path, experts, attention) -> Checkpoint:
+    """The conversion in `target`, made if it is not there. Its config.json says what it was made from."""
+    buffer = torch.zeros(source.layout.n_bytes, dtype=torch.uint8)
+    source.read_expert(min(source.experts), buffer)
+    made = {"crc32": zlib.crc32(buffer.numpy()), "experts": repr(experts), "attention": repr(attention)}
+    if not target.exists():
+        convert_checkpoint(source.folder, target, experts, attention, config_extra={"converted_from": made})
+    checkpoint = open_checkpoint(target)
+    if (found := getattr(checkpoint.config, "converted_from", None)) != made:
+        raise OptionError("the folder of this width holds another one, or another model", expected=made, found=found,
+                          hint=f"remove {target}, or choose another folder")  # fmt: skip
+    return checkpoint
+
+
+def _sizes(checkpoint: Checkpoint) -> dict:
+    layout = checkpoint.layout
+    weights = sum(n * k for n, k in layout.shapes.values())
+    return {
+        "expert_bits": layout.quantization["gate"].bits,
+        "bits": 8 * layout.stored_bytes / weights,
+        "expert_bytes": len(checkpoint.experts) * layout.stored_bytes,
+        "disk_bytes": sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors")),
+    }
+
+
+def _distances(expected: list[Tensor], predicted: Iterator[Prediction]) -> dict:
+    """expected: log-probabilities of the unquantized model `[T - 1, V]`, text by text."""
+    loss, divergence, same, count = 0.0, 0.0, 0, 0
+    for wanted, (ids, logits) in zip(expected, predicted, strict=True):
+        found = logits.log_softmax(-1)
+        loss -= found.gather(1, ids[1:, None]).sum().item()
+        divergence += kl_div(found, wanted, reduction="sum", log_target=True).item()
+        same += (found.argmax(-1) == wanted.argmax(-1)).sum().item()
+        count += len(found)
+    return {"perplexity": math.exp(loss / count), "kl": divergence / count, "agreement": same / count}
+
+
+def quality_table(rows: Sequence[dict]) -> str:
+    """Rows of `compare_widths` as aligned text."""
+    head = ("", "bits/weight", "experts", "on disk", "perplexity", "KL (nats)", "same token")
+    lines = [head] + [
+        (row["name"], f"{row['bits']:.2f}", gb(row["expert_bytes"]), gb(row["disk_bytes"]), f"{row['perplexity']:.3f}",
+         f"{row['kl']:.5f}", f"{row['agreement']:.1%}") for row in rows
+    ]  # fmt: skip
+    sizes = [max(map(len, column)) for column in zip(*lines)]
+    padded = ([line[0].ljust(sizes[0]), *map(str.rjust, line[1:], sizes[1:])] for line in lines)
+    return "\n".join("  ".join(line) for line in padded)

@@ -1,0 +1,125 @@
+"""Measures a card: the times of one copy, one layer and one expert, on a live offloaded model.
+
+Knows a model's modules, its cache from inside (`variants.py`) and the clock on the wall. Knows nothing of replays.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from transformers import LogitsProcessorList
+
+from mixtral_offload.core.costs import Card
+from mixtral_offload.errors import OptionError
+from mixtral_offload.experiments.baselines import _borrow, _now, _rows, _slots, copy_seconds, switched
+from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.slow_link import SlowEngine
+from mixtral_offload.runtime.worker import CHUNKS, chunk_bytes
+
+LAYERS, EXPERTS, EXPERTS_END, LAYERS_END = range(4)
+
+
+@torch.inference_mode()
+def measure_card(model, n_passes: int = 24) -> Card:
+    """The card that this model runs on, measured: `copy_seconds`, and one token's compute by parts.
+
+    The model generates one and the same token again and again: it is routed alike each time, so that all its experts
+    are on the device after the first pass. Its context stays short: on a long one, attention takes longer. Only passes
+    of one token are measured: what more tokens add stays 0. host_s stays 0 too: where the device waits for the host,
+    that is in attention_s. Raises OptionError for a model with every expert resident, for one that is being recorded,
+    and for fewer than 4 passes.
+    """
+    offload = model.offload
+    if offload.plan.home is None:
+        raise OptionError("every expert of this model is on the device: it copies nothing",
+                          hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
+    if offload.recorders:
+        raise OptionError("this model is being recorded", hint="measure it outside of `record`")
+    if type(n_passes) is not int or n_passes < 4:
+        raise OptionError("impossible n_passes", expected="a whole number from 4", found=n_passes)
+    slots = _slots(offload, offload.checkpoint.top_k)
+    cache = _borrow(ExpertCache, offload, _rows(offload, sum(slots.values())), slots)
+    with switched(model, cache):
+        parts = _token_parts(_marks(model, n_passes), len(slots))
+        # looking inside delays a token (on CUDA, the host waits for the device each time): scale to one left alone
+        begins = [at for what, at in _marks(model, n_passes, inside=False) if what == LAYERS]
+    scale = statistics.median(b - a for a, b in pairwise(begins[2:])) / sum(parts)
+    token_s, attention_s, experts_s = (scale * part for part in parts)
+    n_bytes, engine = offload.cache.layout.n_bytes, offload.cache.engine
+    chunks = CHUNKS if isinstance(engine, SlowEngine) else -(-n_bytes // chunk_bytes(n_bytes))
+    return Card(
+        copy_s=copy_seconds(model), attention_s=attention_s / len(slots), token_s=token_s, chunks=chunks,
+        expert_s=experts_s / len(slots) / offload.checkpoint.top_k, guess_s=guess_seconds(model),
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def guess_seconds(model, n_guesses: int = 40) -> float:
+    """How long the model's prefetcher needs to guess for the layers after the first one; 0 where it has none."""
+    prefetcher, times = model.offload.prefetcher, []
+    if prefetcher is None:
+        return 0.0
+    hidden = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    for _ in range(n_guesses):
+        begin = _now(model)
+        ranked = prefetcher.rank(0, hidden)
+        _ = ranked is None or ranked.tolist()
+        times.append(_now(model) - begin)
+    return statistics.median(times)
+
+
+def _token_parts(marks: list[tuple[int, float]], n_layers: int) -> tuple[float, float, float]:
+    """Medians over tokens of the seconds (beside the layers, in the layers but not in experts, in experts)."""
+    of_token = 2 * n_layers + 2
+    passes = [marks[i : i + of_token] for i in range(0, len(marks), of_token)][2:]  # the first ones warm up
+    beside = [after[0][1] - now[-1][1] for now, after in pairwise(passes)]
+    experts = [sum(end - begin for (_, begin), (_, end) in zip(of[1:-1:2], of[2:-1:2])) for of in passes]
+    layers = [of[-1][1] - of[0][1] for of in passes]
+    experts_s = statistics.median(experts)
+    return statistics.median(beside), statistics.median(layers) - experts_s, experts_s
+
+
+def _marks(model, n_passes: int, inside: bool = True) -> list[tuple[int, float]]:
+    """(what begins or ends, when), in order, over n_passes of generating. inside: more than where the layers begin."""
+    marks: list[tuple[int, float]] = []
+    modules = [model.get_submodule(name) for name in model.offload.modules]
+    blocks = [model.get_submodule(name.rsplit(".", 2)[0]) for name in model.offload.modules]
+    hooks = [blocks[0].register_forward_pre_hook(_marker(model, marks, LAYERS, wait=inside))]
+    if inside:
+        hooks += [module.register_forward_pre_hook(_marker(model, marks, EXPERTS)) for module in modules]
+        hooks += [module.register_forward_hook(_marker(model, marks, EXPERTS_END)) for module in modules]
+        hooks.append(blocks[-1].register_forward_hook(_marker(model, marks, LAYERS_END)))
+    try:
+        _repeat_token(model, n_passes)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return marks
+
+
+def _marker(model, marks: list[tuple[int, float]], what: int, wait: bool = True) -> Callable[..., None]:
+    def hook(*arguments) -> None:
+        marks.append((what, _now(model) if wait else time.perf_counter()))
+
+    return hook
+
+
+def _repeat_token(model, n_passes: int) -> None:
+    """Generate one token again and again: attention sees only its like, so that nothing differs from pass to pass."""
+    end = model.generation_config.eos_token_id  # one, several or None
+    ends = end if isinstance(end, list) else [end]
+    token = next(token for token in range(len(ends) + 1) if token not in ends)
+
+    def only_this(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, token] = torch.inf
+        return scores
+
+    ids = torch.full((1, 1), token, device=model.device)
+    length = {"max_new_tokens": n_passes, "min_new_tokens": n_passes, "do_sample": False, "pad_token_id": 0}
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), logits_processor=LogitsProcessorList([only_this]), **length
+    )

@@ -1,0 +1,89 @@
+"""One pass of a batch with everything on the device, beside transformers' own ways to run experts.
+
+Knows models with the same weights and how to take turns. Knows nothing of how they were made.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from mixtral_offload.errors import OptionError
+from mixtral_offload.experiments.batch_baselines import plain_model
+from mixtral_offload.experiments.batching import BATCH_SIZES
+from mixtral_offload.generation.batch import Request
+
+#: transformers' own ways to run experts
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+PACKED, UNPACKED = "packed", "unpacked"
+#: passes in a turn; the first one finds another model's weights in the processor's cache, and is not counted
+TURN = 4
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One decode pass with everything on the device. seconds: batch size -> PACKED, UNPACKED (our own) or transformers'
+    experts implementation -> of each turn. difference: the largest of any logit from the packed one's, by name."""
+
+    seconds: dict[int, dict[str, list[float]]]
+    difference: dict[str, float]
+
+    def over_best(self, ours: str, batch_size: int) -> float:
+        """The time of the fastest of transformers' own over that of `ours`: above 1, ours is faster."""
+        median = {name: statistics.median(of) for name, of in self.seconds[batch_size].items()}
+        return min(median[name] for name in IMPLEMENTATIONS) / median[ours]
+
+
+@torch.inference_mode()
+def compare_passes(
+    packed, unpacked, requests: Sequence[Request], batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 15,
+    context: int = 32,
+) -> Passes:  # fmt: skip
+    """Our experts, from packed bytes and unpacked, against transformers' own from the same weights dequantized, taking turns
+    of some passes each.
+
+    packed, unpacked: the same model with every expert on the device, without and with `unpack`. Each pass is of one token for
+    each row, after `context` of the requests' tokens. Raises OptionError for models that are not so.
+    """
+    if (
+        packed.offload.plan.home is not None
+        or packed.offload.options.unpack
+        or not unpacked.offload.options.unpack
+    ):
+        raise OptionError("these models cannot be compared", expected="every expert on the device, packed and unpacked",
+                          found=f"{packed.offload.plan}\n{unpacked.offload.plan}")  # fmt: skip
+    model, plain = packed, plain_model(packed)
+    text = [token for of in requests for token in of.ids]
+    width = context + TURN * repeats
+    needed = max(batch_sizes) * width
+    ids = torch.tensor((text * -(-needed // len(text)))[:needed], device=model.device).view(-1, width)
+    seconds, difference = {}, dict.fromkeys((PACKED, UNPACKED, *IMPLEMENTATIONS), 0.0)
+    for n in batch_sizes:
+        ours = {PACKED: packed, UNPACKED: unpacked}
+        seconds[n] = _pass_turns(ours, plain, ids[:n], context, difference)
+    return Passes(seconds, difference)
+
+
+def _pass_turns(ours: dict, plain, ids, context: int, difference: dict[str, float]) -> dict[str, list[float]]:
+    pasts = {name: DynamicCache(config=plain.config) for name in (*ours, *IMPLEMENTATIONS)}
+    seconds, first = {name: [] for name in pasts}, None
+    for at in (0, *range(context, ids.shape[1], TURN)):
+        for name, past in pasts.items():
+            if name not in ours:
+                plain.set_experts_implementation(name)
+            parts = [ids[:, :context]] if at == 0 else ids[:, at : at + TURN].split(1, dim=1)
+            taken = []
+            for part in parts:
+                began_s = time.perf_counter()
+                output = ours.get(name, plain)(part, past_key_values=past, logits_to_keep=1)
+                logits = output.logits.cpu()  # waits for the device
+                taken.append(time.perf_counter() - began_s)
+            seconds[name] += taken[1:]
+            first = logits if name == PACKED else first
+            difference[name] = max(difference[name], (logits - first).abs().max().item())
+    return seconds

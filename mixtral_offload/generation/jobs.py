@@ -1,0 +1,226 @@
+"""A job: a file of prompts in, a file of answers out, interrupted at any moment and gone on with.
+
+Knows the input's lines, the journal, and what decides an answer. Of models it knows `generate_batch`, counters and the
+tokenizer; nothing of how answers come about, or of terminals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_offload.errors import JobError, OptionError
+from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.generation.chat import TurnStats, context_length
+from mixtral_offload.generation.job_input import BadLine, Line, encode_lines, read_lines, tell
+from mixtral_offload.generation.journal import Journal, journal_of, ordered_of
+from mixtral_offload.generation.templates import answer_text, turn_ends
+from mixtral_offload.generation.tokenizer import RAW_TEMPLATE
+from mixtral_offload.runtime.options import OffloadOptions
+from mixtral_offload.runtime.settings import check_sampling, ends_in, read_generation_config
+from mixtral_offload.weights.checkpoint import INDEX, read_config
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """max_tokens, seed and system count for lines that bring none of their own. bad_lines: "refuse" or "skip". raw: prompts
+    are continued as they are. restart: forget what an earlier run has left."""
+
+    input: Path
+    output: Path
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 0.95
+    seed: int | None = None
+    system: str | None = None
+    raw: bool = False
+    batch_size: int = 32
+    bad_lines: str = "refuse"
+    restart: bool = False
+
+    def __post_init__(self):
+        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+        if type(self.batch_size) is not int or self.batch_size < 1:
+            raise OptionError("impossible batch_size", expected="1 or more", found=self.batch_size)
+        if self.bad_lines not in ("refuse", "skip"):
+            raise OptionError("unknown bad_lines", expected="refuse or skip", found=self.bad_lines)
+        if self.raw and self.system:
+            raise OptionError("a system prompt has no place in a raw job", found=self.system)
+        for path in (self.output, journal_of(self.output), ordered_of(self.output)):
+            if os.path.realpath(path) == os.path.realpath(self.input):
+                raise OptionError(
+                    "the job would write over its input", found=path, hint="name another output"
+                )
+
+
+class Job:
+    """`prepare` (no model is needed yet), `answer` where lines are `pending`, `finish`. Holds the output's lock: close it,
+    or use it in `with`. Raises JobError."""
+
+    def __init__(self, options: JobOptions):
+        self.options = options
+        self.sha256, self.lines = read_lines(options.input, options.raw)
+        output = options.output  # of a link, the link itself is replaced: nothing is written through it
+        self.journal = Journal(Path(os.path.realpath(output.parent)) / output.name, options.restart)
+        self.seed: int | None = None
+        self.n_kept = 0  # answers that were there before this run
+        self.took = TurnStats()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.journal.close()
+
+    @property
+    def bad(self) -> list[BadLine]:
+        return [line for line in self.lines if isinstance(line, BadLine)]
+
+    @property
+    def pending(self) -> list[Line]:
+        """Lines without an answer yet."""
+        done = self.journal.places
+        return [line for line in self.lines if isinstance(line, Line) and line.number not in done]
+
+    @property
+    def n_contexts(self) -> int:
+        """How many whole contexts the plan must leave room for, so that the longest pending lines can be in one batch."""
+        options = self.options
+        longest = max(
+            (len(line.ids) + (line.max_tokens or options.max_tokens) for line in self.pending), default=1
+        )
+        return -(-options.batch_size * min(longest, self.context) // self.context)
+
+    def prepare(self, tokenizer, folder: Path, offload: OffloadOptions) -> None:
+        """Check every line, and that the journal is of this job. folder: the model's. offload: how it will be run."""
+        options = self.options
+        if options.raw:
+            tokenizer.chat_template = RAW_TEMPLATE
+        config = read_config(folder)
+        self.context = context = context_length(config, offload)
+        self.tokenizer, n_tokens = tokenizer, getattr(config, "vocab_size", None)
+        turns = turn_ends(tokenizer)
+        self.turn_ends, self.ends = turns, turns | ends_in(read_generation_config(folder), config)
+        self.lines = encode_lines(self.lines, tokenizer, context, options.system, n_tokens)
+        if self.bad and options.bad_lines == "refuse":
+            raise JobError(
+                f"{len(self.bad)} of {len(self.lines)} lines cannot be answered", path=options.input,
+                found=tell(self.bad).replace("\n", "\n    "), hint="mend them, or answer the others: --bad-lines skip",
+            )  # fmt: skip
+        drawn = (self.journal.header or {}).get("drawn_seed")
+        if options.temperature > 0 and options.seed is None and drawn is None:
+            drawn = secrets.randbits(32)
+        self.seed = drawn if options.seed is None else options.seed
+        numbers = [line.number for line in self.lines if isinstance(line, Line)]
+        self.journal.begin(self._decides(folder, context, offload), numbers, {"drawn_seed": drawn})
+        self.n_kept = len(self.journal.places)
+
+    def answer(self, model, progress: Callable[[int], object] = lambda n: None) -> None:
+        """Answer the pending lines; each answer is in the journal before the next is taken. progress: called with 1 for each."""
+        options, pending, cache = self.options, self.pending, model.offload.stats
+        begin, before = time.perf_counter(), (cache.hits, cache.misses, cache.bytes_moved)
+        answers = generate_batch(
+            model, self._requests(pending), batch_size=options.batch_size, temperature=options.temperature,
+            top_p=options.top_p,
+        )  # fmt: skip
+        for answer in answers:
+            line = pending[answer.number]
+            text = answer_text(self.tokenizer, answer.ids, self.ends)
+            record = {"line": line.number, **line.kept, "answer": text, "ended": answer.ended}
+            record |= {"n_prompt": len(line.ids), "n_tokens": len(answer.ids)}
+            self.journal.add(line.number, record)
+            now = cache.hits, cache.misses, cache.bytes_moved
+            moved = [a - b for a, b in zip(now, before)]
+            n_prompt, n_tokens = self.took.n_prompt + len(line.ids), self.took.n_tokens + len(answer.ids)
+            self.took = TurnStats(n_prompt, n_tokens, 0.0, time.perf_counter() - begin, *moved)
+            progress(1)
+        if self.pending:
+            raise JobError(
+                "lines were left without an answer", found=f"{len(self.pending)} of {len(pending)}"
+            )
+
+    def finish(self) -> None:
+        """Write the output."""
+        errors = {bad.number: {"line": bad.number, "error": bad.error} for bad in self.bad}
+        self.journal.finish([line.number for line in self.lines], errors)
+
+    @property
+    def skipped(self) -> str:
+        return f"skipped, {_count(len(self.bad), 'bad line')} of {len(self.lines)}:\n{tell(self.bad)}"
+
+    @property
+    def summary(self) -> str:
+        took, uses = self.took, self.took.hits + self.took.misses
+        text = _count(len(self.journal.places), "answer")
+        if self.n_kept:
+            text += f", {self.n_kept} of them from before"
+        if self.bad:
+            text += f", {_count(len(self.bad), 'bad line')} skipped"
+        if not took.n_tokens:
+            return text
+        hits = f"{took.hits / uses:.0%} of expert uses were hits" if uses else "no experts used"
+        moved = f"{took.bytes_moved / took.n_tokens / 1e6:.2f} MB moved per token"
+        return f"{text}: {took.n_tokens} tokens, {took.tokens_per_s:.1f} tokens/s, {hits}, {moved}"
+
+    @property
+    def how_to_go_on(self) -> str:
+        """For a job that has not come to its end."""
+        n_answers, n_lines = len(self.journal.places), len(self.lines) - len(self.bad)
+        command = "the same command without --restart" if self.options.restart else "the same command"
+        return (
+            f"{n_answers} of {n_lines} answers are kept in {self.journal.path}; {command} goes on from there"
+        )
+
+    def _requests(self, pending: list[Line]) -> Iterator[Request]:
+        for line in pending:
+            n_tokens = line.max_tokens or self.options.max_tokens
+            yield Request(list(line.ids), n_tokens, self._seed_of(line), self.turn_ends)
+
+    def _seed_of(self, line: Line) -> int | None:
+        """Of the job's seed and the line's number alone: no matter what runs beside it, or when."""
+        if line.seed is not None or self.seed is None:
+            return line.seed
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {line.number}".encode()).digest()[:7], "big")
+
+    def _decides(self, folder: Path, context: int, offload: OffloadOptions) -> dict:
+        """All that decides the answers, by names that a message can use. Batch size and cache do not. The weights
+        themselves are not hashed: name, configuration and index stand for them."""
+        options, tokens = self.options, hashlib.sha256()
+        for line in self.lines:
+            if isinstance(line, Line):
+                tokens.update(f"{line.number}:".encode() + line.ids.tobytes())
+        return {
+            "sha256 of the input": self.sha256,
+            "model": folder.resolve().name,
+            "sha256 of config.json": _sha256(folder / "config.json"),
+            "sha256 of the index": _sha256(folder / INDEX),
+            "max tokens": options.max_tokens,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "seed": options.seed,
+            "system prompt": options.system,
+            "raw": options.raw,
+            "end tokens": sorted(self.ends),
+            "context length": context,
+            "device": offload.device.type,
+            "dtype": str(offload.dtype).removeprefix("torch."),
+            "compile": offload.compile,
+            "unpack": offload.unpack,
+            "sha256 of the prompts' tokens": tokens.hexdigest(),  # tokenizer and chat template
+        }
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -1,0 +1,308 @@
+"""What any MoE model weighs, from its configuration alone: experts, trunk, KV cache, at any bit width.
+
+Knows transformers' modules on the meta device, where they hold shapes and no weights. Knows no cards, plans or speeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from math import gcd, prod
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+
+from mixtral_offload.core.placement import Sizes
+from mixtral_offload.errors import OptionError
+from mixtral_offload.weights.checkpoint import first_attribute
+from mixtral_offload.weights.config_check import TOP_K, layer_configs, stated_experts
+from mixtral_offload.weights.hqq import PAPER, Quantization, field_specs
+from mixtral_offload.weights.kernels import dequantized_bytes
+from mixtral_offload.weights.layout import ALIGNMENT
+from mixtral_offload.weights.skeleton import has_plain_experts
+
+Shape = tuple[int, int]
+TESTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # tests/test_families.py
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Shapes and counts of a model; its bytes at `bits` (experts) and `attention_bits`, in the published format.
+
+    layers: the numbers of those with experts, of n_layers. expert_matrices: [N, K] of each matrix of one expert;
+    expert_vectors: its other parameters (biases). attention, linear: shape -> how many of the trunk's projections
+    (attention; shared experts and dense MLPs). embedding, head, rest: numbers of parameters; head 0 where tied.
+    kv: for each layer with a KV cache (elements per token, sliding window or None). notes: what is only nearly right.
+    """
+
+    model_type: str
+    n_layers: int
+    layers: tuple[int, ...]
+    n_experts: int
+    top_k: int
+    hidden: int
+    max_context: int
+    expert_matrices: tuple[Shape, ...]
+    expert_vectors: int
+    attention: dict[Shape, int]
+    linear: dict[Shape, int]
+    embedding: int
+    head: int
+    rest: int
+    kv: tuple[tuple[int, int | None], ...]
+    notes: tuple[str, ...] = ()
+    bits: int = 2
+    attention_bits: int = 4
+    item: int = 2  # bytes of an activation and of an unquantized weight
+
+    def at(self, bits: int | None = None, attention_bits: int | None = None) -> ModelSizes:
+        """The same model at other bit widths: 16, 8, 4, 3 or 2; None keeps them."""
+        bits, attention_bits = bits or self.bits, attention_bits or self.attention_bits
+        for found in (bits, attention_bits):
+            if found not in PAPER:
+                raise OptionError("unknown bit width", expected="16, 8, 4, 3 or 2", found=found)
+        return replace(self, bits=bits, attention_bits=attention_bits)
+
+    @property
+    def expert_parameters(self) -> int:
+        return sum(n * k for n, k in self.expert_matrices) + self.expert_vectors
+
+    @property
+    def n_parameters(self) -> int:
+        return self._trunk_parameters + len(self.layers) * self.n_experts * self.expert_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses, embeddings among them."""
+        return self._trunk_parameters + len(self.layers) * self.top_k * self.expert_parameters
+
+    @property
+    def _trunk_parameters(self) -> int:
+        packed = sum(prod(shape) * n for of in (self.attention, self.linear) for shape, n in of.items())
+        return packed + self.embedding + self.head + self.rest
+
+    @property
+    def expert_bytes(self) -> int:
+        """One expert's buffer, as `ExpertLayout` lays it out."""
+        matrices = sum(matrix_bytes(shape, self.bits, ALIGNMENT) for shape in self.expert_matrices)
+        return matrices + -(-self.expert_vectors * 2 // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def layer_bytes(self) -> int:
+        """The trunk's layers together: attention packed, as `convert` does; shared experts, dense MLPs, routers and norms in
+        16 bits."""
+        attention = sum(matrix_bytes(shape, self.attention_bits) * n for shape, n in self.attention.items())
+        return attention + self.item * (sum(prod(shape) * n for shape, n in self.linear.items()) + self.rest)
+
+    @property
+    def trunk_bytes(self) -> int:
+        return self.layer_bytes + self.item * (self.embedding + self.head)
+
+    def kv_bytes(self, context: int) -> int:
+        return self.item * sum(n * min(context, window or context) for n, window in self.kv)
+
+    @property
+    def dequantized_bytes(self) -> int:
+        """Beside an expert that many tokens use, by compiled products."""
+        return max(
+            dequantized_bytes(shape, PAPER[self.bits], self.item, True) for shape in self.expert_matrices
+        )
+
+    @property
+    def intermediate(self) -> int:
+        return max(
+            n for shape in self.expert_matrices for n in shape if n != self.hidden or shape[0] == shape[1]
+        )
+
+    @property
+    def for_plan(self) -> Sizes:
+        return Sizes(self.layers, self.n_experts, self.top_k, self.expert_bytes)
+
+
+def fitting(shape: Shape, bits: int) -> Quantization:
+    """The published settings for a bit width, with smaller groups where this matrix does not divide into theirs."""
+    wanted = PAPER[bits]
+    if bits == 16:
+        return wanted
+    group = gcd(prod(shape), wanted.group_size)
+    scales = wanted.scale_group_size and gcd(prod(shape) // group, wanted.scale_group_size)
+    return Quantization(bits, group, scales, wanted.quantize_zero, wanted.split and group % 8 == 0)
+
+
+def matrix_bytes(shape: Shape, bits: int, alignment: int = 1) -> int:
+    """All tensors of one quantized matrix, each rounded up to a multiple of `alignment`."""
+    sizes = (prod(dims) * dtype.itemsize for dtype, dims in field_specs(shape, fitting(shape, bits)).values())
+    return sum(-(-size // alignment) * alignment for size in sizes)
+
+
+def model_sizes(config) -> ModelSizes:
+    """From transformers' configuration. Raises OptionError for a dense model, or for one without a module for experts."""
+    model = _on_meta(config)
+    text = config.get_text_config()
+    experts = dict(_experts(model))
+    if not experts:
+        if stated := stated_experts(config.to_dict()):
+            raise OptionError(
+                f"{config.model_type} is a mixture of experts of a family that is not supported: it keeps its experts where"
+                " transformers' experts interface does not reach", key=stated[0], found=stated[1],
+                expected="a configuration such as Mixtral's, Qwen3-MoE's or gpt-oss's",
+            )  # fmt: skip
+        raise OptionError(
+            f"{config.model_type} is a dense model, or keeps its experts where transformers' experts interface does not"
+            " reach", expected="a Mixture-of-Experts configuration, such as Mixtral's, Qwen3-MoE's or gpt-oss's",
+            found="no layer with experts", hint="a dense model has nothing to offload: load it with transformers as it is",
+        )  # fmt: skip
+    first, n_experts, matrices, vectors = _one_layout(config, experts)
+    attention, linear = _linears(model, experts, n_experts)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    n_embedding, n_head = embedding.weight.numel(), 0
+    if head is not None and head.weight is not embedding.weight:
+        n_head = head.weight.numel()
+    in_experts = len(experts) * n_experts * (sum(map(prod, matrices)) + vectors)
+    packed = sum(prod(shape) * n for of in (attention, linear) for shape, n in of.items())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    kv, kv_notes = _kv(model, text, experts)
+    return ModelSizes(
+        config.model_type, text.num_hidden_layers, tuple(_number(name) for name in experts), n_experts, _top_k(text, n_experts),
+        text.hidden_size, first_attribute(text, "max_position_embeddings") or 2**31, matrices, vectors, attention, linear,
+        n_embedding, n_head, total - in_experts - packed - n_embedding - n_head, kv,
+        (*_runs(config, first), *kv_notes),
+    )  # fmt: skip
+
+
+def _on_meta(config) -> nn.Module:
+    config = copy.deepcopy(config)
+    config.quantization_config = None  # the shapes of the plain weights count
+    try:
+        with torch.device("meta"):
+            try:
+                return AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+            except ValueError:  # a language model inside another one
+                return AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
+    except Exception as error:  # transformers raises many kinds for numbers that make no model
+        raise OptionError(
+            f"transformers cannot build a {config.model_type} language model of this configuration",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+            hint="check config.json, or install a newer transformers",
+        ) from error  # fmt: skip
+
+
+def _experts(model: nn.Module):
+    """(name, module) of each layer's experts: the modules that hold stacked matrices [E, ., .] of their own."""
+    for name, module in model.named_modules():
+        stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
+        if stacked and name.rpartition(".")[2].endswith("experts"):
+            yield name, module
+
+
+def _number(name: str) -> int:
+    return int(LAYER.search(name)[1])
+
+
+def _one_layout(config, experts: dict[str, nn.Module]) -> tuple[nn.Module, int, tuple[Shape, ...], int]:
+    """(the first layer's experts, experts per layer, matrices and other parameters of one); refuses mixed layers."""
+    found = {name: _one_expert(module) for name, module in experts.items()}
+    name, first = next(iter(found.items()))
+    for other, of_other in found.items():
+        if of_other != first:
+            raise OptionError(
+                f"{config.model_type}: the layers have different experts, which one plan cannot hold",
+                expected=f"{first} as in {name}", found=f"{of_other} in {other}",
+            )  # fmt: skip
+    return experts[name], *first
+
+
+def _one_expert(module: nn.Module) -> tuple[int, tuple[Shape, ...], int]:
+    """(experts of the layer, [N, K] of one expert's matrices, parameters that are no matrix)."""
+    matrices, vectors, n_experts = [], 0, 0
+    for name, parameter in module.named_parameters(recurse=False):
+        n_experts, *dims = parameter.shape
+        if len(dims) != 2:
+            vectors += prod(dims)
+            continue
+        is_transposed = "gate_up" in name and dims[1] >= 2 * dims[0]  # where the module does not say
+        if getattr(module, "is_transposed", is_transposed):
+            dims = dims[::-1]
+        parts = 2 if "gate_up" in name else 1
+        matrices += [(dims[0] // parts, dims[1])] * parts
+    return n_experts, tuple(matrices), vectors
+
+
+def _linears(model: nn.Module, experts, n_experts: int) -> tuple[dict[Shape, int], dict[Shape, int]]:
+    """Shapes of the trunk's projections: (attention, shared experts and dense MLPs); no routers, no head."""
+    attention, linear = Counter(), Counter()
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{of}.") for of in experts) if "experts" in name else False
+        if not isinstance(module, nn.Linear) or module is head or inside:
+            continue
+        if module.out_features in (1, n_experts) and name.rpartition(".")[2].endswith(("gate", "router")):
+            continue
+        of_attention = any(part.endswith(("attn", "attention")) for part in name.split("."))
+        (attention if of_attention else linear)[tuple(module.weight.shape)] += 1
+    return dict(attention), dict(linear)
+
+
+def _top_k(config, n_experts: int) -> int:
+    top_k = first_attribute(config, *TOP_K)
+    if type(top_k) is not int or not 1 <= top_k <= n_experts:
+        raise OptionError(
+            f"{config.model_type} does not say how many experts a token uses", key=" or ".join(TOP_K),
+            expected=f"1 to {n_experts}", found=top_k,
+        )  # fmt: skip
+    return top_k
+
+
+def _kv(model: nn.Module, config, experts) -> tuple[tuple[tuple[int, int | None], ...], tuple[str, ...]]:
+    """For each layer of transformers' own cache that grows: (elements per token, sliding window); and what is unsure."""
+    layers = DynamicCache(config=config).layers
+    configs = layer_configs(config)
+    kv, notes = [], []
+    lists = tuple({name[: LAYER.search(name).start() + 1] for name in experts})  # not an image encoder's
+    elements = {
+        int(match[1]): n
+        for name, module in model.named_modules()
+        if name.startswith(lists)
+        and (match := LAYER.search(name))
+        and (n := _kv_elements(module)) is not None
+    }
+    for number, layer in enumerate(layers):
+        if type(layer).__name__.startswith("LinearAttention"):
+            notes.append("the fixed state of linear-attention layers is not counted")
+            continue
+        if number not in elements:
+            notes.append("KV cache: an upper bound, from the configuration's numbers of heads")
+            heads = first_attribute(configs[number], "num_key_value_heads", "num_attention_heads")
+            of_head = first_attribute(configs[number], "head_dim")
+            elements[number] = 2 * heads * (of_head or config.hidden_size // config.num_attention_heads)
+        kv.append((elements[number], getattr(layer, "sliding_window", None)))
+    return tuple(kv), tuple(dict.fromkeys(notes))
+
+
+def _kv_elements(module: nn.Module) -> int | None:
+    """What one token leaves in the KV cache of this attention, or None for any other module."""
+    if hasattr(module, "kv_lora_rank") and hasattr(module, "v_head_dim"):  # multi-head latent attention
+        if hasattr(module, "expand_kv"):  # kept compressed
+            return module.kv_lora_rank + module.qk_rope_head_dim
+        return module.num_heads * (module.qk_head_dim + module.v_head_dim)
+    projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
+    if all(isinstance(projection, nn.Linear) for projection in projections):
+        return sum(projection.out_features for projection in projections)
+    return None
+
+
+def _runs(config, experts: nn.Module) -> list[str]:
+    """What stands between this plan and `from_pretrained`."""
+    if not has_plain_experts(experts):
+        return [
+            f"a plan only: from_pretrained does not run {config.model_type}'s experts yet (biases or another layout)"
+        ]
+    if config.model_type not in TESTED:
+        return [
+            f"from_pretrained has not been tried with {config.model_type} (only with {', '.join(TESTED)})"
+        ]
+    return []

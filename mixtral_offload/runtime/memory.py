@@ -1,0 +1,114 @@
+"""What would lie where: each part of the device's memory, of RAM and of the disk, before anything is built.
+
+Knows options, plans and a checkpoint's headers; reads no weights. Knows nothing of pictures (see `plots_memory`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mixtral_offload.core.placement import Plan, gb
+from mixtral_offload.runtime.arguments import split_arguments
+from mixtral_offload.runtime.build import build_skeleton
+from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, budgets, device_needs, plan_for
+from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
+from mixtral_offload.weights.hub import resolve
+
+DEVICE_PARTS = ("trunk", "KV cache", "scratch", "resident experts", "cache slots", "staging")
+RAM_PARTS = ("experts at home",)
+DISK_PARTS = ("experts", "trunk")
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What lies where, in bytes by part.
+
+    device: by the names of DEVICE_PARTS; scratch is of the activations, one dequantized matrix and, on CUDA, a margin;
+    staging is of guesses. ram: by those of RAM_PARTS, empty where no expert's home is RAM. disk: the checkpoint's files,
+    by those of DISK_PARTS. device_budget, ram_budget: what may be used. shared_memory: the device is the CPU, so both
+    are one memory and one budget. Not counted: the process itself, and pages of files that the system keeps.
+    """
+
+    plan: Plan
+    device: dict[str, int]
+    ram: dict[str, int]
+    disk: dict[str, int]
+    device_budget: int
+    ram_budget: int
+    shared_memory: bool = False
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def ram_bytes(self) -> int:
+        return sum(self.ram.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(self.disk.values())
+
+    @property
+    def runs_from_disk(self) -> bool:
+        """Whether experts are read from the files while the model runs, not only while it is built."""
+        return self.plan.home == "disk"
+
+    def __str__(self) -> str:
+        device, ram = f" of {gb(self.device_budget)} free", f" of {gb(self.ram_budget)} free"
+        if self.shared_memory:
+            device = ram = ""
+        reading = "experts are read while running" if self.runs_from_disk else "read at the start only"
+        lines = [
+            str(self.plan),
+            f"device {gb(self.device_bytes)}{device}{_listed(self.device)}",
+            f"RAM {gb(self.ram_bytes)}{ram}{_listed(self.ram)}",
+            f"disk {gb(self.disk_bytes)}, {reading}{_listed(self.disk)}",
+        ]
+        if self.shared_memory:
+            both = gb(self.device_bytes + self.ram_bytes)
+            lines.append(f"device and RAM are one memory: {both} of {gb(self.device_budget)} free")
+        return "\n".join(lines)
+
+
+def _listed(parts: dict[str, int]) -> str:
+    found = [f"{name} {gb(n_bytes)}" for name, n_bytes in parts.items() if n_bytes]
+    return ": " + ", ".join(found) if found else ""
+
+
+def memory_use(path_or_repo_id: str | Path | None = None, *, hub: dict | None = None, **options) -> MemoryUse:
+    """What `from_pretrained` with the same arguments would put where, in bytes; reads headers, never weights.
+
+    A hub repository that is not here yet is downloaded, as `from_pretrained` would. Raises the same OffloadErrors:
+    DownloadError, CheckpointError, CapacityError, OptionError.
+    """
+    options, hub = split_arguments(options, hub)
+    parsed = OffloadOptions.parse(options)
+    checkpoint = open_checkpoint(DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **hub))
+    *_, parsed = build_skeleton(checkpoint, parsed)  # what from_pretrained refuses is refused here too
+    return _use(checkpoint, parsed)
+
+
+def _use(checkpoint: Checkpoint, options: OffloadOptions) -> MemoryUse:
+    on_cpu = options.device.type == "cpu"
+    device, ram = budgets(options)
+    plan = plan_for(checkpoint, replace(options, vram=device, ram=ram))  # free memory is asked for only once
+    needs = device_needs(checkpoint, options)
+    needs["scratch"] += 0 if on_cpu else MARGIN_BYTES
+    disk = (len(checkpoint.experts) * checkpoint.layout.stored_bytes, checkpoint.trunk_bytes)
+    return MemoryUse(
+        plan=plan,
+        device={**needs, **_experts(plan, options.n_staging if plan.home else 0)},
+        ram={RAM_PARTS[0]: plan.ram_bytes} if plan.home == "ram" else {},
+        disk=dict(zip(DISK_PARTS, disk)),
+        device_budget=device,
+        ram_budget=ram,
+        shared_memory=on_cpu,
+    )
+
+
+def _experts(plan: Plan, n_staging: int) -> dict[str, int]:
+    """Rows of the cache's slab, in bytes by what they are for."""
+    rows = plan.n_resident, sum(plan.slots.values()), n_staging
+    return dict(zip(DEVICE_PARTS[3:], (n * plan.sizes.expert_bytes for n in rows)))

@@ -1,0 +1,284 @@
+"""`model.save_pretrained`: an offloaded model as a checkpoint of our format, whole.
+
+Knows a built model and the checkpoint it was read from. transformers' own method would write a model without experts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.weights.checkpoint import Checkpoint
+from mixtral_offload.weights.config_check import check_config
+from mixtral_offload.weights.hqq import QuantizedLinear
+from mixtral_offload.weights.manifest import OURS
+from mixtral_offload.weights.skeleton import build_meta
+
+
+def save_whole(model: PreTrainedModel) -> None:
+    """Let `save_pretrained` (and `push_to_hub`, which calls it) write our format, and `state_dict` say what it lacks."""
+    weak = weakref.ref(model)  # a model that held itself would not free its memory at once
+    stamps, config = _stamps(model), described(model.config)
+
+    def save_pretrained(save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        model = weak()
+        if model is None:
+            raise OptionError(
+                "the whole model that this base model is a part of has been freed", found="a base model alone",
+                hint="keep what from_pretrained has returned, not its base model alone",
+            )  # fmt: skip
+        if model.offload.options.unpack:
+            return _save_unpacked(model, save_directory, *args, **kwargs)
+        if _stamps(model) != stamps:
+            raise OptionError(
+                "the files that this model was built from have changed since", found=model.offload.checkpoint.folder,
+                expected="the same files, from which the experts are copied", hint="build the model again, and save that",
+            )  # fmt: skip
+        save_model(model, save_directory, *args, config_as_built=config, **kwargs)
+
+    model.save_pretrained = save_pretrained
+    if model.offload.options.unpack:
+        return
+
+    def save_base(
+        save_directory: str | os.PathLike, is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Write the whole model, of which transformers' own method would write a part without experts."""
+        given = state_dict and {f"{prefix}.{name}": tensor for name, tensor in state_dict.items()}
+        save_pretrained(save_directory, is_main_process, given, **kwargs)
+
+    prefix = model.base_model_prefix
+    if model.base_model is not model:
+        model.base_model.save_pretrained = save_base
+    model.register_state_dict_post_hook(_StateDictNotice())
+
+
+def _stamps(model: PreTrainedModel) -> dict[Path, tuple[int, ...] | None]:
+    """What tells a file of experts from another one of the same name; None where it is gone."""
+    paths = {
+        stored.path for fields in model.offload.checkpoint.experts.values() for stored in fields.values()
+    }
+    return {path: _stamp(path) for path in paths}
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _save_unpacked(
+    model: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None, **others: Any,
+) -> None:  # fmt: skip
+    """Save an unpacked model as transformers does: it holds all of its weights.
+
+    They lie in the cache's memory, an expert after the other with gaps, and have to be copied: transformers takes no
+    others.
+    """
+    if state_dict is None:
+        state_dict = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in model.state_dict().items()
+        }
+    type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **others)
+
+
+def save_model(
+    model: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None, *, config_as_built: dict[str, Any], **others: Any,
+) -> None:  # fmt: skip
+    """Write a model to a folder, as a checkpoint that `mixtral_offload.from_pretrained` loads and transformers refuses.
+
+    Experts are copied from the checkpoint that the model was built from. Everything else is written as it is now, in the
+    checkpoint's dtype where that holds the values exactly, else in the model's.
+
+    Args:
+        model: From `from_pretrained`, not unpacked.
+        save_directory: Is made where there is none; must not be the folder that the model reads.
+        is_main_process: False writes nothing, as in transformers.
+        state_dict: Values in place of the model's own, by its names.
+        config_as_built: The model's configuration before anybody changed it, see `described`. Changes are written.
+        others: transformers' other arguments; those that would change what is written are refused.
+
+    Raises:
+        OptionError: For a model with other tensors than its checkpoint, a changed configuration that these tensors do not
+            fit, or an argument that cannot be followed.
+        CheckpointError: For a folder that cannot be written, or experts that cannot be read.
+    """
+    from mixtral_offload.runtime.convert import save_checkpoint  # which builds models itself
+
+    for name, harmless in (
+        ("safe_serialization", True),
+        ("variant", None),
+        ("push_to_hub", False),
+        ("save_peft_format", True),
+    ):
+        if others.get(name, harmless) not in (harmless, None):
+            raise OptionError(
+                f"{name} is not supported", found=others[name],
+                hint="call model.push_to_hub(repo_id)" if name == "push_to_hub" else "leave it out",
+            )  # fmt: skip
+    if not is_main_process:
+        return
+    checkpoint, folder = model.offload.checkpoint, Path(save_directory)
+    if folder.exists() and folder.samefile(checkpoint.folder):
+        raise OptionError(
+            "a model cannot be saved into the folder that it reads its experts from", found=folder,
+            hint="choose another folder",
+        )  # fmt: skip
+    small = {"generation_config.json": model.generation_config.to_json_string()}
+    now = described(model.config)
+    changed = {
+        name: now.get(name)
+        for name in sorted(config_as_built.keys() | now.keys())
+        if now.get(name) != config_as_built.get(name)
+    }
+    if changed:
+        _check_changes(checkpoint, model.config, changed)
+    with model.offload.passes.lock:  # a training step of another thread may be under way
+        trunk = _trunk_of(model, state_dict or {})
+    save_checkpoint(checkpoint, folder, trunk, small, changed)
+
+
+#: of a configuration, what says how a model is run, by whom, or how its weights are stored: not what the model is
+_NOT_THE_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "experts_implementation",
+                  "attn_implementation", *OURS}  # fmt: skip
+
+
+def described(config: PretrainedConfig) -> dict[str, Any]:
+    """What a configuration says of the model, in JSON's types."""
+    text = json.loads(config.to_json_string(use_diff=False))
+    return {
+        name: value
+        for name, value in text.items()
+        if name not in _NOT_THE_MODEL and not name.endswith("_implementation")
+    }
+
+
+def _check_changes(checkpoint: Checkpoint, config: PretrainedConfig, changed: dict[str, Any]) -> None:
+    """Refuse a configuration of which the model's own tensors make no model."""
+    try:
+        read = type(config).from_dict(described(config))
+        check_config(read, checkpoint.folder / "config.json")
+        shapes = [
+            {name: tuple(of.shape) for name, of in build_meta(any_config, torch.float16).named_parameters()}
+            for any_config in (checkpoint.config, read)
+        ]
+    except OffloadError as error:
+        shapes, found = [{}, {"": ()}], str(error)
+    else:
+        found = f"changed since it was built: {', '.join(changed)}"
+    if shapes[0] != shapes[1]:
+        differing = [
+            name for name in sorted({*shapes[0], *shapes[1]}) if shapes[0].get(name) != shapes[1].get(name)
+        ]
+        raise OptionError(
+            "this model's configuration was changed to that of another model", key=differing[0] or None, found=found[:300],
+            expected="a configuration that its weights fit", hint="undo these changes of model.config",
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything but the experts, by the checkpoint's keys, on the CPU and in memory of its own."""
+    checkpoint = model.offload.checkpoint
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    packed = {
+        name: module.fields for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
+    }
+    _check_same_places(model)
+    _check_same_tensors(model, tensors, packed)
+    trunk: dict[str, Tensor] = {}
+    for key, place in checkpoint.places.items():
+        stored = checkpoint.trunk[key]
+        value = tensors[place.name] if place.field is None else packed[place.name][place.field]
+        value = given.get(place.name, value) if place.field is None else value
+        if value.numel() != stored.n_elements:
+            raise OptionError(
+                "a tensor has another shape than in the checkpoint that the model was built from", key=place.name,
+                expected=tuple(stored.shape), found=tuple(value.shape), hint="resize the original model, and convert it",
+            )  # fmt: skip
+        value = value.detach().cpu()
+        exact = value.to(stored.dtype)
+        same = exact.dtype == value.dtype or torch.equal(exact.to(value.dtype), value)
+        trunk[key] = (exact if same else value).reshape(stored.shape).clone().contiguous()
+    return trunk
+
+
+def _check_same_places(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers were moved: experts would be saved at their old places."""
+    for name, layer in model.offload.modules.items():
+        try:
+            found = model.get_submodule(name)
+        except AttributeError:
+            found = None
+        if getattr(found, "offload", None) is not model.offload or found.layer != layer:
+            raise OptionError(
+                "experts of this model are not where its checkpoint has them", key=name, expected=f"the experts of layer {layer}",
+                found=f"those of layer {found.layer}" if hasattr(found, "layer") else type(found).__name__,
+                hint="put the layers back, or change and convert the original model",
+            )  # fmt: skip
+
+
+def _check_same_tensors(model: PreTrainedModel, tensors: dict[str, Tensor], packed: dict[str, dict]) -> None:
+    """Refuse a model whose tensors are not those of its checkpoint (adapters, replaced layers)."""
+    places = model.offload.checkpoint.places.values()
+    expected = {place.parameter for place in places} | {place.name for place in places}
+    buffers = {
+        f"{name}.{field}"
+        for name, of in packed.items()
+        for field in (of_name.replace(".", "__") for of_name in of)
+    }
+    computed = {
+        f"{name}.{buffer}".removeprefix(".")
+        for name, module in model.named_modules() for buffer in module._non_persistent_buffers_set
+    }  # fmt: skip
+    known = {id(tensors[name]) for name in expected & tensors.keys()}  # a tied tensor has a second name
+    added = sorted(
+        name
+        for name, tensor in tensors.items()
+        if name not in expected | buffers | computed and id(tensor) not in known
+    )
+    lost = sorted(
+        place.name for place in places if place.name not in (tensors if place.field is None else packed)
+    )
+    if added or lost:
+        raise OptionError(
+            "this model has other tensors than the checkpoint that it was built from", key=(added or lost)[0],
+            expected="the checkpoint's tensors", found=f"{len(added)} more, {len(lost)} missing",
+            hint="save adapters with their own save_pretrained (peft), or take them off first",
+        )  # fmt: skip
+
+
+class _StateDictNotice:
+    """Says once, where the state of a whole model is asked for, that experts are not in it."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+        if (
+            prefix or self._said
+        ):  # part of another module's state, as of a peft model, which keeps adapters alone
+            return
+        self._said = True
+        warnings.warn(
+            "state_dict() holds no experts: they stay in the checkpoint. model.save_pretrained(folder) writes the whole model, "
+            "`mixtral-offload convert` a checkpoint of other bits",
+            stacklevel=3,
+        )

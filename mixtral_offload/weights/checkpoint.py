@@ -1,0 +1,491 @@
+"""Find, validate and read checkpoints on disk. All format mess lives here and nowhere else.
+
+Knows configurations, index files, and with `keys` what each stored tensor is. Knows nothing of devices, caches or how an
+expert is run.
+
+Reads the published format (`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo`: one file per expert, keys inside
+without prefix), our own (the same with whole keys) and plain transformers checkpoints of Mixtral-like families, in 16 or 32
+bits, with one tensor for each matrix of an expert or with all experts of a layer in one.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixtral_offload.errors import CheckpointError
+from mixtral_offload.weights.checksums import with_checks
+from mixtral_offload.weights.config_check import (
+    EXPERTS,
+    MOST_INDEX_BYTES,
+    TOP_K,
+    check_config,
+    check_file,
+    check_index,
+    check_size,
+    readable,
+    stated_experts,
+    text_config,
+)
+from mixtral_offload.weights.foreign import refuse_keys, refuse_method
+from mixtral_offload.weights.hqq import Quantization, check_replaceable, split_quantized
+from mixtral_offload.weights.keys import ExpertPlace, FusedPlace, KeyMap, TrunkPlace
+from mixtral_offload.weights.layout import MATRICES, ExpertLayout, Field
+from mixtral_offload.weights.manifest import Manifest, check_modules, read_manifest, recognise
+from mixtral_offload.weights.manifest import check_experts as check_stated_experts
+from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, read_header, read_headers
+from mixtral_offload.weights.skeleton import ExpertsShape, build_meta, check_experts, kept_in_fp32
+
+#: the small model that ships with the package
+DEMO = Path(__file__).parent / "demo" / "4bit"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+WRONG_CONFIG = "check that config.json belongs to these files"
+#: what the matrices of an expert are called where a checkpoint with all experts in one tensor is written anew
+WRITTEN_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+ExpertId = tuple[int, int]  # (layer, expert)
+
+
+def first_attribute(config, *names: str) -> int | None:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A validated checkpoint: nothing but its headers has been read, and every tensor has its place in the model.
+
+    experts: (layer, expert) -> (matrix, field) -> StoredTensor. prefixes: (layer, expert) -> matrix -> the stored keys
+    without their fields, where each expert has its own; else what they are called when they are written.
+    trunk: key -> StoredTensor. places: key of the trunk -> its place in the model. linears: name of a quantized linear
+    layer in the model -> how its weight is stored, and its shape. kept: dtype to load in -> keys of the trunk that stay
+    in fp32. ignored: keys without a place. keys: all keys as stored. manifest: what config.json states of the matrices;
+    None for the published format and plain checkpoints.
+    """
+
+    folder: Path
+    config: object
+    layout: ExpertLayout
+    experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]]
+    prefixes: dict[ExpertId, dict[str, str]]
+    trunk: dict[str, StoredTensor]
+    places: dict[str, TrunkPlace]
+    linears: dict[str, tuple[Quantization, tuple[int, int]]]
+    kept: dict[torch.dtype, frozenset[str]]
+    ignored: tuple[str, ...]
+    keys: tuple[str, ...]
+    manifest: Manifest | None = None
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have experts, in order."""
+        return tuple(sorted({layer for layer, _ in self.experts}))
+
+    @property
+    def n_experts(self) -> int:
+        """Experts per layer."""
+        return len(self.experts) // len(self.layers)
+
+    @property
+    def top_k(self) -> int:
+        """Experts that each token uses."""
+        top_k = first_attribute(self.config, *TOP_K)
+        if type(top_k) is not int or top_k < 1:
+            raise CheckpointError(
+                f"{self.config.model_type} does not say how many experts a token uses", path=self.folder / "config.json",
+                key=" or ".join(TOP_K), expected=f"1 to {self.n_experts}", found=top_k,
+            )  # fmt: skip
+        return top_k
+
+    @property
+    def recommended_cache_size(self) -> int | str:
+        """What the checkpoint's makers ask for in config.json, or "auto"."""
+        asked = getattr(self.config, "offload", None)
+        return asked.get("cache_size", "auto") if isinstance(asked, dict) else "auto"
+
+    @property
+    def trunk_bytes(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.trunk.values())
+
+    def read_expert(self, expert: ExpertId, buffer: Tensor) -> None:
+        """Read one expert's bytes into `buffer` (uint8 [layout.n_bytes], CPU) in the layout's order."""
+        stored = self.experts[expert]
+        by_path: dict[Path, list[Field]] = {}
+        for field in self.layout.fields:
+            by_path.setdefault(stored[field.matrix, field.name].path, []).append(field)
+        for path, fields in by_path.items():
+            with open(path, "rb", buffering=0) as file:
+                for field in fields:
+                    stored[field.matrix, field.name].read_into(file, buffer[field.offset :][: field.n_bytes])
+
+    def read_experts(self, targets: Iterable[tuple[ExpertId, Tensor]]) -> Iterator[ExpertId]:
+        """`read_expert` for each (expert, buffer), several at a time; yields each expert once it is there."""
+        targets = list(targets)
+        tasks = ((self.read_expert, expert, buffer) for expert, buffer in targets)
+        for (expert, _), _ in zip(targets, in_threads(tasks), strict=True):
+            yield expert
+
+
+@readable
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open and check a checkpoint folder. Reads headers, no weights.
+
+    Tensors that belong to no part of the model are named in one warning, and ignored.
+
+    Raises:
+        CheckpointError: For every problem; it names the file, the key and the next step.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    refuse_method(folder, config)
+    weight_map = _weight_map(folder)
+    refuse_keys(folder, config, weight_map)
+    model = build_meta(config, torch.float16, path=folder / "config.json")
+    layers, shape = check_experts(model, folder / "config.json")
+    headers = read_headers(sorted({folder / name for name in weight_map.values()}))
+    headers = with_checks(folder / INDEX, headers)
+    manifest = read_manifest(config, folder / "config.json")
+    found = _Found(folder, KeyMap(model, layers), layers, shape, manifest)
+    for key in weight_map:
+        found.add(key, folder / weight_map[key], headers[folder / weight_map[key]])
+    ignored = found.ignore()
+    layout = _check_experts(folder, layers, shape, found.experts, manifest)
+    linears = found.check_trunk()
+    check_modules(manifest, {split[0] for key in found.trunk if (split := split_quantized(key)) is not None})
+    if ignored:
+        some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
+        warnings.warn(
+            f"{len(ignored)} tensors in {folder} belong to no part of {type(model).__name__} and are ignored: {some[:300]}",
+            stacklevel=2,
+        )
+    kept = {dtype: kept_in_fp32(model, dtype) for dtype in (torch.float16, torch.bfloat16)}
+    return Checkpoint(
+        folder, config, layout, found.experts, found.prefixes, found.trunk, found.places, linears,
+        {
+            dtype: frozenset(key for key, place in found.places.items() if place.field is None and place.name in names)
+            for dtype, names in kept.items()
+        },
+        tuple(ignored), tuple(weight_map), manifest,
+    )  # fmt: skip
+
+
+class _Found:
+    """The tensors of a checkpoint, each in its place."""
+
+    def __init__(
+        self,
+        folder: Path,
+        key_map: KeyMap,
+        layers: dict[str, int],
+        shape: ExpertsShape,
+        manifest: Manifest | None,
+    ):
+        self.folder, self.key_map, self.layers, self.shape = folder, key_map, layers, shape
+        self.manifest = manifest
+        self.experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]] = {}
+        self.prefixes: dict[ExpertId, dict[str, str]] = {}
+        self.trunk: dict[str, StoredTensor] = {}
+        self.places: dict[str, TrunkPlace] = {}
+        self._homeless: dict[str, Path] = {}
+        self._owners: dict[Path, ExpertPlace] = {}  # of files of the published format
+        self._filled: dict[object, str] = {}  # what a tensor is -> its key
+
+    def add(self, key: str, path: Path, header: dict[str, StoredTensor]) -> None:
+        """Find the place of one tensor."""
+        place = self.key_map.place(key, path)
+        if isinstance(place, ExpertPlace):
+            self._add_expert(place, key, path, header)
+        elif key not in header:
+            raise _absent(path, key)
+        elif isinstance(place, FusedPlace):
+            self._add_fused(place, key, header[key])
+        elif place is None:
+            self._homeless[key] = path
+        else:
+            self._fill(place, key, path)
+            self.trunk[key], self.places[key] = header[key], place
+
+    def _fill(self, what: object, key: str, path: Path) -> None:
+        if (other := self._filled.setdefault(what, key)) != key:
+            raise _twice(key, path, other)
+
+    def _add_expert(self, place: ExpertPlace, key: str, path: Path, header: dict[str, StoredTensor]) -> None:
+        if place.expert >= self.shape.n_experts:
+            raise self._no_place(key, path, f"{self.shape.n_experts} experts in each layer")
+        expert = self.layers[place.module], place.expert
+        stored = header.get(key)
+        if stored is None:  # the published format: keys without prefix, so each file is of one expert
+            stored = header.get(place.short)
+            if stored is None:
+                raise _absent(path, f"{key} (or {place.short})")
+            owner = self._owners.setdefault(path, place)
+            if (owner.module, owner.expert) != (place.module, place.expert):
+                raise CheckpointError(
+                    "the index gives one expert's file to another expert too", path=path, key=key,
+                    expected=f"a file of expert {expert[1]} of layer {expert[0]}",
+                    found=f"the file of expert {owner.expert} of layer {self.layers[owner.module]}", hint=f"download {INDEX} again",
+                )  # fmt: skip
+        self._add_field(expert, place.matrix, place.field, place.stem, key, stored)
+
+    def _add_fused(self, place: FusedPlace, key: str, stored: StoredTensor) -> None:
+        """Each expert's part of a tensor `[experts, rows, columns]`; its matrices lie below each other."""
+        expected = tuple(self.key_map.tensors[f"{place.module}.{_fused_name(place)}"].shape)
+        if stored.shape != expected:
+            raise _does_not_fit(stored, key, expected, torch.float16)
+        n_experts, rows, columns = expected
+        n = rows // len(place.matrices)
+        for expert in range(n_experts):
+            for i, matrix in enumerate(place.matrices):
+                part = stored.rows(expert * rows + i * n, n, columns)
+                stem = f"{place.module}.{expert}.{WRITTEN_NAMES[matrix]}."
+                self._add_field((self.layers[place.module], expert), matrix, "weight", stem, key, part)
+
+    def _add_field(self, expert: ExpertId, matrix: str, field: str, stem: str, key: str, stored) -> None:
+        self._fill((expert, matrix, field), key, stored.path)
+        self.experts.setdefault(expert, {})[matrix, field] = stored
+        self.prefixes.setdefault(expert, {})[matrix] = stem
+
+    def ignore(self) -> list[str]:
+        """The keys that have no place and need none; raises CheckpointError for the first one of the others."""
+        ignored = self.key_map.ignores(self._homeless)
+        if rest := self._homeless.keys() - set(ignored):
+            key = min(rest)
+            raise self._no_place(key, self._homeless[key], None)
+        return ignored
+
+    def _no_place(self, key: str, path: Path, expected: str | None) -> CheckpointError:
+        name = type(self.key_map.model).__name__
+        return CheckpointError(
+            f"{name} has no place for this tensor", path=path, key=key, expected=expected, hint=WRONG_CONFIG
+        )
+
+    def check_trunk(self) -> dict[str, tuple[Quantization, tuple[int, int]]]:
+        """Compare everything but the experts with the model; returns its quantized linear layers, see `Checkpoint`."""
+        packed: dict[str, dict[str, StoredTensor]] = {}
+        stored_names: dict[str, str] = {}
+        for key, place in self.places.items():
+            if place.field is None:
+                self._check_plain(key, self.trunk[key], self.key_map.tensors[place.name])
+            else:
+                packed.setdefault(place.name, {})[place.field] = self.trunk[key]
+                stored_names[place.name] = split_quantized(key)[0]
+        linears = {name: self._check_packed(name, stored_names[name], of) for name, of in packed.items()}
+        tensors = self.key_map.tensors
+        there = {id(tensors[place.parameter]) for place in self.places.values()}
+        missing = {
+            id(tensor): name
+            for name, tensor in reversed(tensors.items())  # of a tied one, its first name
+            if id(tensor) not in there and name.rpartition(".")[0] not in self.layers
+        }
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} parameters have no value in the checkpoint", path=self.folder, key=min(missing.values()),
+                found="no such tensor", hint=f"download the index again, or {WRONG_CONFIG}",
+            )  # fmt: skip
+        return linears
+
+    def _check_plain(self, key: str, stored: StoredTensor, target: Tensor) -> None:
+        is_float = target.dtype.is_floating_point
+        fits = stored.dtype in FLOATS if is_float else stored.dtype == target.dtype
+        if stored.shape != tuple(target.shape) or not fits:
+            raise _does_not_fit(stored, key, tuple(target.shape), target.dtype)
+
+    def _check_packed(
+        self, name: str, stored_name: str, fields: dict[str, StoredTensor]
+    ) -> tuple[Quantization, tuple[int, int]]:
+        path = next(iter(fields.values())).path
+        if other := self._filled.get(TrunkPlace(f"{name}.weight")):
+            raise _twice(name, path, other)
+        linear = self.key_map.model.get_submodule(name)
+        check_replaceable(linear, path, name)
+        shape = tuple(linear.weight.shape)
+        sizes = {field: (stored.dtype, stored.n_elements) for field, stored in fields.items()}
+        return recognise(self.manifest, path, stored_name, shape, sizes), shape
+
+
+def _twice(key: str, path: Path, other: str) -> CheckpointError:
+    return CheckpointError(
+        "two tensors are for one place in the model", path=path, key=key, expected="one of them", found=other,
+        hint="remove the wrong one from the index",
+    )  # fmt: skip
+
+
+def _fused_name(place: FusedPlace) -> str:
+    return "gate_up_proj" if len(place.matrices) == 2 else "down_proj"
+
+
+def _does_not_fit(
+    stored: StoredTensor, key: str, expected: tuple[int, ...], dtype: torch.dtype
+) -> CheckpointError:
+    kind = "float16, bfloat16 or float32" if dtype.is_floating_point else dtype
+    return CheckpointError(
+        "a tensor does not fit the model", path=stored.path, key=key, expected=f"{expected} of {kind}",
+        found=f"{stored.shape} of {stored.dtype}", hint=WRONG_CONFIG,
+    )  # fmt: skip
+
+
+@readable
+def read_config(folder: Path):
+    """transformers' configuration of the checkpoint; refuses folders without one, dense models and unknown mixtures."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            "no such folder", path=folder, hint="check the path, or give a hub repository as owner/name"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            "not a checkpoint folder",
+            path=folder / "config.json",
+            expected="config.json",
+            found="no such file",
+        )
+    config = load_config(folder / "config.json")
+    if n_experts_of(config):
+        return config
+    if n_experts_of(inner := text_config(config)):
+        raise CheckpointError(
+            f"{config.model_type} holds its language model inside another one: not supported yet",
+            path=folder / "config.json", found=f"experts in {inner.model_type}",
+        )  # fmt: skip
+    if stated := stated_experts(config.to_dict()):
+        raise CheckpointError(
+            f"{config.model_type} is a mixture of experts of a family that is not supported", path=folder / "config.json",
+            key=stated[0], expected="num_local_experts, num_experts or n_routed_experts, as in Mixtral, Qwen-MoE or DeepSeek",
+            found=stated[1], hint="load it with transformers as it is, or take a model of a supported family",
+        )  # fmt: skip
+    raise CheckpointError(
+        f"{config.model_type} is a dense model: it has no experts to offload", path=folder / "config.json",
+        expected="num_local_experts, num_experts or n_routed_experts", hint="load it with transformers as it is",
+    )  # fmt: skip
+
+
+@readable
+def load_config(path: Path):
+    """transformers' configuration in this file, of any model that this transformers knows."""
+    from transformers import AutoConfig
+
+    check_file(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds on a damaged file
+        raise CheckpointError(
+            "cannot read the configuration", path=path, expected="a transformers configuration",
+            found=f"{type(error).__name__}: {str(error)[:300]}", hint="download this file again",
+        ) from error  # fmt: skip
+    check_config(config, path)
+    return config
+
+
+def n_experts_of(config) -> int | None:
+    return first_attribute(config, *EXPERTS)
+
+
+def _absent(path: Path, key: str) -> CheckpointError:
+    return CheckpointError(
+        "the index names a tensor that its file does not hold", path=path, key=key, found="no such tensor",
+        hint=f"download this file and {INDEX} again; they belong together",
+    )  # fmt: skip
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """key -> file name, from the index or from the single file."""
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise CheckpointError(
+                "no weights found", path=folder, expected=f"{INDEX} or {SINGLE}", found="neither"
+            )
+        weight_map = dict.fromkeys(read_header(folder / SINGLE), SINGLE)
+        check_index(weight_map, folder / SINGLE)
+        return weight_map
+    check_size(index, MOST_INDEX_BYTES)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        check_index(weight_map, index)
+        outside = [name for name in weight_map.values() if Path(name).name != name]
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            "cannot read the index", path=index, expected="JSON with weight_map: key to file name", found=f"{type(error).__name__}: {error}",
+            hint="download this file again",
+        ) from error  # fmt: skip
+    if outside:
+        raise CheckpointError(
+            "the index names a file outside the folder",
+            path=index,
+            expected="plain file names",
+            found=outside[0],
+        )
+    missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(set(weight_map.values()))} files are missing", path=folder / missing[0],
+            found="no such file", hint="download the checkpoint again; finished files are kept",
+        )  # fmt: skip
+    return weight_map
+
+
+def _check_experts(
+    folder: Path, modules: dict[str, int], shape: ExpertsShape, experts, manifest: Manifest | None
+) -> ExpertLayout:
+    """The one layout of all experts; refuses a missing expert, a missing tensor, or an expert of another layout."""
+    if not experts:
+        name = next(iter(modules))
+        raise CheckpointError(
+            "no expert weights found", path=folder, expected=f"keys like {name}.0.gate_proj.weight or {name}.gate_up_proj",
+            hint="other formats of experts are not supported",
+        )  # fmt: skip
+    layers = {layer for layer, _ in experts}
+    if layers != set(modules.values()):
+        raise CheckpointError(
+            "the checkpoint's expert layers are not the model's", path=folder,
+            expected=f"layers {list(modules.values())}", found=f"layers {sorted(layers)}",
+            hint="download the checkpoint's index and config again",
+        )  # fmt: skip
+    for layer in sorted(layers):
+        for expert in range(shape.n_experts):
+            if (layer, expert) not in experts:
+                raise CheckpointError(
+                    "an expert is missing from the index", path=folder / INDEX, key=f"layer {layer}, expert {expert}",
+                    expected=f"{shape.n_experts} experts in each layer", found="no entry", hint="download the index again",
+                )  # fmt: skip
+    layout = None
+    for expert, tensors in sorted(experts.items()):
+        sizes = {name: (tensor.dtype, tensor.n_elements) for name, tensor in tensors.items()}
+        path = next(iter(tensors.values())).path
+        if layout is None:
+            reference, layout = (
+                sizes,
+                _layout(path, expert, shape.hidden, shape.intermediate, sizes, manifest),
+            )
+        elif sizes != reference:
+            wrong = min(
+                (n for n in sizes.keys() | reference.keys() if sizes.get(n) != reference.get(n)), key=str
+            )
+            raise CheckpointError(
+                f"expert {expert[1]} of layer {expert[0]} has another layout than the first one", path=path,
+                key=".".join(wrong), expected=reference.get(wrong, "no such tensor"),
+                found=sizes.get(wrong, "no such tensor"), hint="all experts must share bits and group size",
+            )  # fmt: skip
+        for (matrix, field), stored in tensors.items():
+            if field == "weight" and stored.shape != layout.shapes[matrix]:
+                key = f"{stored.key} ({matrix} of expert {expert[1]} of layer {expert[0]})"
+                raise _does_not_fit(stored, key, layout.shapes[matrix], stored.dtype)
+    return layout
+
+
+def _layout(path, expert, hidden, intermediate, sizes, manifest: Manifest | None) -> ExpertLayout:
+    shapes = dict.fromkeys(MATRICES, (intermediate, hidden)) | {"down": (hidden, intermediate)}
+    by_matrix = {
+        matrix: {field: size for (m, field), size in sizes.items() if m == matrix} for matrix in shapes
+    }
+    name = f"expert {expert[1]} of layer {expert[0]}"
+    check_stated_experts(manifest, path, name, shapes, by_matrix)
+    return ExpertLayout.build(hidden, intermediate, sizes, path, name)

@@ -1,0 +1,188 @@
+"""Where each stored key of a checkpoint belongs in its model.
+
+Knows transformers' renamings and a model's names, on the meta device. Knows no files and no values.
+
+An expert is known by the name of its module in the model and its number there: `mtp.layers.0.mlp.experts.3` is not
+expert 3 of layer 0. What has no place is ignored or refused (`KeyMap.ignores`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from mixtral_offload.errors import CheckpointError
+from mixtral_offload.weights.hqq import split_quantized
+from mixtral_offload.weights.skeleton import LAYER
+
+EXPERT_KEY = re.compile(
+    r"^(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj)\.(?P<field>.+)$"
+)
+MATRIX_NAMES = {
+    "w1": "gate",
+    "gate_proj": "gate",
+    "w3": "up",
+    "up_proj": "up",
+    "w2": "down",
+    "down_proj": "down",
+}
+#: a module's parameters that hold all of its experts -> the matrices of each, below each other
+FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+#: buffers that models compute and old checkpoints hold all the same
+COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.masked_bias$")
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """One tensor of one expert. matrix: "gate", "up" or "down". field: "weight", "W_q", ... stem: the key without field.
+    short: the key that files of the published format have."""
+
+    module: str
+    expert: int
+    matrix: str
+    field: str
+    stem: str
+    short: str
+
+
+@dataclass(frozen=True)
+class FusedPlace:
+    """One or two matrices of all experts of a module."""
+
+    module: str
+    matrices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrunkPlace:
+    """A parameter or buffer of the model. field: None, or of a quantized linear layer the part of its weight; then
+    `name` is the layer's."""
+
+    name: str
+    field: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        return self.name if self.field is None else f"{self.name}.weight"
+
+
+Place = ExpertPlace | FusedPlace | TrunkPlace
+
+
+class KeyMap:
+    """The places of a model for stored keys.
+
+    Args:
+        model: On the meta device, with its experts' parameters.
+        experts: Names of its modules of experts.
+    """
+
+    def __init__(self, model: PreTrainedModel, experts: Iterable[str]):
+        self.model = model
+        self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)  # tied ones are one object
+        self._experts = frozenset(experts)
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [of for of in transforms if isinstance(of, WeightRenaming)]
+        self._converters = [of for of in transforms if isinstance(of, WeightConverter)]
+        unexpected = model._keys_to_ignore_on_load_unexpected or ()
+        self._ignored = re.compile("|".join(f"({pattern})" for pattern in (*unexpected, *COMPUTED)))
+        self._lists = {LAYER.match(name)["list"] for name in self._experts}
+        self.module_name = lru_cache(maxsize=None)(self._module_name)
+
+    def place(self, key: str, path: Path | None = None) -> Place | None:
+        """Where the tensor of this key belongs; None if nowhere.
+
+        Args:
+            key: as stored.
+            path: its file, for errors.
+
+        Raises:
+            CheckpointError: If it belongs somewhere, but in a form that has to be converted first.
+        """
+        if match := EXPERT_KEY.match(key):
+            module = self.module_name(match["module"])
+            if module in self._experts:
+                field, number = match["field"], int(match["expert"])
+                stem, short = key.removesuffix(field), f"{match['matrix']}.{field}"
+                return ExpertPlace(module, number, MATRIX_NAMES[match["matrix"]], field, stem, short)
+        split = split_quantized(key)
+        name, is_converted = self._renamed(f"{split[0]}.weight" if split else key)
+        if is_converted:
+            raise CheckpointError(
+                "a tensor is stored in a form that this package does not read", path=path, key=key,
+                expected="tensors as transformers' modules hold them, or one for each matrix of an expert",
+                hint="load the checkpoint with transformers and save it with save_original_format=False, then convert that folder",
+            )  # fmt: skip
+        if name not in self.tensors:
+            return None
+        if split:
+            return TrunkPlace(name.removesuffix(".weight"), split[1])
+        module, _, parameter = name.rpartition(".")
+        return FusedPlace(module, FUSED[parameter]) if module in self._experts else TrunkPlace(name)
+
+    def _renamed(self, key: str) -> tuple[str, bool]:
+        """(the name in the model, whether transformers would convert the tensor on its way there)"""
+        prefix, known = self.model.base_model_prefix, self.tensors
+        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, known)
+        if name not in known and key in known:  # it has its new name already
+            return key, False
+        if pattern is not None and name not in known:  # so that what has no place is called by its own name
+            return rename_source_key(key, self._renamings, [], prefix, known)[0], False
+        return name, pattern is not None
+
+    def _module_name(self, module: str) -> str:
+        """The name in the model of what may be a module of experts."""
+        name = rename_source_key(
+            f"{module}.down_proj", self._renamings, [], self.model.base_model_prefix, self.tensors
+        )[0]
+        return name.removesuffix(".down_proj")
+
+    def ignores(self, keys: Iterable[str]) -> list[str]:
+        """Which of the keys without a place are ignored; the others would change what the model computes.
+
+        Ignored are keys that transformers ignores for this class; buffers that are computed; whatever lies outside the
+        model's modules (heads of other tasks, `mtp.*`, other models beside this one); and whole layers after the model's
+        last, for predicting several tokens at once. A plain decoder layer after the last means that config.json has too
+        few.
+        """
+        ignored, beyond = [], defaultdict(list)
+        for key in keys:
+            split = split_quantized(key)
+            name = self._renamed(f"{split[0]}.weight" if split else key)[0]
+            if self._ignored.search(name) or self._is_outside(name):
+                ignored.append(key)
+            elif (match := LAYER.match(name)) and self._is_beyond(match["list"], match["number"]):
+                beyond[match["list"], match["number"]].append((key, name))
+        for (of, number), layer in beyond.items():
+            if self._predicts_ahead(of, number, [name for _, name in layer]):
+                ignored += [key for key, _ in layer]
+        return ignored
+
+    def _is_outside(self, name: str) -> bool:
+        """Whether the name's first part names nothing in the model, with or without its base model's prefix."""
+        first, base = name.partition(".")[0], self.model.base_model
+        return first not in self.model._modules and not (
+            first in base._modules or first == self.model.base_model_prefix
+        )
+
+    def _is_beyond(self, of: str, number: str) -> bool:
+        return of in self._lists and int(number[:9]) >= len(self.model.get_submodule(of))
+
+    def _predicts_ahead(self, of: str, number: str, names: list[str]) -> bool:
+        """Whether a layer after the model's last is no plain decoder layer: the configuration counts it among those that
+        predict further tokens, or it holds what no layer of the model holds."""
+        n_layers = len(self.model.get_submodule(of))
+        if int(number[:9]) < n_layers + (getattr(self.model.config, "num_nextn_predict_layers", None) or 0):
+            return True
+        usual = {LAYER.sub("", name) for name in self.tensors if name.startswith(f"{of}.")}
+        rest = (LAYER.sub("", name) for name in names if not EXPERT_KEY.match(name))
+        return any(name not in usual for name in rest)
