@@ -29,5 +29,5 @@ setup(
         "tqdm>=4.66",
         "xxhash>=3.5",
     ],
-    entry_points={"console_scripts": ["mixtral-offload = mixtral_offload.cli:main"]},
+    entry_points={"console_scripts": ["mixtral-offload = mixtral_offload.apps.cli:main"]},
 )

@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py [--cache-sizes 2 4] [--tokens 48] [--repeats 5] [--ratio 5.5]
 
-`mixtral_offload.ablation` on the command line, with one link for all cache sizes: slowed until the copy of one expert
+`mixtral_offload.experiments.ablation` on the command line, with one link for all cache sizes: slowed until the copy of one expert
 takes `ratio` times one layer's compute, measured in the same run. Prints tables and writes benchmarks/results/ablation.json.
 """
 

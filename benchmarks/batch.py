@@ -3,7 +3,7 @@ and quantization are each worth (2211.10017).
 
     python benchmarks/batch.py [--requests 64] [--cache-sizes 2 4 6] [--batch-sizes 1 2 4 8 16 32 64] [--ratio 5.5]
 
-`mixtral_offload.throughput` on the command line, behind one link for all cache sizes: slowed until the copy of one expert
+`mixtral_offload.experiments.batching` on the command line, behind one link for all cache sizes: slowed until the copy of one expert
 takes `ratio` times one layer's compute. One core computes; only the single passes beside
 transformers' own experts have all. Prints tables and writes
 benchmarks/results/batch.json and .png.

@@ -16,8 +16,8 @@ from contestants import drop_page_cache
 from processes import log
 from synthetic import write_checkpoint
 
-from mixtral_offload.core.placement import gb
 from mixtral_offload.errors import CapacityError, CheckpointError
+from mixtral_offload.units import gb
 from mixtral_offload.weights.hqq import PAPER, field_specs
 
 SPARE_BYTES = 1_000_000_000  # of disk, left free beside big files

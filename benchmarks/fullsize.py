@@ -30,8 +30,8 @@ from contestants import Task, drop_page_cache
 from processes import STARTED_S, ballast, check_machine_ram, in_process, log
 from synthetic import mixtral_config
 
-from mixtral_offload.core.placement import parse_size
 from mixtral_offload.errors import OffloadError
+from mixtral_offload.units import parse_size
 from mixtral_offload.weights.hqq import PAPER
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 from contestants import Task, run_ours
 
-from mixtral_offload.core.placement import gb
 from mixtral_offload.errors import CapacityError, OptionError
+from mixtral_offload.units import gb
 
 STARTED_S = time.perf_counter()
 SPARE_BYTES = 1_000_000_000  # of RAM, for what is neither budget nor ballast

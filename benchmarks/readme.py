@@ -82,7 +82,7 @@ def overlap() -> str:
     return (
         f"**Overlap** (`python benchmarks/overlap.py`): the shipped model behind a link whose copies take {found['copy_over_layer']:.1f} layers' "
         "compute. The floor is the larger of a token's compute and of the copies its misses need; the replay is the best schedule for "
-        "the same trace (`mixtral_offload/clock.py`).\n\n"
+        "the same trace (`mixtral_offload/analysis/timed_replay.py`).\n\n"
         + table(["experts cached per layer", "ms per token", "over its replay", "over the floor", "of the bytes wasted", "times the naive way"], rows)
     )  # fmt: skip
 

@@ -110,7 +110,9 @@ def test_arguments_of_the_download():
 
 
 def test_local_files_only_asks_no_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtral_offload.weights.hub.HfApi", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(
+        "mixtral_offload.weights.hub.HfApi", lambda *_, **__: pytest.fail("the hub was asked")
+    )
     with pytest.raises(DownloadError, match="local_files_only"):
         from_pretrained("owner/name", cache_dir=tmp_path, local_files_only=True)
     with pytest.raises(DownloadError, match="local_files_only"):

@@ -23,7 +23,16 @@ LAYOUT = ExpertLayout.build(
 
 
 INTERRUPTED = tuple(
-    f"offload/{name}.py" for name in ("cache", "transfer", "copies", "worker", "policy", "slow_link", "link")
+    f"offload/{name}.py"
+    for name in (
+        "runtime/cache",
+        "runtime/engines",
+        "runtime/copies",
+        "runtime/worker",
+        "runtime/slow_link",
+        "core/policies",
+        "core/link",
+    )
 )
 FAST = LAYOUT.n_bytes / 1e-5  # bytes per second, of a link in an experiment
 ENGINE = ThreadEngine(CPU, LAYOUT.n_bytes)  # for tests that make thousands of caches
@@ -277,7 +286,7 @@ def test_a_reader_that_goes_away_leaves_nothing_behind():
 
 
 def interrupted_at(line_number: int, run) -> bool:
-    """Run, with KeyboardInterrupt raised at the n-th line executed in cache.py or transfer.py; False if it has fewer."""
+    """Run, with KeyboardInterrupt raised at the n-th line executed in one of INTERRUPTED; False if it has fewer."""
     count = 0
 
     def trace(frame, event, argument):

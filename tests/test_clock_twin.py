@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 import mixtral_offload.runtime.cache
 from mixtral_offload.analysis.replay import simulate
 from mixtral_offload.analysis.timed_replay import Card, play
+from mixtral_offload.core.copy_order import NOW
 from mixtral_offload.core.link import NEEDED, RIGHT, WRONG
 from mixtral_offload.core.policies import POLICIES, staging_rows
 from mixtral_offload.core.timed_result import EXPERT
 from mixtral_offload.runtime.cache import ExpertCache
-from mixtral_offload.runtime.copies import NOW, RUNNING, Copy
+from mixtral_offload.runtime.copies import RUNNING, Copy
 from tests.test_clock import copies, merged, routed
 
 # --- the live cache on a virtual clock -------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ cards = st.builds(
 
 def check_twin(trace, card, **options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixtral_offload.cache, "Copy", VirtualCopy)
+        patch.setattr(mixtral_offload.runtime.cache, "Copy", VirtualCopy)
         live = twin(trace, card, **options)
     played = play(
         trace, card, **{"cache_size" if name == "slots" else name: value for name, value in options.items()}

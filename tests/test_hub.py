@@ -24,8 +24,8 @@ from huggingface_hub import constants
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.apps.cli import main
-from mixtral_offload.core.placement import gb
 from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
+from mixtral_offload.units import gb
 from mixtral_offload.weights import hub, hub_record
 from mixtral_offload.weights.checkpoint import DEMO
 from mixtral_offload.weights.hub_leftovers import remove_leftovers

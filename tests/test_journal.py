@@ -103,7 +103,11 @@ def test_a_last_line_that_the_disk_never_got(monkeypatch, tmp_path, undisturbed)
 def test_killed_at_the_very_end(monkeypatch, tmp_path, undisturbed, end):
     interrupt(monkeypatch, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        name = "mixtral_offload.generation.journal.os.replace" if end == "output written" else "pathlib.Path.unlink"
+        name = (
+            "mixtral_offload.generation.journal.os.replace"
+            if end == "output written"
+            else "pathlib.Path.unlink"
+        )
         patch.setattr(name, lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         run(patch, tmp_path, Engine())
     assert len(names(tmp_path)) == 3

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtral_offload.core.placement import Sizes, make_plan, parse_size
+from mixtral_offload.core.placement import Sizes, make_plan
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.runtime.options import parse_device
+from mixtral_offload.units import parse_size
 
 EXPERT = 66_400_000
 MIXTRAL = Sizes(range(32), 8, 2, EXPERT)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtral_offload import load_tokenizer
-from mixtral_offload.analysis.plots.quantization import plot_matrix, plot_quality, plot_quantized, read_matrix
+from mixtral_offload.analysis.plots.quantization import plot_matrix, plot_quantized, read_matrix
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.bit_widths import (
     DEMO_16,
@@ -18,6 +18,7 @@ from mixtral_offload.experiments.bit_widths import (
     perplexity,
     quality_table,
 )
+from mixtral_offload.experiments.plot_bit_widths import plot_quality
 from mixtral_offload.runtime.build import DEMO
 from mixtral_offload.weights.bitpack import unpack
 from mixtral_offload.weights.checkpoint import open_checkpoint

@@ -161,7 +161,9 @@ def test_a_trace_of_a_model_of_one_layer(tmp_path, capsys):
 
 
 def test_impossible_lengths_are_refused_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mixtral_offload.apps.cli.load", lambda arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "mixtral_offload.apps.cli.load", lambda arguments: pytest.fail("the model was loaded")
+    )
     (tmp_path / "p.txt").write_text("Hello!\n")
     for n_tokens in ("0", "-3"):
         assert main(["trace", str(tmp_path / "p.txt"), str(tmp_path / "out"), "--max-tokens", n_tokens]) == 1

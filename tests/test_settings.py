@@ -206,7 +206,9 @@ def test_ends_of_configuration_and_tokenizer_count_together(folder, offloaded):
      '{"bos_token_id": {}}', "\x00", '{"eos_token_id": true}'],
 )  # fmt: skip
 def test_a_damaged_generation_config_is_refused_before_the_weights_are_read(folder, text, monkeypatch):
-    monkeypatch.setattr("mixtral_offload.runtime.build.load_trunk", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "mixtral_offload.runtime.build.load_trunk", lambda *a: pytest.fail("weights were read")
+    )
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         from_pretrained(folder, device="cpu")

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from mixtral_offload.runtime.copies import ABANDONED, CREATED, DONE, NOW, Copy
+from mixtral_offload.core.copy_order import NOW
+from mixtral_offload.runtime.copies import ABANDONED, CREATED, DONE, Copy
 from mixtral_offload.runtime.engines import make_engine
 from mixtral_offload.runtime.slow_link import SlowEngine
 

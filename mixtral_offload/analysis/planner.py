@@ -15,11 +15,12 @@ import torch
 from mixtral_offload.analysis.projection import HOST_S, Projection, project
 from mixtral_offload.analysis.replay import best_allocation, simulate
 from mixtral_offload.analysis.synthetic import CURVES, MIXTRAL_RECALL, recall_by_layer, sticky_trace
-from mixtral_offload.core.placement import Plan, gb, parse_size
+from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.sizes import ModelSizes
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, plan_within, scratch_bytes
+from mixtral_offload.units import gb, parse_size
 from mixtral_offload.weights.hqq import PAPER
 
 T4_BYTES_PER_S = 320e9
@@ -32,7 +33,7 @@ MOST_STEPS = 3_000_000
 @dataclass(frozen=True)
 class Request:
     """A model (its bit widths among its sizes), a card, and the routing to expect: a recorded trace or a curve of
-    `routing.CURVES`. vram, ram: bytes; link, bandwidth, disk: bytes per second; host_s: the host's seconds
+    `synthetic.CURVES`. vram, ram: bytes; link, bandwidth, disk: bytes per second; host_s: the host's seconds
     for a layer; the rest as in `OffloadOptions`."""
 
     sizes: ModelSizes

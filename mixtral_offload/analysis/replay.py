@@ -1,6 +1,6 @@
 """Replays a trace under another cache: policies, sizes, one pool or many, and Belady's optimum as the bound.
 
-Knows traces and policies, no models. The decisions are the live cache's own (`policy.serve`), so a replay under a
+Knows traces and policies, no models. The decisions are the live cache's own (`policies.serve`), so a replay under a
 run's own settings counts exactly its hits, misses and bytes.
 """
 
@@ -65,7 +65,7 @@ def simulate(
 
     cache_size: slots of each layer, or one number for all. policy: "lru", "lfu", "lrfu" or "belady". shared: one pool
     for all layers, as large as the layers' slots together. watch: called with (pass, layer, pool) before each. card: play
-    it against time too (`clock.play`); only then do prefetch and look_ahead matter. Raises OptionError for what no run
+    it against time too (`timed_replay.play`); only then do prefetch and look_ahead matter. Raises OptionError for what no run
     could have.
     """
     slots, residents, policy, shared = resolve_settings(trace, cache_size, policy, shared)

@@ -1,6 +1,6 @@
 """A replay with a clock: plays a trace against time on a card, with one link, its copies and its guesses.
 
-Knows traces, the live cache's decisions (`policy.serve`), what it does with guesses (`cache.py`, which this mirrors)
+Knows traces, the live cache's decisions (`policies.serve`), what it does with guesses (`runtime/cache.py`, which this mirrors)
 and a `Link` that works as the copy thread does. Exact, without randomness. Knows no models; times are a `Card`'s.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from mixtral_offload.analysis.replay import make_pools, ordered_uses, resolve_settings
+from mixtral_offload.core.copy_order import NOW
 from mixtral_offload.core.costs import Card
 from mixtral_offload.core.link import Link, Transfer
 from mixtral_offload.core.policies import LOAD, Pool, serve, staging_rows
 from mixtral_offload.core.timed_result import ATTENTION, BESIDE, EXPERT, Events, Played
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.copies import NOW
 
 __all__ = ["Card", "Events", "Played", "play"]
 Guess = tuple[int, int, list[int]]  # (layer, layers from now, keys, the likeliest first)

@@ -5,9 +5,9 @@ Knows how to ask the other modules; reads headers, never weights.
 
 from __future__ import annotations
 
-from mixtral_offload.core.placement import gb
 from mixtral_offload.errors import CapacityError, DownloadError
 from mixtral_offload.runtime.options import OffloadOptions, plan_for, trunk_bytes
+from mixtral_offload.units import gb
 from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
 from mixtral_offload.weights.hub import local_folder, plan_download, resolve
 

@@ -224,7 +224,7 @@ def run_trace(arguments) -> None:
 
 
 def run_download(arguments) -> None:
-    from mixtral_offload.core.placement import gb
+    from mixtral_offload.units import gb
     from mixtral_offload.weights.hub import download, plan_download
 
     options = {"revision": arguments.revision, "local_dir": arguments.local_dir}

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from mixtral_offload.core.placement import gb
 from mixtral_offload.system.machine import free_memory, total_memory
 from mixtral_offload.system.safe_text import visible
+from mixtral_offload.units import gb
 from mixtral_offload.weights.checkpoint import DEMO
 from mixtral_offload.weights.hub import local_folder, plan_download
 

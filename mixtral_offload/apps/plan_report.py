@@ -9,11 +9,11 @@ from pathlib import Path
 
 from mixtral_offload.analysis.planner import Answer, Request, answer, best_knobs
 from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS
-from mixtral_offload.core.placement import gb
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.models.sizes import model_sizes
 from mixtral_offload.runtime.options import MARGIN_BYTES
+from mixtral_offload.units import gb
 from mixtral_offload.weights.checkpoint import DEMO, load_config
 from mixtral_offload.weights.hub import fetch_file, local_folder
 

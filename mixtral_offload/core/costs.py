@@ -1,6 +1,6 @@
 """How long things take on a card: one copy, one layer, one expert, and what lies between two tokens.
 
-Knows numbers. Knows nothing of how they are measured (`calibrate.py`) or of traces that are played against them.
+Knows numbers. Knows nothing of how they are measured (`experiments/calibration.py`) or of traces that are played against them.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import isfinite
 
+from mixtral_offload.core.copy_order import CHUNKS
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.worker import CHUNKS
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""A link on which time passes: copies in chunks, the most urgent first, as `worker.py` does it. For a replay with a clock, and
-for experiments with a link of a stated speed (`slow_link.py`).
+"""A link on which time passes: copies in chunks, the most urgent first, as `runtime/worker.py` does it. For a replay with a clock, and
+for experiments with a link of a stated speed (`runtime/slow_link.py`).
 
 Knows transfers and time. Knows nothing of experts or of who asks.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from mixtral_offload.runtime.copies import NOW
+from mixtral_offload.core.copy_order import NOW
 
 NEEDED, RIGHT, WRONG, OPEN = range(4)
 KINDS = ("needed", "right guess", "wrong guess", "open guess")

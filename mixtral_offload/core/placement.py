@@ -5,50 +5,11 @@ Knows sizes and counts. Knows nothing of tensors, files or transformers' modules
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mixtral_offload.errors import CapacityError, OptionError
-
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
-#: no machine has so much: what is larger is a slip
-MOST_BYTES = 1 << 60
-
-
-def parse_size(text: str | int | float) -> int:
-    """Bytes from a number or from text such as `15GB`, `512MiB`; of a rate, like `12GB/s`, those of a second."""
-    n_bytes = text
-    if not isinstance(text, int | float):
-        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)(?:/s)?\s*", str(text))
-        known = match is not None and match[2].upper() in UNITS
-        n_bytes = float(match[1]) * UNITS[match[2].upper()] if known else math.nan
-    if not abs(n_bytes) < MOST_BYTES:  # nan is not either
-        raise OptionError(
-            "cannot read a size", expected="a number of bytes, or like 15GB, 512MiB or 12GB/s", found=str(text)[:100]
-        )  # fmt: skip
-    return int(n_bytes)
-
-
-def gb(n_bytes: float) -> str:
-    """Bytes as people read them."""
-    if n_bytes >= 1e8:
-        return f"{n_bytes / 1e9:.2f} GB"
-    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.0f} kB"
+from mixtral_offload.units import gb
 
 
 @dataclass(frozen=True)

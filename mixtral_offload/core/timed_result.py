@@ -1,6 +1,6 @@
 """What came of playing a trace against time: passes, stalls, the link, and every event if they were kept.
 
-Knows arrays in a card's unit of time. `clock.py` fills it, `plots_clock.py` draws it.
+Knows arrays in a card's unit of time. `analysis/timed_replay.py` fills it, `analysis/plots/timeline.py` draws it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Events:
     """Everything that lasted, by begin: float64 seconds from the start.
 
     copy_*: stretches of uninterrupted carrying over the link: copy_layer, copy_expert int32, copy_kind uint8 (NEEDED,
-    RIGHT or WRONG of link.py), copy_span_s [., 2]. part_*: what the device computes: part_kind uint8 (BESIDE, ATTENTION
+    RIGHT or WRONG of core/link.py), copy_span_s [., 2]. part_*: what the device computes: part_kind uint8 (BESIDE, ATTENTION
     or EXPERT), part_layer and part_expert int32 (-1 for none), part_span_s [., 2].
     """
 

@@ -1,7 +1,7 @@
 """What a run really routed: which experts every token used, what the cache held, what was copied and waited for.
 
-Knows arrays and their file. Knows nothing of models or caches; `recorder.py` fills it, `replay.py` replays it,
-`plots.py` draws it.
+Knows arrays and their file. Knows nothing of models or caches; `analysis/recorder.py` fills it, `analysis/replay.py` replays it,
+`analysis/plots/routing.py` draws it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the expert cache and speculative loading are each worth on this machine: table 2 of 2312.17238.
 
-Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`variants.py`), of pictures or of
+Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`experiments/baselines.py`), of pictures or of
 command lines.
 """
 

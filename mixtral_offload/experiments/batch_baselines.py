@@ -1,6 +1,6 @@
 """A batch with one optimization of 2211.10017 taken away: sorting by expert, pruning of ended sequences, quantization.
 
-Knows `forward.py` and transformers' `generate` from inside, and puts everything back. Knows nothing of prompts, turns or
+Knows `runtime/forward.py` and transformers' `generate` from inside, and puts everything back. Knows nothing of prompts, turns or
 results.
 """
 

@@ -1,7 +1,7 @@
 """What many sequences at once are worth: tokens/s and bytes moved against the batch size, and what sorting, pruning and
 quantization are each worth in a batch (2211.10017).
 
-Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`variants_batch.py`), of pictures or
+Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`experiments/batch_baselines.py`), of pictures or
 of command lines.
 """
 

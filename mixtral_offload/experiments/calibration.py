@@ -1,6 +1,6 @@
 """Measures a card: the times of one copy, one layer and one expert, on a live offloaded model.
 
-Knows a model's modules, its cache from inside (`variants.py`) and the clock on the wall. Knows nothing of replays.
+Knows a model's modules, its cache from inside (`experiments/baselines.py`) and the clock on the wall. Knows nothing of replays.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from itertools import pairwise
 import torch
 from transformers import LogitsProcessorList
 
+from mixtral_offload.core.copy_order import CHUNKS
 from mixtral_offload.core.costs import Card
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.baselines import _borrow, _now, _rows, _slots, copy_seconds, switched
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.slow_link import SlowEngine
-from mixtral_offload.runtime.worker import CHUNKS, chunk_bytes
+from mixtral_offload.runtime.worker import chunk_bytes
 
 LAYERS, EXPERTS, EXPERTS_END, LAYERS_END = range(4)
 

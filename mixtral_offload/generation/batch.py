@@ -1,7 +1,7 @@
 """Many sequences at once: those that have ended leave the batch (2211.10017's pruning), others take their places.
 
 Knows transformers' forward pass and its KV cache. Knows nothing of experts: what a pass needs of them, it loads once for
-the whole batch (`forward.py`), and that is what makes a batch pay.
+the whole batch (`runtime/forward.py`), and that is what makes a batch pay.
 
 Sequences are padded on the left to one length. Padding costs attention and KV cache, but no experts; columns that are
 padding for all are cut off when a long sequence leaves.
@@ -92,7 +92,7 @@ def generate_batch(
 
     A sequence's tokens are those that it would get alone: greedy ones up to ties in the last bits of a logit, sampled ones
     likewise, from a generator of its own: what decides an answer, and what ends one, is the same as for a chat (see
-    `settings.py`). batch_size: sequences at once, fewer where the KV cache that the plan has left
+    `runtime/settings.py`). batch_size: sequences at once, fewer where the KV cache that the plan has left
     room for (`context_length` x `batch_size` tokens, see `OffloadOptions`) holds no more, with a warning. So it is, one at a
     time, where the model's layers keep more than keys and values (recurrent states, indexes), which cannot be joined.
     Raises OptionError for a request that cannot be answered, when its turn comes; GenerationError where the model fails.

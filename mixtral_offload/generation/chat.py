@@ -76,7 +76,7 @@ class ChatSession:
     max_new_tokens: per answer. temperature: 0 is greedy. seed: makes sampled answers repeatable; they come from a generator
     of the session's own, as those of `generate_batch` do, so that the same seed gives the same first answer there, and
     PyTorch's global generator is neither read nor changed. All of them, and the system prompt, may be changed at any time:
-    an answer under way goes on as it began. What else decides an answer, and what ends one: see `settings.py`.
+    an answer under way goes on as it began. What else decides an answer, and what ends one: see `runtime/settings.py`.
     `messages` is the conversation so far, as transformers' chat templates take it. Assigned during an answer, it ends that
     answer, whose turn is not kept; change the list itself only between answers. `last` counts while an answer comes; `ended`
     says why it came to its end: one of ENDS.

@@ -1,4 +1,4 @@
-"""Renders chat templates in a process of its own: started by `templates.py`, which kills it when a bound is passed.
+"""Renders chat templates in a process of its own: started by `generation/templates.py`, which kills it when a bound is passed.
 
 Imports the standard library and jinja2 only, so that it starts in about 0.1 s. A template is a program that came with a
 checkpoint: here it can neither hold the model's process up nor fill its memory.
@@ -80,7 +80,7 @@ def answer(request: dict) -> dict:
 
 
 def bound_memory(n_bytes: int) -> None:
-    """Where the system can; `templates.py` watches the process too."""
+    """Where the system can; `generation/templates.py` watches the process too."""
     try:
         import resource
 

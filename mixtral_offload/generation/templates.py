@@ -1,6 +1,6 @@
 """Conversations as token ids: chat templates, rendered within a bound on time and memory.
 
-Knows tokenizers, templates and the process that renders them (`template_worker.py`). Knows nothing of models.
+Knows tokenizers, templates and the process that renders them (`generation/template_worker.py`). Knows nothing of models.
 
 A chat template is a program of the checkpoint's makers. jinja2's sandbox keeps it from the system, but not from looping
 for ever or from filling the memory, so it runs in a process of its own: 5 s, 512 MB, and a bounded text. The process is

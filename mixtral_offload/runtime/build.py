@@ -1,6 +1,6 @@
 """`from_pretrained`: an ordinary transformers model whose experts are offloaded.
 
-Knows transformers: its model classes, its module names, and its experts interface, through which `forward.py` is called
+Knows transformers: its model classes, its module names, and its experts interface, through which `runtime/forward.py` is called
 in place of the model's own experts.
 """
 
@@ -23,19 +23,19 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mixtral_offload.analysis.recorder import Recorder
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import POLICIES
 from mixtral_offload.errors import OptionError
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
-from mixtral_offload.runtime.absent import remove_weights
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import CacheStats, ExpertCache
 from mixtral_offload.runtime.dense import load_trunk
 from mixtral_offload.runtime.engines import make_engine
+from mixtral_offload.runtime.observer import Observer
 from mixtral_offload.runtime.options import OffloadOptions, compile_choice, device_layout, plan_for
 from mixtral_offload.runtime.pass_state import Pass, Passes, track_passes
-from mixtral_offload.runtime.prefetch import Gate, Prefetcher, find_gates
+from mixtral_offload.runtime.prefetch import Gate, Prefetcher
+from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.runtime.save import save_whole
 from mixtral_offload.runtime.settings import read_generation_config
 from mixtral_offload.runtime.store import FileStore, RamStore
@@ -45,7 +45,6 @@ from mixtral_offload.weights.hqq import QuantizedLinear, matmul
 from mixtral_offload.weights.hub import resolve
 from mixtral_offload.weights.kernels import PACKED_TOKENS, Run, linear, make_run
 from mixtral_offload.weights.layout import ExpertLayout, dequantize_expert
-from mixtral_offload.weights.skeleton import build_meta, check_experts
 
 
 class _Counters:
@@ -72,7 +71,7 @@ class Offload:
     plain_run: Run  # the same without torch.compile, for autograd
     compiled: tuple[bool, str]  # whether it is compiled, and why
     prefetcher: Prefetcher | None = None
-    recorders: tuple[Recorder, ...] = ()
+    recorders: tuple[Observer, ...] = ()
     compile_s: float = 0.0  # what compiling took while building
     passes: Passes = field(init=False)
 
@@ -195,23 +194,6 @@ def _compile_now(model: PreTrainedModel) -> float:
     return time.perf_counter() - began_s
 
 
-def build_skeleton(checkpoint: Checkpoint, options: OffloadOptions):
-    """(model without any weights, its modules of experts by name -> layer, gates to guess by, options with the number of
-    guesses). Whatever cannot be offloaded is refused here, before any weight is read."""
-    options = options.for_checkpoint(checkpoint)
-    model, modules = _skeleton(checkpoint, options)
-    return model, modules, *_gates(model, modules, options)
-
-
-def _skeleton(checkpoint: Checkpoint, options: OffloadOptions) -> tuple[PreTrainedModel, dict[str, int]]:
-    """The model without any weights, its experts' parameters gone for good; and its modules of experts -> their layers."""
-    model = build_meta(checkpoint.config, options.dtype, options.attn_implementation)
-    layers, _ = check_experts(model)
-    for name in layers:
-        remove_weights(model.get_submodule(name))
-    return model, layers
-
-
 def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) -> ExpertCache:
     layout, device = device_layout(checkpoint, options), options.device
     roaming = [expert for expert in sorted(checkpoint.experts) if expert[1] not in plan.resident[expert[0]]]
@@ -250,21 +232,6 @@ def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.de
         else:
             dequantize_expert(buffer.to(device), stored, slot, cache.layout)
         yield expert
-
-
-def _gates(
-    model: PreTrainedModel, modules: dict[str, int], options: OffloadOptions
-) -> tuple[list[Gate], OffloadOptions]:
-    """The gates to guess by, and the options with their number of guesses. A family that has none is refused only if
-    guesses were asked for."""
-    if options.prefetch == 0:
-        return [], options
-    try:
-        return find_gates(model, modules), options.with_prefetch()
-    except OptionError:
-        if options.prefetch:
-            raise
-        return [], options.with_prefetch(possible=False)
 
 
 def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtral_offload import __version__
-from mixtral_offload.core.placement import gb
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.runtime.preflight import check_loads
 from mixtral_offload.system.files import SMALL_SUFFIXES, read_small, replace_file, replacing, write_new
+from mixtral_offload.units import gb
 from mixtral_offload.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mixtral_offload.weights.checksums import (
     Ledger,

@@ -11,11 +11,11 @@ import time
 import torch
 from torch import Tensor
 
+from mixtral_offload.core.copy_order import NOW
 from mixtral_offload.runtime.store import FilePart, Pieces
 
 CREATED, RUNNING, DONE, ABANDONED, FAILED = "created", "running", "done", "abandoned", "failed"
 OVER = (DONE, ABANDONED, FAILED)
-NOW = -1
 
 
 class Copy:
@@ -38,7 +38,9 @@ class Copy:
         self.cancelled = False
         self.was_guess = False  # started before anybody needed it
         self.asked_s = 0.0
-        self.carrier = None  # an engine without a thread: whoever waits does the work (`slow_link.py`)
+        self.carrier = (
+            None  # an engine without a thread: whoever waits does the work (`runtime/slow_link.py`)
+        )
         self._at = (0, 0)  # the next chunk: number of the piece, byte within it
         self._changed = threading.Condition()
 

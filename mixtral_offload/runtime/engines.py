@@ -15,7 +15,8 @@ import time
 import torch
 from torch import Tensor
 
-from mixtral_offload.runtime.copies import NOW, Copy
+from mixtral_offload.core.copy_order import NOW
+from mixtral_offload.runtime.copies import Copy
 from mixtral_offload.runtime.slow_link import SlowEngine
 from mixtral_offload.runtime.store import FilePart
 from mixtral_offload.runtime.worker import Waiting, chunk_bytes, start_worker

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixtral_offload.core.placement import Plan, gb
+from mixtral_offload.core.placement import Plan
 from mixtral_offload.runtime.arguments import split_arguments
-from mixtral_offload.runtime.build import build_skeleton
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, budgets, device_needs, plan_for
+from mixtral_offload.runtime.prepare import build_skeleton
+from mixtral_offload.units import gb
 from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
 from mixtral_offload.weights.hub import resolve
 

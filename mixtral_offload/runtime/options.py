@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from mixtral_offload.core.placement import Plan, Sizes, gb, make_plan, parse_size
+from mixtral_offload.core.placement import Plan, Sizes, make_plan
 from mixtral_offload.core.policies import make_policy, staging_rows
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.system.machine import free_memory
+from mixtral_offload.units import gb, parse_size
 from mixtral_offload.weights.checkpoint import Checkpoint
 from mixtral_offload.weights.config_check import layer_configs
 from mixtral_offload.weights.kernels import choose, dequantized_bytes
@@ -266,7 +267,7 @@ def scratch_bytes(context: int, item: int, top_k: int, hidden: int, intermediate
 
 
 def compile_choice(checkpoint: Checkpoint, options: OffloadOptions) -> tuple[bool, str]:
-    """(whether to compile, why): see `packed.choose`."""
+    """(whether to compile, why): see `kernels.choose`."""
     if options.unpack:
         return False, "unpacked: the library's products"
     return choose(options.compile, checkpoint.layout, options.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.runtime.convert import save_checkpoint
 from mixtral_offload.weights.checkpoint import Checkpoint
 from mixtral_offload.weights.config_check import check_config
 from mixtral_offload.weights.hqq import QuantizedLinear
@@ -118,8 +119,6 @@ def save_model(
             fit, or an argument that cannot be followed.
         CheckpointError: For a folder that cannot be written, or experts that cannot be read.
     """
-    from mixtral_offload.runtime.convert import save_checkpoint  # which builds models itself
-
     for name, harmless in (
         ("safe_serialization", True),
         ("variant", None),

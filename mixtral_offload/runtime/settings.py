@@ -216,7 +216,7 @@ def notice(model: PreTrainedModel) -> str | None:
         return None
     named = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
     named = named if len(named) <= SHOWN else f"{named[:SHOWN]}..."
-    return f"{FILE} also says {named}: not followed here, where temperature, top_p and seed decide (see settings.py)"
+    return f"{FILE} also says {named}: not followed here, where temperature, top_p and seed decide (see runtime/settings.py)"
 
 
 def warn_once(model: PreTrainedModel, stacklevel: int = 3) -> None:

@@ -1,6 +1,6 @@
 """A link of a stated speed, for experiments: time passes on it as on a real one, which takes nothing from the host.
 
-Knows the link of a replay (`link.py`) and the clock on the wall. There is no thread: what has crossed is seen when somebody
+Knows the link of a replay (`core/link.py`) and the clock on the wall. There is no thread: what has crossed is seen when somebody
 looks, and an expert's bytes move, all at once, when it is waited for.
 """
 
@@ -11,11 +11,11 @@ import time
 import torch
 from torch import Tensor
 
+from mixtral_offload.core.copy_order import CHUNKS, NOW
 from mixtral_offload.core.link import Link, Transfer
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.copies import ABANDONED, DONE, NOW, Copy
+from mixtral_offload.runtime.copies import ABANDONED, DONE, Copy
 from mixtral_offload.runtime.store import FilePart
-from mixtral_offload.runtime.worker import CHUNKS
 
 #: the last of a wait is spent looking at the clock: a core that has slept computes slower for a millisecond, and the device that
 #: a real link serves does not sleep (LOG.md)

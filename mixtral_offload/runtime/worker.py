@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mixtral_offload.runtime.copies import NOW, RUNNING, Copy
+from mixtral_offload.core.copy_order import CHUNKS, NOW
+from mixtral_offload.runtime.copies import RUNNING, Copy
 from mixtral_offload.runtime.store import FilePart
 
-CHUNKS = 16  # of one expert
 CHUNK_BYTES = (
     256 << 10,
     4 << 20,

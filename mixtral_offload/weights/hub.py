@@ -21,10 +21,10 @@ from huggingface_hub import errors as hf
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
-from mixtral_offload.core.placement import gb
 from mixtral_offload.errors import CheckpointError, DownloadError, OffloadError, OptionError
 from mixtral_offload.system.redaction import redact_chain
 from mixtral_offload.system.safe_text import visible
+from mixtral_offload.units import gb
 from mixtral_offload.weights.hub_access import HINT as TOKEN
 from mixtral_offload.weights.hub_access import hub_token
 from mixtral_offload.weights.hub_leftovers import remove_leftovers

@@ -1,6 +1,6 @@
 """Products straight from packed words, compiled: what dequantizing a whole matrix for a few tokens would waste.
 
-Knows the packed layout of `quantization.py` and torch.compile. Knows nothing of caches or models.
+Knows the packed layout of `weights/hqq.py` and torch.compile. Knows nothing of caches or models.
 
 In HQQ's layout (axis 0), unpacked row r of the view [group_size, G * K] holds rows r * G ... of the matrix [N, K], G =
 N / group_size, so a scale and a zero belong to one g and one k, and to all rows g, g + G, g + 2G ... Hence

@@ -123,7 +123,7 @@ def expert_forward(
     """`down(apply_gate([gate(x), up(x)]))` for `x [T, hidden]` -> `[T, hidden]`, from the packed bytes.
 
     apply_gate: `[T, 2 * intermediate]` -> `[T, intermediate]`, transformers' own for the model family. linear: the
-    product with a quantized matrix, with `quantization.matmul`'s arguments.
+    product with a quantized matrix, with `hqq.matmul`'s arguments.
     """
     gate, up = (
         linear(x, views[matrix], layout.shapes[matrix], layout.quantization[matrix])

@@ -15,9 +15,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from mixtral_offload.analysis.plots.routing import BLACK, GREEN, ORANGE, SKY, YELLOW, new_figure
-from mixtral_offload.core.placement import gb
 from mixtral_offload.errors import OptionError
 from mixtral_offload.runtime.memory import DEVICE_PARTS, DISK_PARTS, RAM_PARTS, MemoryUse
+from mixtral_offload.units import gb
 
 ROWS = ("device", "RAM", "disk")
 #: what the array's columns are: (row, part)

@@ -1,12 +1,11 @@
 """Pictures of quantization: what a bit width does to one matrix, and to a whole model's size and quality.
 
-Knows checkpoints' matrices, rows of `quality.compare_widths` and matplotlib. Each function returns (figure, the array it
+Knows checkpoints' matrices, rows of `bit_widths.compare_widths` and matplotlib. Each function returns (figure, the array it
 shows). Dark is low and bright is high in every map; maps of weights and of errors in one figure share their colours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +15,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mixtral_offload.analysis.plots.routing import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
+from mixtral_offload.analysis.plots.routing import BLACK, BLUE, RED, SKY, new_figure
 from mixtral_offload.errors import OptionError
-from mixtral_offload.experiments.bit_widths import PAPER_TABLE_1
 from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.weights.hqq import (
     PAPER,
@@ -36,10 +33,6 @@ from mixtral_offload.weights.hqq import (
 )
 from mixtral_offload.weights.hub import resolve
 from mixtral_offload.weights.layout import MATRICES
-
-#: attention bits -> colour, marker, colour of a text on it
-SERIES = {16: (BLACK, "o", "white"), 8: (RED, "H", "white"), 4: (BLUE, "s", "white"), 3: (GREEN, "p", "white"),
-          2: (ORANGE, "D", "black")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,7 +187,7 @@ def _draw_stored(panels, bars, matrix: Matrix, corner: _Corner) -> None:
         for (row, column), level in np.ndenumerate(shown):
             colour = "white" if level < n / 2 else "black"
             panels[0].text(column, row, level, color=colour, fontsize=6, ha="center", va="center")
-    _label(panels[0], f"stored: integers of {matrix.quantization.bits} bits")
+    set_labels(panels[0], f"stored: integers of {matrix.quantization.bits} bits")
     corner.label(panels[0])
     groups = corner.groups(matrix.quantization.group_size)
     _draw_groups(panels[1], _numpy(scale_of(matrix.fields)).ravel()[groups], "scale")
@@ -203,7 +196,7 @@ def _draw_stored(panels, bars, matrix: Matrix, corner: _Corner) -> None:
     bars.barh(range(n), shares, color=colours(range(n)), height=0.85 if n <= 16 else 1)
     bars.set_yticks(range(n) if n <= 16 else range(0, n, 32))
     bars.xaxis.set_major_locator(MaxNLocator(5))
-    _label(bars, f"{n} integers, and how often each is used", "share of the matrix", "integer")
+    set_labels(bars, f"{n} integers, and how often each is used", "share of the matrix", "integer")
 
 
 def _draw_groups(axes, of_weights: np.ndarray, name: str) -> None:
@@ -214,12 +207,12 @@ def _draw_groups(axes, of_weights: np.ndarray, name: str) -> None:
     axes.set_xlim(-0.5, lines.shape[1] - 0.5)
     axes.set_xticks([])
     axes.margins(y=0.15)
-    _label(axes, f"{name}: one for each column" if len(lines) == 1 else f"{name}: a line for each row")
+    set_labels(axes, f"{name}: one for each column" if len(lines) == 1 else f"{name}: a line for each row")
 
 
 def _draw_map(axes, shown: np.ndarray, corner: _Corner, limit: float, name: str, bar: bool = True) -> None:
     image = axes.imshow(shown, cmap="cividis", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
-    _label(axes, name, "column")
+    set_labels(axes, name, "column")
     corner.label(axes)
     if bar:
         axes.figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=7)
@@ -233,7 +226,7 @@ def _draw_histogram(axes, name: str, values: np.ndarray, original: np.ndarray | 
         axes.hist(original.ravel(), bins, color=BLACK, histtype="step", linewidth=0.9, label="original")
         axes.legend(fontsize=7, loc="upper left", frameon=False)
     axes.set_yticks([])
-    _label(axes, f"all {values.size:,} weights", "weight")
+    set_labels(axes, f"all {values.size:,} weights", "weight")
 
 
 def _draw_errors(axes, error: np.ndarray, original: np.ndarray) -> None:
@@ -241,62 +234,12 @@ def _draw_errors(axes, error: np.ndarray, original: np.ndarray) -> None:
     axes.hist(error.ravel(), np.linspace(-3.5, 3.5, 121) * (rms or 1), color=RED)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    _label(axes, f"error: {rms / of_weights:.1%} of the weights (rms {rms:.2g})", "error")
+    set_labels(axes, f"error: {rms / of_weights:.1%} of the weights (rms {rms:.2g})", "error")
 
 
-def _label(axes, title: str, across: str = "", up: str = "") -> None:
+def set_labels(axes, title: str, across: str = "", up: str = "") -> None:
+    """Set title and axis labels in the small type of these figures."""
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(across, fontsize=8)
     axes.set_ylabel(up, fontsize=8)
     axes.tick_params(labelsize=7)
-
-
-def plot_quality(rows: Sequence[dict]) -> tuple[Figure, np.ndarray]:
-    """What each width costs: KL divergence from the unquantized model against size, beside the paper's Mixtral-8x7B.
-
-    rows: of `compare_widths`. A line joins widths with the same attention; right, numbers are the experts' bits.
-    Array: float64 [rows, 2] of bytes on disk and nats per token.
-    """
-    points = np.array([(row["disk_bytes"], row["kl"]) for row in rows], float)
-    unit, name = (1e9, "GB") if points[:, 0].max() >= 1e9 else (1e6, "MB")
-    found = points[:, 1][points[:, 1] > 0]
-    floor = found.min() / 3 if len(found) else 1e-6  # nothing lost has no place on a logarithmic axis
-    shown = [*zip(points[:, 0] / unit, np.maximum(points[:, 1], floor))]
-    own = [(row["attention_bits"], row["name"], *point) for row, point in zip(rows, shown)]
-    paper = [(row.attention_bits, str(row.expert_bits), row.gb, row.wikitext2) for row in PAPER_TABLE_1]
-    figure = new_figure(11, 5.4, "What quantization saves, and what it costs")
-    left, right = figure.subplots(1, 2)
-    _draw_widths(left, own)
-    left.set_yscale("log")
-    if len(found) < len(points):
-        left.axhline(floor, color="0.6", linewidth=0.8, linestyle=":")
-        left.text(0.01, floor, "no difference", transform=left.get_yaxis_transform(), fontsize=7, va="bottom")
-    _label(left, "this model", f"weights on disk, {name}", "KL divergence from 16 bits, nats per token")
-    _draw_widths(right, paper)
-    _label(right, "Mixtral-8x7B (2312.17238, table 1)", "size, GB", "perplexity on WikiText2")
-    return figure, points
-
-
-def _draw_widths(axes, points: list[tuple[int, str, float, float]]) -> None:
-    """points: attention bits, label, size, loss. Short labels go inside the markers, others beside."""
-    inside = max(len(point[1]) for point in points) <= 2
-    for number, bits in enumerate(sorted({point[0] for point in points}, reverse=True)):
-        colour, marker, on_it = SERIES[bits]
-        own = sorted((point for point in points if point[0] == bits), key=lambda point: point[2])
-        _, labels, sizes, losses = zip(*own)
-        style = {"color": colour, "marker": marker, "markersize": 10 if inside else 6}
-        axes.plot(sizes, losses, label=f"{bits}-bit attention", **style)
-        # lines fall to the right: above right and below left of a point is room
-        place = {"xytext": (-5, -4), "ha": "right", "va": "top"} if number % 2 else {"xytext": (5, 3)}
-        place["path_effects"] = [withStroke(linewidth=2, foreground="white")]
-        if inside:
-            place = {"xytext": (0, 0), "ha": "center", "va": "center_baseline", "color": on_it}
-        for label, *point in zip(labels, sizes, losses):
-            axes.annotate(label, point, textcoords="offset points", fontsize=7 if inside else 8, **place)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.margins(x=0.12, y=0.08)
-    axes.grid(color="0.9")
-    axes.legend(fontsize=8, markerscale=0.7 if inside else 1)
