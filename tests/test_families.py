@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    DynamicCache,
     Glm4MoeConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -18,6 +19,8 @@ from transformers import (
 
 from mixtral_offload import Request, convert_checkpoint, generate_batch
 from mixtral_offload.runtime import dense as trunk
+from mixtral_offload.runtime.options import OffloadOptions, device_needs
+from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear, dequantize, quantize
 from mixtral_offload.weights.safetensors_io import read_header
 
@@ -225,3 +228,18 @@ def test_all_experts_in_one_tensor_load_and_convert(name, dtype, tmp_path, offlo
     assert len({stored.path for stored in checkpoint.experts[1, 4].values()}) == 1, "a file for each expert"
     packed = convert_checkpoint(source, tmp_path / "packed", Quantization(8, 32), Quantization(8, 32))
     assert (offloaded(packed, cache_size=2)(ids).logits - wanted).abs().mean() < 0.1 * wanted.abs().mean()
+
+
+@pytest.mark.parametrize("context", [3, 100])
+def test_the_kv_cache_is_as_large_as_planned(plain, context):
+    """Exactly: a formula of heads and head sizes said 28 times too much for DeepSeek-V3."""
+    folder, model = plain
+    options = OffloadOptions.parse({"device": "cpu", "context_length": context, "batch_size": 2})
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.ones(2, context, dtype=torch.long), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    window = getattr(model.config, "sliding_window", None)
+    if window and context > window:  # transformers keeps one token less than the window
+        held = held * window // (window - 1)
+    assert device_needs(open_checkpoint(folder), options)["KV cache"] == held

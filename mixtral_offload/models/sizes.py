@@ -6,19 +6,19 @@ Knows transformers' modules on the meta device, where they hold shapes and no we
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mixtral_offload.core.placement import Sizes
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.kv_cache import LAYER, kv_bytes, kv_layout
 from mixtral_offload.weights.checkpoint import first_attribute
-from mixtral_offload.weights.config_check import TOP_K, layer_configs, stated_experts
+from mixtral_offload.weights.config_check import TOP_K, stated_experts
 from mixtral_offload.weights.hqq import PAPER, Quantization, field_specs
 from mixtral_offload.weights.kernels import dequantized_bytes
 from mixtral_offload.weights.layout import ALIGNMENT
@@ -26,7 +26,6 @@ from mixtral_offload.weights.skeleton import has_plain_experts
 
 Shape = tuple[int, int]
 TESTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # tests/test_families.py
-LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class ModelSizes:
         return self.layer_bytes + self.item * (self.embedding + self.head)
 
     def kv_bytes(self, context: int) -> int:
-        return self.item * sum(n * min(context, window or context) for n, window in self.kv)
+        return kv_bytes(self.kv, context, self.item)
 
     @property
     def dequantized_bytes(self) -> int:
@@ -165,7 +164,7 @@ def model_sizes(config) -> ModelSizes:
     in_experts = len(experts) * n_experts * (sum(map(prod, matrices)) + vectors)
     packed = sum(prod(shape) * n for of in (attention, linear) for shape, n in of.items())
     total = sum(parameter.numel() for parameter in model.parameters())
-    kv, kv_notes = _kv(model, text, experts)
+    kv, kv_notes = kv_layout(model, text, experts)
     return ModelSizes(
         config.model_type, text.num_hidden_layers, tuple(_number(name) for name in experts), n_experts, _top_k(text, n_experts),
         text.hidden_size, first_attribute(text, "max_position_embeddings") or 2**31, matrices, vectors, attention, linear,
@@ -255,44 +254,6 @@ def _top_k(config, n_experts: int) -> int:
             expected=f"1 to {n_experts}", found=top_k,
         )  # fmt: skip
     return top_k
-
-
-def _kv(model: nn.Module, config, experts) -> tuple[tuple[tuple[int, int | None], ...], tuple[str, ...]]:
-    """For each layer of transformers' own cache that grows: (elements per token, sliding window); and what is unsure."""
-    layers = DynamicCache(config=config).layers
-    configs = layer_configs(config)
-    kv, notes = [], []
-    lists = tuple({name[: LAYER.search(name).start() + 1] for name in experts})  # not an image encoder's
-    elements = {
-        int(match[1]): n
-        for name, module in model.named_modules()
-        if name.startswith(lists)
-        and (match := LAYER.search(name))
-        and (n := _kv_elements(module)) is not None
-    }
-    for number, layer in enumerate(layers):
-        if type(layer).__name__.startswith("LinearAttention"):
-            notes.append("the fixed state of linear-attention layers is not counted")
-            continue
-        if number not in elements:
-            notes.append("KV cache: an upper bound, from the configuration's numbers of heads")
-            heads = first_attribute(configs[number], "num_key_value_heads", "num_attention_heads")
-            of_head = first_attribute(configs[number], "head_dim")
-            elements[number] = 2 * heads * (of_head or config.hidden_size // config.num_attention_heads)
-        kv.append((elements[number], getattr(layer, "sliding_window", None)))
-    return tuple(kv), tuple(dict.fromkeys(notes))
-
-
-def _kv_elements(module: nn.Module) -> int | None:
-    """What one token leaves in the KV cache of this attention, or None for any other module."""
-    if hasattr(module, "kv_lora_rank") and hasattr(module, "v_head_dim"):  # multi-head latent attention
-        if hasattr(module, "expand_kv"):  # kept compressed
-            return module.kv_lora_rank + module.qk_rope_head_dim
-        return module.num_heads * (module.qk_head_dim + module.v_head_dim)
-    projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
-    if all(isinstance(projection, nn.Linear) for projection in projections):
-        return sum(projection.out_features for projection in projections)
-    return None
 
 
 def _runs(config, experts: nn.Module) -> list[str]:

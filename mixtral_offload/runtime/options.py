@@ -15,13 +15,14 @@ import torch
 from mixtral_offload.core.placement import Plan, Sizes, make_plan
 from mixtral_offload.core.policies import make_policy, staging_rows
 from mixtral_offload.errors import CapacityError, OptionError
+from mixtral_offload.models.kv_cache import kv_bytes, kv_layout
 from mixtral_offload.system.machine import free_memory
 from mixtral_offload.units import gb, parse_size
 from mixtral_offload.weights.checkpoint import Checkpoint
-from mixtral_offload.weights.config_check import layer_configs
 from mixtral_offload.weights.kernels import choose, dequantized_bytes
 from mixtral_offload.weights.layout import ROWS, ExpertLayout
 from mixtral_offload.weights.safetensors_io import StoredTensor
+from mixtral_offload.weights.skeleton import build_meta, check_experts
 
 #: of a batch's prompts, so many go through a pass together: more would fill the experts no better
 PROMPT_TOKENS = 4096
@@ -222,7 +223,8 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     kept = checkpoint.kept.get(options.dtype, frozenset())
     trunk = sum(_trunk_bytes(key, tensor, options, key in kept) for key, tensor in checkpoint.trunk.items())
     context = min(options.context_length, config.max_position_embeddings)
-    kv = _kv_elements(config) * context * item * options.batch_size
+    model = build_meta(config, torch.float32)
+    kv, _ = kv_layout(model, config.get_text_config(), check_experts(model)[0])
     compiled, _ = compile_choice(checkpoint, options)
     kinds = {(layout.shapes[matrix], layout.quantization[matrix]) for matrix in layout.shapes}
     dequantized = max(dequantized_bytes(*kind, item, compiled) for kind in kinds)
@@ -232,17 +234,7 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
         )
         + dequantized
     )
-    return {"trunk": trunk, "KV cache": kv, "scratch": scratch}
-
-
-def _kv_elements(config) -> int:
-    """Numbers that one token leaves in the KV cache, all layers together."""
-    return sum(
-        2
-        * layer.num_key_value_heads
-        * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
-        for layer in layer_configs(config)
-    )
+    return {"trunk": trunk, "KV cache": kv_bytes(kv, context, item) * options.batch_size, "scratch": scratch}
 
 
 def _trunk_bytes(key: str, stored: StoredTensor, options: OffloadOptions, is_kept: bool) -> int:
