@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["mixtral_offload", "mixtral_offload.*"]),
-    package_data={"mixtral_offload": ["demo/*", "demo/*/*"]},
+    package_data={"mixtral_offload": ["py.typed", "demo/*", "demo/*/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -85,7 +85,7 @@ def in_process(folder: str | None, options: dict) -> dict:
 
 def measure(folder: str | None, options: dict, repeats: int) -> dict:
     """Medians over `repeats` alternating starts and plain reads, after one start that is not counted."""
-    from mixtral_offload.weights.checkpoint import DEMO
+    from mixtral_offload.weights.source import DEMO
 
     first = in_process(folder, options)  # brings the files into the page cache
     runs, reads = [], []

@@ -9,7 +9,7 @@ from mixtral_offload.generation.jobs import Job, JobOptions
 from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.runtime.cache import CacheStats
 from mixtral_offload.runtime.options import OffloadOptions
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 MODEL = SimpleNamespace(
     offload=SimpleNamespace(stats=CacheStats()), generation_config=SimpleNamespace(eos_token_id=1)

@@ -13,7 +13,7 @@ from mixtral_offload.experiments import baselines as variants
 from mixtral_offload.experiments.ablation import PAPER, RESIDENT, Ablation, ablate, generate
 from mixtral_offload.experiments.plot_ablation import plot_ablation
 from mixtral_offload.runtime import build as building
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?"]
 QUICK = {"cache_size": 2, "tokens": 6, "naive_tokens": 3, "repeats": 1, "ratio": 0.5}

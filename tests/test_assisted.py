@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 PROMPTS = ("Tell me a story about a fox.", "Say hello in Greek. Say hello in Greek.", "What is 12 + 30?")
 

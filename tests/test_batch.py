@@ -13,7 +13,7 @@ from mixtral_offload import ChatSession, load_tokenizer, record
 from mixtral_offload.errors import OptionError
 from mixtral_offload.generation.batch import Request, generate_batch
 from mixtral_offload.runtime.options import device_needs
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CapacityError, CheckpointError, OffloadError, OptionError
 from mixtral_offload.runtime.options import OffloadOptions, trunk_bytes
 from mixtral_offload.weights import safetensors_io as headers
-from mixtral_offload.weights.checkpoint import DEMO, INDEX, open_checkpoint
+from mixtral_offload.weights.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.weights.config_check import stated_experts
 from mixtral_offload.weights.hqq import PAPER, Quantization
 from mixtral_offload.weights.safetensors_io import read_header
+from mixtral_offload.weights.source import DEMO
 
 EXPERT = "model-00002-of-00025.safetensors"  # layer 0, expert 1
 TRUNK = "model-00025-of-00025.safetensors"

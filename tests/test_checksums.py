@@ -16,11 +16,12 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.runtime.verify import hub_hashes, verify
-from mixtral_offload.weights.checkpoint import DEMO, INDEX, open_checkpoint
+from mixtral_offload.weights.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.weights.checksums import Ledger, checksum_of, checksum_of_tensors, stated
 from mixtral_offload.weights.hqq import PAPER
 from mixtral_offload.weights.hub_record import Record
 from mixtral_offload.weights.safetensors_io import NOT_FINITE, Watch, header_bytes, is_finite, read_header
+from mixtral_offload.weights.source import DEMO
 
 EXPERT, TRUNK = "model-00002-of-00049.safetensors", "model-00049-of-00049.safetensors"  # layer 0, expert 1
 PUBLISHED_EXPERT, PUBLISHED_TRUNK = "model-00002-of-00025.safetensors", "model-00025-of-00025.safetensors"

@@ -14,8 +14,9 @@ import torch
 
 from mixtral_offload import convert_checkpoint, from_pretrained
 from mixtral_offload.apps.cli import main
-from mixtral_offload.weights.checkpoint import DEMO, open_checkpoint
+from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import Quantization
+from mixtral_offload.weights.source import DEMO
 
 COMMAND = [sys.executable, "-m", "mixtral_offload"]
 

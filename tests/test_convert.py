@@ -18,9 +18,10 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.runtime import convert
 from mixtral_offload.weights import work_folder
-from mixtral_offload.weights.checkpoint import DEMO, INDEX
+from mixtral_offload.weights.checkpoint import INDEX
 from mixtral_offload.weights.checksums import stated
 from mixtral_offload.weights.hqq import PAPER, Quantization
+from mixtral_offload.weights.source import DEMO
 from mixtral_offload.weights.work_folder import JOURNAL, work_folder_of
 
 PLAIN = DEMO.parent / "fp16"

@@ -24,9 +24,9 @@ from mixtral_offload.system.files import (
     replacing,
     write_new,
 )
-from mixtral_offload.weights.checkpoint import DEMO
 from mixtral_offload.weights.hqq import PAPER
 from mixtral_offload.weights.hub_record import Record
+from mixtral_offload.weights.source import DEMO
 
 from .job import Engine, run, write
 

@@ -27,8 +27,8 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
 from mixtral_offload.units import gb
 from mixtral_offload.weights import hub, hub_record
-from mixtral_offload.weights.checkpoint import DEMO
 from mixtral_offload.weights.hub_leftovers import remove_leftovers
+from mixtral_offload.weights.source import DEMO, local_folder, resolve
 from tests.hub_server import HubServer
 
 REPO = "someone/model"
@@ -682,13 +682,13 @@ def test_one_file_alone(server):
 
 
 def test_resolve(server, tmp_path, monkeypatch):
-    assert hub.resolve(tmp_path) == tmp_path and hub.resolve(str(tmp_path)) == tmp_path
+    assert resolve(tmp_path) == tmp_path and resolve(str(tmp_path)) == tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own" / "model").mkdir(parents=True)
     (tmp_path / "weights.bin").write_bytes(b"")
-    assert hub.resolve("own/model") == Path("own/model")
-    assert hub.resolve("~/own") == tmp_path / "own"
+    assert resolve("own/model") == Path("own/model")
+    assert resolve("~/own") == tmp_path / "own"
     for wrong in (
         "./nothing",
         "../nothing",
@@ -699,10 +699,13 @@ def test_resolve(server, tmp_path, monkeypatch):
         Path("some/one"),
     ):
         with pytest.raises(CheckpointError, match="is not a folder") as caught:
-            hub.resolve(wrong)
+            resolve(wrong)
         assert "next step" in str(caught.value)
+    (tmp_path / "demo").mkdir()  # the name means the shipped model wherever the caller stands
+    assert resolve() == resolve("demo") == local_folder(None) == local_folder("demo") == DEMO
+    assert resolve("./demo") == Path("./demo")
     assert server.requests == 0
-    assert held(hub.resolve(REPO, endpoint=server.endpoint, progress=False)) == whole(server)
+    assert held(resolve(REPO, endpoint=server.endpoint, progress=False)) == whole(server)
 
 
 def test_no_torch_is_needed():

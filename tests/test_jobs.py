@@ -17,7 +17,7 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import JobError, OptionError
 from mixtral_offload.generation.jobs import JobOptions
 from mixtral_offload.generation.tokenizer import load_tokenizer
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 from .job import Engine, names, read, run, write
 

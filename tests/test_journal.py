@@ -11,7 +11,7 @@ from mixtral_offload.errors import JobError, OptionError
 from mixtral_offload.generation import journal
 from mixtral_offload.generation.journal import Journal
 from mixtral_offload.system import files
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 from .job import Engine, names, read, run, write
 

@@ -14,8 +14,9 @@ from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.runtime import memory, options
 from mixtral_offload.runtime.memory import DEVICE_PARTS, MemoryUse, memory_use
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, device_needs, trunk_bytes
-from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
+from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.weights.safetensors_io import StoredTensor
+from mixtral_offload.weights.source import DEMO
 
 RAM = {"vram": "12MB", "context_length": 128, "cache_size": 4}
 DISK = {**RAM, "vram": "9MB"}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from mixtral_offload import ChatSession, OffloadError, Request, generate_batch, load_tokenizer, record
 from mixtral_offload.analysis.recorder import Recorder
 from mixtral_offload.errors import OptionError
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 from .twin import relative_error, twin
 

@@ -17,7 +17,7 @@ from mixtral_offload.analysis.recall import measure_recall
 from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.trace_report import read_prompts
 from mixtral_offload.errors import CheckpointError, GenerationError, OptionError
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 QUESTION = "What is 47 + 38?"
 COMMAND = [sys.executable, "-m", "mixtral_offload"]

@@ -14,7 +14,7 @@ from mixtral_offload.apps import notebook
 from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.terminal import chat_loop
 from mixtral_offload.system.safe_output import SafeStream, safe_output
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202eabc\rover\x08"
 COMMAND = [sys.executable, "-m", "mixtral_offload"]

@@ -12,7 +12,7 @@ from mixtral_offload import ChatSession, Request, from_pretrained, generate_batc
 from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError, GenerationError, OptionError
 from mixtral_offload.runtime.settings import check_sampling, choose, generator, ignored_settings, model_ends
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 QUESTION = "What is 47 + 38?"

@@ -25,7 +25,7 @@ from mixtral_offload.generation import templates
 from mixtral_offload.generation.job_input import encode_lines, read_lines
 from mixtral_offload.generation.templates import encode, render, turn_ends
 from mixtral_offload.generation.tokenizer import INSTRUCT_TEMPLATE, RAW_TEMPLATE
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 USER = {"role": "user", "content": "Hello,  <b>wörld</b> \u2028 \U0001f600!"}
 TALK = [USER, {"role": "assistant", "content": " Hi. "}, {"role": "user", "content": "And\nnow?"}]

@@ -5,8 +5,8 @@ import torch
 
 from mixtral_offload import memory_use, record
 from mixtral_offload.errors import CapacityError, OptionError
-from mixtral_offload.weights.checkpoint import DEMO
 from mixtral_offload.weights.hqq import QuantizedLinear
+from mixtral_offload.weights.source import DEMO
 
 IDS = torch.arange(3, 43).view(1, 40)
 

@@ -15,7 +15,7 @@ from mixtral_offload.core.trace import HIT, MISS, PREFETCHED
 from mixtral_offload.errors import CheckpointError, OptionError
 from mixtral_offload.generation.chat import TurnStats
 from mixtral_offload.runtime.settings import check_sampling
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 

@@ -18,9 +18,10 @@ from mixtral_offload.runtime import convert
 from mixtral_offload.system import files
 from mixtral_offload.system.files import write_new
 from mixtral_offload.weights import work_folder
-from mixtral_offload.weights.checkpoint import DEMO, INDEX
+from mixtral_offload.weights.checkpoint import INDEX
 from mixtral_offload.weights.checksums import checksum_of
 from mixtral_offload.weights.safetensors_io import read_header
+from mixtral_offload.weights.source import DEMO
 from mixtral_offload.weights.work_folder import (
     JOURNAL,
     WorkFolder,

@@ -18,8 +18,8 @@ from transformers import MixtralForCausalLM, PreTrainedModel
 
 from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.runtime.convert import convert_checkpoint
-from mixtral_offload.weights.checkpoint import DEMO
 from mixtral_offload.weights.hqq import Quantization
+from mixtral_offload.weights.source import DEMO
 
 FP16 = DEMO.parent / "fp16"
 TRAINING = Path(__file__).parents[2] / "training"

@@ -8,14 +8,15 @@ from __future__ import annotations
 from mixtral_offload.errors import CapacityError, DownloadError
 from mixtral_offload.runtime.options import OffloadOptions, plan_for, trunk_bytes
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
-from mixtral_offload.weights.hub import local_folder, plan_download, resolve
+from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
+from mixtral_offload.weights.hub import plan_download
+from mixtral_offload.weights.source import local_folder, resolve
 
 
 def describe(model: str, revision: str | None, options: dict) -> str:
     """The text of `mixtral-offload info`; downloads nothing. options: as `from_pretrained` takes them."""
     parsed = OffloadOptions.parse(options)
-    folder = DEMO if model == "demo" else local_folder(model)
+    folder = local_folder(model)
     if folder is None:
         try:
             plan = plan_download(model, revision=revision)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mixtral_offload.apps.parser import DEMO, build_parser
+from mixtral_offload.apps.parser import build_parser
 from mixtral_offload.errors import DownloadError, OffloadError, OptionError
 from mixtral_offload.system.safe_output import safe_output
 
@@ -81,10 +81,8 @@ def load(arguments):
 
 def source_of(arguments):
     """(folder or hub repository, arguments for the hub) of the model."""
-    from mixtral_offload.weights.checkpoint import DEMO as demo_folder
-
     hub = {"revision": arguments.revision} if arguments.revision else None
-    return demo_folder if arguments.model == DEMO else arguments.model, hub
+    return arguments.model, hub
 
 
 def load_model(arguments, **options):
@@ -167,7 +165,7 @@ def run_job(arguments) -> None:
     from mixtral_offload.generation.jobs import Job, JobOptions
     from mixtral_offload.generation.tokenizer import load_tokenizer
     from mixtral_offload.runtime.options import OffloadOptions
-    from mixtral_offload.weights.hub import resolve
+    from mixtral_offload.weights.source import resolve
 
     names = (
         "max_tokens",
@@ -307,10 +305,9 @@ def run_verify(arguments) -> None:
     from tqdm import tqdm
 
     from mixtral_offload.runtime.verify import verify
-    from mixtral_offload.weights.checkpoint import DEMO as demo_folder
-    from mixtral_offload.weights.hub import resolve
+    from mixtral_offload.weights.source import resolve
 
-    folder = demo_folder if arguments.model == DEMO else resolve(arguments.model, **_revision(arguments))
+    folder = resolve(arguments.model, **_revision(arguments))
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
         result = verify(folder, bar.update)

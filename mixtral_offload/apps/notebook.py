@@ -15,8 +15,8 @@ import torch
 from mixtral_offload.system.machine import free_memory, total_memory
 from mixtral_offload.system.safe_text import visible
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import DEMO
-from mixtral_offload.weights.hub import local_folder, plan_download
+from mixtral_offload.weights.hub import plan_download
+from mixtral_offload.weights.source import DEMO, local_folder
 
 #: Mixtral-8x7B-Instruct with 2-bit experts and 4-bit attention, as 2312.17238's authors published it
 PUBLISHED = "lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo"

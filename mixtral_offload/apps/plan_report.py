@@ -14,8 +14,9 @@ from mixtral_offload.errors import CheckpointError
 from mixtral_offload.models.sizes import model_sizes
 from mixtral_offload.runtime.options import MARGIN_BYTES
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import DEMO, load_config
-from mixtral_offload.weights.hub import fetch_file, local_folder
+from mixtral_offload.weights.checkpoint import load_config
+from mixtral_offload.weights.hub import fetch_file
+from mixtral_offload.weights.source import local_folder
 
 
 def describe_plan(
@@ -36,7 +37,7 @@ def read_model_config(model: str, revision: str | None = None):
     path = Path(model).expanduser()
     if path.is_file():
         return load_config(path)
-    folder = DEMO if model == "demo" else local_folder(model)
+    folder = local_folder(model)
     path = fetch_file(model, "config.json", revision=revision) if folder is None else folder / "config.json"
     if not path.is_file():
         raise CheckpointError(

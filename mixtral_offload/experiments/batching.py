@@ -32,7 +32,7 @@ from mixtral_offload.experiments.batch_baselines import (
 )
 from mixtral_offload.generation.batch import ADMIT_AT, Request
 from mixtral_offload.generation.templates import encode
-from mixtral_offload.weights.checkpoint import DEMO
+from mixtral_offload.weights.source import DEMO
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: new tokens of an answer are drawn from these

@@ -22,9 +22,9 @@ from mixtral_offload.generation.templates import encode
 from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
+from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.weights.hqq import Quantization
-from mixtral_offload.weights.hub import resolve
+from mixtral_offload.weights.source import DEMO, resolve
 
 #: the shipped model in 16 bits, to quantize
 DEMO_16 = DEMO.parent / "fp16"

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
 from mixtral_offload.runtime.arguments import HUB, split_arguments
-from mixtral_offload.weights.checkpoint import DEMO, read_config
+from mixtral_offload.weights.checkpoint import read_config
 from mixtral_offload.weights.config_check import check_size
-from mixtral_offload.weights.hub import resolve
 from mixtral_offload.weights.hub_access import hub_token
+from mixtral_offload.weights.source import resolve
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 #: the published Mixtral-8x7B checkpoint holds no tokenizer; its own model page is gated, the second is the same, open
@@ -61,7 +61,7 @@ def load_tokenizer(
     elsewhere = {name: value for name, value in hub.items() if name not in ("revision", "local_dir")}
     if tokenizer is not None:
         return _read(resolve(tokenizer, **elsewhere))
-    folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **hub)
+    folder = resolve(path_or_repo_id, **hub)
     if any((folder / name).is_file() for name in FILES):
         return _read(folder)
     config = read_config(folder)

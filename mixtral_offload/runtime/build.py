@@ -39,12 +39,12 @@ from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.runtime.save import save_whole
 from mixtral_offload.runtime.settings import read_generation_config
 from mixtral_offload.runtime.store import FileStore, RamStore
-from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
+from mixtral_offload.weights.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.weights.checksums import finish_checks
 from mixtral_offload.weights.hqq import QuantizedLinear, matmul
-from mixtral_offload.weights.hub import resolve
 from mixtral_offload.weights.kernels import PACKED_TOKENS, Run, linear, make_run
 from mixtral_offload.weights.layout import ExpertLayout, dequantize_expert
+from mixtral_offload.weights.source import resolve
 
 
 class _Counters:
@@ -139,7 +139,7 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """An ordinary transformers model whose experts are offloaded.
 
-    path_or_repo_id: a folder, a hub repository, or None for the small model that ships with the package.
+    path_or_repo_id: a folder, a hub repository, or "demo" or None for the small model that ships with the package.
     hub: arguments for `mixtral_offload.weights.hub.download` (revision, endpoint, token, local_dir, cache_dir).
     options: see `OffloadOptions`. Arguments of transformers' own `from_pretrained` are understood where they make sense
     here (torch_dtype, device_map for one device, attn_implementation, token, revision, cache_dir, local_files_only), and
@@ -154,7 +154,7 @@ def from_pretrained(
 
 
 def _build(path_or_repo_id: str | Path | None, hub: dict, options: OffloadOptions) -> PreTrainedModel:
-    folder = DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **hub)
+    folder = resolve(path_or_repo_id, **hub)
     checkpoint = open_checkpoint(folder)
     generation = read_generation_config(folder)
     model, modules, gates, options = build_skeleton(checkpoint, options)

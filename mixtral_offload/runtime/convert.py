@@ -47,6 +47,7 @@ from mixtral_offload.weights.hqq import (
 from mixtral_offload.weights.keys import TrunkPlace
 from mixtral_offload.weights.manifest import METHOD, OURS, Manifest, Matrix, by_pattern
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, is_finite, read_header
+from mixtral_offload.weights.source import DEMO, DEMO_NAME
 from mixtral_offload.weights.work_folder import (
     JOURNAL,
     WorkFolder,
@@ -84,7 +85,7 @@ def convert_checkpoint(
     its checksums, and the structure is opened.
 
     Args:
-        source: folder of a checkpoint.
+        source: folder of a checkpoint, or "demo" for the model that ships with the package.
         target: folder to write; must not exist.
         experts: how to store the experts' matrices; None keeps the bytes as they are stored.
         attention: the same for the attention's projections.
@@ -102,7 +103,8 @@ def convert_checkpoint(
             loaded, or has weights that are not finite.
         OptionError: a group size that does not divide a matrix.
     """
-    source, target, began_s = Path(source), Path(target).absolute(), time.perf_counter()
+    source = DEMO if source == DEMO_NAME else Path(source)
+    target, began_s = Path(target).absolute(), time.perf_counter()
     if os.path.lexists(target) and not os.path.lexists(target / JOURNAL):
         raise target_exists(target)
     checkpoint = open_checkpoint(source)

@@ -13,8 +13,8 @@ from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, budgets, device_needs, plan_for
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, open_checkpoint
-from mixtral_offload.weights.hub import resolve
+from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
+from mixtral_offload.weights.source import resolve
 
 DEVICE_PARTS = ("trunk", "KV cache", "scratch", "resident experts", "cache slots", "staging")
 RAM_PARTS = ("experts at home",)
@@ -86,7 +86,7 @@ def memory_use(path_or_repo_id: str | Path | None = None, *, hub: dict | None = 
     """
     options, hub = split_arguments(options, hub)
     parsed = OffloadOptions.parse(options)
-    checkpoint = open_checkpoint(DEMO if path_or_repo_id is None else resolve(path_or_repo_id, **hub))
+    checkpoint = open_checkpoint(resolve(path_or_repo_id, **hub))
     *_, parsed = build_skeleton(checkpoint, parsed)  # what from_pretrained refuses is refused here too
     return _use(checkpoint, parsed)
 

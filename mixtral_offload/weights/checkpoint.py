@@ -44,7 +44,6 @@ from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, rea
 from mixtral_offload.weights.skeleton import ExpertsShape, build_meta, check_experts, kept_in_fp32
 
 #: the small model that ships with the package
-DEMO = Path(__file__).parents[1] / "demo" / "4bit"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

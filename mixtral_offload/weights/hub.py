@@ -9,7 +9,6 @@ is here already and was proven, `hub_record` knows. Does not know what is inside
 import errno
 import json
 import logging
-import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,7 +20,7 @@ from huggingface_hub import errors as hf
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
-from mixtral_offload.errors import CheckpointError, DownloadError, OffloadError, OptionError
+from mixtral_offload.errors import DownloadError, OffloadError
 from mixtral_offload.system.redaction import redact_chain
 from mixtral_offload.system.safe_text import visible
 from mixtral_offload.units import gb
@@ -153,11 +152,6 @@ def _download(
     return plan.folder
 
 
-def resolve(path_or_repo_id, **kwargs) -> Path:
-    """A folder that exists is returned as it is; anything that is no path is a repository to download."""
-    return local_folder(path_or_repo_id) or download(path_or_repo_id, **kwargs)
-
-
 def fetch_file(repo_id, name, *, revision=None, endpoint=None, token=None) -> Path:
     """One small file of a repository, in the hub's cache; an earlier copy where the hub does not answer."""
     try:
@@ -165,28 +159,6 @@ def fetch_file(repo_id, name, *, revision=None, endpoint=None, token=None) -> Pa
         return Path(hf_hub_download(repo_id, name, **where))
     except Exception as error:
         raise _explain(error, repo_id, endpoint) from _cause(error)
-
-
-def local_folder(path_or_repo_id) -> Path | None:
-    """The folder of this name, or None for what can only be a repository. Raises CheckpointError for other paths."""
-    if not isinstance(path_or_repo_id, (str, os.PathLike)):
-        raise OptionError(
-            "not the name of a model", expected="a folder, or a hub repository as owner/name", found=repr(path_or_repo_id)[:80]
-        )  # fmt: skip
-    text = os.fspath(path_or_repo_id)
-    path = Path(os.path.expanduser(text))
-    if text and os.path.isdir(
-        path
-    ):  # of os.path, because Path's own raise where a name is too long or out of reach
-        return path
-    exists = bool(text) and os.path.exists(path)
-    is_path = not isinstance(path_or_repo_id, str) or text.startswith((".", "~")) or path.is_absolute()
-    if not (is_path or exists or text.count("/") > 1 or "\\" in text):
-        return None
-    what, hint = f"{text} is not a folder", "check the spelling and the working directory"
-    expected = "a folder with a model's files, or a repository such as owner/name"
-    found = "a file" if exists else "nothing there"
-    raise CheckpointError(what, path=path.absolute(), expected=expected, found=found, hint=hint)
 
 
 def _ask(repo_id, revision, endpoint, token, local_dir, cache_dir=None):

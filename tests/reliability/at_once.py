@@ -22,7 +22,8 @@ from mixtral_offload.errors import OffloadError
 from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.runtime.convert import convert_checkpoint
-from mixtral_offload.weights.checkpoint import DEMO, open_checkpoint
+from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.weights.source import DEMO
 
 from ..hub_server import HubServer
 from .result import Result

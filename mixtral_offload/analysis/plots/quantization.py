@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mixtral_offload.analysis.plots.routing import BLACK, BLUE, RED, SKY, new_figure
 from mixtral_offload.errors import OptionError
-from mixtral_offload.weights.checkpoint import DEMO, Checkpoint, ExpertId, open_checkpoint
+from mixtral_offload.weights.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.weights.hqq import (
     PAPER,
     Fields,
@@ -31,8 +31,8 @@ from mixtral_offload.weights.hqq import (
     values,
     zero_of,
 )
-from mixtral_offload.weights.hub import resolve
 from mixtral_offload.weights.layout import MATRICES
+from mixtral_offload.weights.source import resolve
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_matrix(source: Source = None, expert: ExpertId = (0, 0), matrix: str = 
     Raises OptionError for an expert or matrix that is not there.
     """
     if not isinstance(source, Checkpoint):
-        source = open_checkpoint(DEMO if source is None else resolve(source))
+        source = open_checkpoint(resolve(source))
     if tuple(expert) not in source.experts or matrix not in MATRICES:
         first, last = min(source.experts), max(source.experts)
         expected = f"an expert from {first} to {last}, and one of {', '.join(MATRICES)}"

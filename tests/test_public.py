@@ -1,0 +1,31 @@
+"""The public names: imported lazily, and visible to completion and type checkers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mixtral_offload
+
+
+def test_every_name_is_there_for_everybody():
+    names = set(mixtral_offload.__all__)
+    assert names == set(mixtral_offload._HOMES) and names <= set(dir(mixtral_offload))
+    assert all(getattr(mixtral_offload, name) is not None for name in names)
+    tree = ast.parse(Path(mixtral_offload.__file__).read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))  # if TYPE_CHECKING
+    imported = {
+        alias.name: node.module.removeprefix("mixtral_offload.")
+        for node in checked.body
+        for alias in node.names
+    }
+    assert imported == mixtral_offload._HOMES
+    assert Path(mixtral_offload.__file__).with_name("py.typed").is_file()
+
+
+def test_the_package_and_the_core_need_no_torch():
+    modules = "mixtral_offload, mixtral_offload.errors, mixtral_offload.units"
+    core = Path(mixtral_offload.__file__).with_name("core")
+    modules += "".join(f", mixtral_offload.core.{path.stem}" for path in core.glob("[a-z]*.py"))
+    code = f"import sys, {modules}; assert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
