@@ -1,0 +1,1 @@
+"""Traces, replays, predictions of speed, pictures."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from mixtral_offload.analysis.replay import make_pools, ordered_uses, resolve_settings
+from mixtral_offload.analysis.replay_setup import make_pools, ordered_uses, resolve_settings
 from mixtral_offload.core.copy_order import NOW
 from mixtral_offload.core.costs import Card
 from mixtral_offload.core.link import Link, Transfer

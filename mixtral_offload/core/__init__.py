@@ -1,0 +1,1 @@
+"""Decisions: policies, placement, traces, costs. No torch, no transformers, no threads."""

@@ -1,0 +1,1 @@
+"""One model on one machine: build it, serve one token, write it back."""

@@ -1,0 +1,1 @@
+"""The operating system: files, memory, and text that is safe to show."""

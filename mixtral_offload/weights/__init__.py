@@ -1,0 +1,1 @@
+"""Bytes: formats, files, checkpoints, the hub."""

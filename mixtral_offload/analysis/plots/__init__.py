@@ -1,0 +1,1 @@
+"""Pictures. Each function returns (figure, the array it shows)."""

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from mixtral_offload.analysis.plots.routing import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
 from mixtral_offload.analysis.recall import Recall
-from mixtral_offload.analysis.replay import BELADY, hit_rate_curves, reuse_distances
+from mixtral_offload.analysis.replay import hit_rate_curves, reuse_distances
+from mixtral_offload.analysis.replay_setup import BELADY
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
 

@@ -1,0 +1,65 @@
+"""What every replay begins with: its settings, the order of the uses, and one pool for each layer.
+
+Knows traces and policies. Knows nothing of hits or times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixtral_offload.core.policies import POLICIES, Belady, Policy, Pool
+from mixtral_offload.core.trace import RoutingTrace
+from mixtral_offload.errors import OptionError
+
+BELADY = "belady"
+
+
+def resolve_settings(
+    trace: RoutingTrace, cache_size: int | Sequence[int] | None, policy: str | None, shared: bool | None
+) -> tuple[list[int], list[Sequence[int]], str, bool]:
+    """Slots and residents by layer, policy, and whether there is one pool: as given or, where None, as in the run."""
+    run = trace.settings
+    policy = run["policy"] if policy is None else policy
+    shared = run["shared_slots"] if shared is None else shared
+    residents = run["resident"] if cache_size is None else [()] * trace.n_layers
+    slots = run["slots"] if cache_size is None else np.broadcast_to(cache_size, trace.n_layers).tolist()
+    if cache_size is not None and not all(trace.top_k <= n <= trace.n_experts for n in slots):
+        expected = f"{trace.top_k} to {trace.n_experts} experts per layer"
+        raise OptionError("impossible cache_size", expected=expected, found=cache_size)
+    if policy not in (*POLICIES, BELADY):
+        raise OptionError("unknown policy", expected=", ".join((*POLICIES, BELADY)), found=policy)
+    return slots, residents, policy, shared
+
+
+def ordered_uses(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]:
+    """Keys (layer * E + expert) in the order in which the live cache is asked, where each pass of a layer begins
+    (and the last ends), and the number of the trace's use for each."""
+    uses = np.lexsort((trace.use_expert, trace.use_layer, trace.use_pass))
+    layer, number = trace.use_layer[uses], trace.use_pass[uses]
+    changes = np.flatnonzero((np.diff(layer) != 0) | (np.diff(number) != 0)) + 1
+    keys = layer * trace.n_experts + trace.use_expert[uses]
+    return keys.tolist(), [0, *changes.tolist(), len(uses)] if len(uses) else [0], uses
+
+
+def make_pools(
+    trace: RoutingTrace,
+    keys: Sequence[int],
+    slots: Sequence[int],
+    residents: Sequence[Sequence[int]],
+    policy: str,
+    shared: bool,
+) -> list[Pool]:
+    """The pool of each layer (one and the same if shared); keys: all uses in their order, which only Belady looks at."""
+    n = trace.n_experts
+    resident = frozenset(layer * n + expert for layer, of in enumerate(residents) for expert in of)
+
+    def make(of_layer: int | None) -> Policy:
+        if policy != BELADY:
+            return POLICIES[policy]()
+        return Belady(key for key in keys if of_layer is None or key // n == of_layer)
+
+    if shared:
+        return [Pool(sum(slots), make(None), resident)] * trace.n_layers
+    return [Pool(n_slots, make(layer), resident) for layer, n_slots in enumerate(slots)]
