@@ -15,7 +15,8 @@ import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.errors import CapacityError
-from mixtral_offload.experiments.ablation import PROMPTS, ablate, generate, slow_link
+from mixtral_offload.experiments.ablation import PROMPTS, ablate, generate
+from mixtral_offload.experiments.baselines import slow_link
 from mixtral_offload.runtime.prefetch import MOMENTS
 from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.source import DEMO

@@ -17,8 +17,8 @@ from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recall import SOURCES, collect_states, first_layer_recall, measure_recall
 from mixtral_offload.analysis.replay import hit_rate_curves
 from mixtral_offload.core.trace import RoutingTrace
-from mixtral_offload.runtime.build import DEMO
 from mixtral_offload.runtime.prefetch import find_gates
+from mixtral_offload.weights.source import DEMO
 
 HERE = Path(__file__).parent
 TEXTS = HERE.parent / "training" / "heldout_text.jsonl"

@@ -18,7 +18,7 @@ from mixtral_offload.apps.terminal import notices
 from mixtral_offload.errors import CheckpointError, ConversationError, OptionError
 from mixtral_offload.generation.chat import _can_be_cut
 from mixtral_offload.generation.tokenizer import load_tokenizer
-from mixtral_offload.runtime.build import DEMO
+from mixtral_offload.weights.source import DEMO
 
 
 @pytest.fixture

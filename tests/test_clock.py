@@ -9,12 +9,13 @@ import torch
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recorder import record
 from mixtral_offload.analysis.replay import simulate
-from mixtral_offload.analysis.timed_replay import Card, play
+from mixtral_offload.analysis.timed_replay import play
+from mixtral_offload.core.costs import Card
 from mixtral_offload.core.link import NEEDED, RIGHT, WRONG
 from mixtral_offload.core.timed_result import ATTENTION, BESIDE, EXPERT
 from mixtral_offload.core.trace import PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.build import DEMO
+from mixtral_offload.weights.source import DEMO
 
 CARD = Card(copy_s=16, attention_s=8, expert_s=2, token_s=1)  # a chunk takes 1
 

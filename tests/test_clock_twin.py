@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import mixtral_offload.runtime.cache
 from mixtral_offload.analysis.replay import simulate
-from mixtral_offload.analysis.timed_replay import Card, play
+from mixtral_offload.analysis.timed_replay import play
 from mixtral_offload.core.copy_order import NOW
+from mixtral_offload.core.costs import Card
 from mixtral_offload.core.link import NEEDED, RIGHT, WRONG
 from mixtral_offload.core.policies import POLICIES, staging_rows
 from mixtral_offload.core.timed_result import EXPERT

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import MixtralForCausalLM
 
 from mixtral_offload.generation.tokenizer import load_tokenizer
-from mixtral_offload.runtime.build import DEMO
+from mixtral_offload.weights.source import DEMO
 from training.evaluate import evaluate, expert_use, read
 
 ROOT = Path(__file__).parent.parent

@@ -5,9 +5,9 @@ import torch
 
 from mixtral_offload import ChatSession
 from mixtral_offload.generation.tokenizer import load_tokenizer
-from mixtral_offload.runtime.build import DEMO
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.engines import StreamEngine, ThreadEngine
+from mixtral_offload.weights.source import DEMO
 from tests.test_cache import LAYOUT, N_EXPERTS, Home, serve
 
 pytestmark = pytest.mark.gpu

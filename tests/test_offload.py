@@ -9,8 +9,8 @@ import torch
 from transformers import MixtralForCausalLM
 
 from mixtral_offload.generation.tokenizer import load_tokenizer
-from mixtral_offload.runtime.build import DEMO
 from mixtral_offload.weights.hqq import dequantize
+from mixtral_offload.weights.source import DEMO
 
 PROMPTS = [
     "Hello!", "What is 23 + 48?", "What is 9 times 7?", "What is the capital of France?", "Tell me a story about a fox.",

@@ -28,8 +28,8 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.trace_report import pictures, read_prompts, trace_prompts
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.build import DEMO
 from mixtral_offload.runtime.prefetch import find_gates
+from mixtral_offload.weights.source import DEMO
 
 PROMPTS = [
     ("stories", "Tell me a story about a fox."),

@@ -8,11 +8,11 @@ import torch
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recorder import record
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.build import DEMO
 from mixtral_offload.runtime.copies import ABANDONED, DONE, Copy
 from mixtral_offload.runtime.engines import ThreadEngine
 from mixtral_offload.runtime.prefetch import FoldedRouters, Prefetcher, find_gates, next_router
 from mixtral_offload.runtime.slow_link import SlowEngine
+from mixtral_offload.weights.source import DEMO
 
 PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?", "How do I sort a list in Python?"]
 

@@ -11,7 +11,7 @@ from mixtral_offload.analysis.recorder import record
 from mixtral_offload.analysis.replay import best_allocation, hit_rate_curves, simulate
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.build import DEMO
+from mixtral_offload.weights.source import DEMO
 
 PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?", "What is the capital of Peru?"]
 

@@ -18,7 +18,8 @@ import ipywidgets as w
 from mixtral_offload.apps.expert_map import grid_html, watch
 from mixtral_offload.apps.terminal import chat_loop, notices
 from mixtral_offload.errors import OptionError, describe
-from mixtral_offload.generation.chat import ChatSession, check_sampling
+from mixtral_offload.generation.chat import ChatSession
+from mixtral_offload.runtime.settings import check_sampling
 from mixtral_offload.system.safe_text import visible
 
 REFRESH_S = 0.08  # between two pictures of an answer that comes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral_offload.generation.chat import encode
+from mixtral_offload.generation.templates import encode
 from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.runtime.build import from_pretrained
 
