@@ -19,6 +19,8 @@ from mixtral_offload.core.timed_result import ATTENTION, BESIDE, EXPERT, Events,
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
 
+Guess = tuple[int, int, list[int]]  # (layer, layers from now, keys, the likeliest first)
+
 
 def play(
     trace: RoutingTrace, card: Card, *, cache_size: int | Sequence[int] | None = None, policy: str | None = None,
