@@ -225,7 +225,7 @@ def test_a_fault_of_the_source_leaves_nothing(tmp_path):
 def start(target, *options, **kwargs):
     """The command in a process of its own, slowed down so that a signal meets it at work."""
     code = (
-        "import sys, time; from mixtral_offload import convert; real = convert._expert_tensors\n"
+        "import sys, time; from mixtral_offload.runtime import convert; real = convert._expert_tensors\n"
         "convert._expert_tensors = lambda *of: (time.sleep(.1), real(*of))[1]\n"
         "from mixtral_offload.apps.cli import main; sys.exit(main(sys.argv[1:]))"
     )

@@ -132,7 +132,7 @@ def test_the_same_errors_are_safe_in_a_log(tmp_path):
 
 
 def test_a_traceback_is_safe(monkeypatch, tmp_path):
-    code = "from mixtral_offload import cli\ndef fail(_): raise RuntimeError('\\x1b[2J')\ncli.run_info = fail\ncli.main(['info'])"
+    code = "from mixtral_offload.apps import cli\ndef fail(_): raise RuntimeError('\\x1b[2J')\ncli.run_info = fail\ncli.main(['info'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "RuntimeError: \\x1b[2J" in done.stderr and "\x1b" not in done.stderr
 

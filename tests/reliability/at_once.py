@@ -158,7 +158,7 @@ def _download(folder: Path) -> str:
         )
     )
     code = (
-        "import sys; from mixtral_offload import hub, errors\n"
+        "import sys; from mixtral_offload import errors; from mixtral_offload.weights import hub\n"
         "try: print(hub.download(sys.argv[1], endpoint=sys.argv[2], local_dir=sys.argv[3], progress=False))\n"
         "except errors.OffloadError as error: sys.exit(str(error))"
     )
