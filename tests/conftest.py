@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixtral_offload.runtime.build import from_pretrained
+from mixtral_offload.weights.source import DEMO
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -37,6 +39,24 @@ def published() -> Path:
 def expected() -> dict:
     """fp32 logits, router logits and a greedy continuation, computed from the dequantized weights."""
     return load_file(PUBLISHED / "expected.safetensors")
+
+
+@pytest.fixture
+def by_length(tmp_path) -> Path:
+    """The shipped model with position encodings that depend on the length of a pass, which changes at 48 tokens."""
+    folder = tmp_path / "by length"
+    folder.mkdir()
+    for path in (DEMO.parent / "fp16").iterdir():
+        (folder / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    half = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]) // 2
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48,
+        "short_factor": [1.0] * half, "long_factor": [4.0] * half,
+    }  # fmt: skip
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope, "rope_theta": None}))
+    return folder
 
 
 @pytest.fixture

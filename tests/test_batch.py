@@ -249,3 +249,19 @@ def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_p
     assert planned * len(some[1].ids) >= held * 64
     if joins:
         assert planned * len(some[1].ids) == held * 64
+
+
+def test_positions_that_depend_on_the_length(offloaded, by_length):
+    """A short prompt beside a long one would get the long one's frequencies."""
+    model, tokenizer = offloaded(by_length, cache_size=8, batch_size=2, context_length=128), load_tokenizer()
+    texts = [
+        "Tell me a story",
+        "What is 12 + 30?",
+        "Once upon a time there was a little dog who liked to run. " * 5,
+    ]
+    requests = [Request(tokenizer(text)["input_ids"][:90], 12) for text in texts]
+    assert len(requests[-1].ids) > 60
+    alone = []
+    for request in requests:
+        alone += by_number(generate_batch(offloaded(by_length, cache_size=8), [request]))
+    assert by_number(generate_batch(model, requests, batch_size=2)) == alone

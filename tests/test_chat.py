@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from mixtral_offload import ChatSession
 from mixtral_offload.apps.terminal import notices
 from mixtral_offload.errors import CheckpointError, ConversationError, OptionError
-from mixtral_offload.generation.chat import _can_be_cut
+from mixtral_offload.generation.chat import _can_be_cut, _state
 from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.weights.source import DEMO
 
@@ -472,7 +472,22 @@ def _buffer(model):
     model.model.rotary_emb.inv_freq.mul_(0.5)
 
 
-@pytest.mark.parametrize("change", [_trained, _new_data, _hooked, _buffer, lambda model: model.bfloat16()])
+def _inference(model):
+    with torch.inference_mode():
+        model.model.norm.weight = torch.nn.Parameter(-model.model.norm.weight, requires_grad=False)
+
+
+def _stepped(model):
+    """A fused optimizer changes tensors without counting."""
+    weight = model.get_parameter("model.layers.0.input_layernorm.weight").requires_grad_()
+    with torch.enable_grad():
+        weight.grad = torch.ones_like(weight)
+        torch.optim.SGD([weight], lr=2.0, fused=True).step()
+
+
+@pytest.mark.parametrize(
+    "change", [_trained, _new_data, _hooked, _buffer, _stepped, _inference, lambda model: model.bfloat16()]
+)
 def test_a_model_changed_between_turns_answers_as_in_a_fresh_session(offloaded, change):
     """The KV cache of earlier turns is of another model then."""
     tokenizer = load_tokenizer()
@@ -491,6 +506,53 @@ def test_a_model_changed_between_turns_answers_as_in_a_fresh_session(offloaded, 
     assert session._past_ids == fresh._past_ids
     for layer, expected in zip(session._past.layers, fresh._past.layers):
         assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+
+def test_another_hook_in_place_of_one_is_a_change(offloaded):
+    model = offloaded(cache_size=8)
+    handle = model.model.layers[0].register_forward_hook(lambda module, inputs, output: output)
+    session = ChatSession(model, load_tokenizer(), max_new_tokens=12)
+    "".join(session.send("What is the capital of France?"))
+    handle.remove()
+    _hooked(model)
+    fresh = ChatSession(model, session.tokenizer, max_new_tokens=12)
+    fresh.messages = list(session.messages)
+    assert "".join(session.send("And of Japan?")) == "".join(fresh.send("And of Japan?"))
+    assert torch.equal(session._past.layers[1].keys, fresh._past.layers[1].keys)
+
+
+def test_a_model_built_in_inference_mode_keeps_its_kv_cache(offloaded):
+    with torch.inference_mode():
+        model = offloaded(cache_size=3)
+    session = ChatSession(model, load_tokenizer(), max_new_tokens=4)
+    "".join(session.send("Hello!"))
+    assert session._past_of == _state(model)
+
+
+def test_positions_that_depend_on_the_length(offloaded, by_length):
+    """The keys of a short conversation are not those of a longer one, nor the other way round. The fresh session has a
+    model of its own: it would change the frequencies of a shared one."""
+    models, tokenizer = (
+        [offloaded(by_length, cache_size=8, context_length=256) for _ in range(2)],
+        load_tokenizer(),
+    )
+    session = ChatSession(models[0], tokenizer, max_new_tokens=12)
+    lengths = []
+    for text in (
+        "Hello!",
+        "Tell me a story about a fox and a bird.",
+        "And then?",
+        "What is 2 + 3?",
+        "Thank you!",
+    ):
+        if text == "Thank you!":
+            session.messages = session.messages[:2]
+        fresh = ChatSession(models[1], tokenizer, max_new_tokens=12)
+        fresh.messages = list(session.messages)
+        assert "".join(session.send(text)) == "".join(fresh.send(text))
+        assert torch.equal(session._past.layers[0].keys, fresh._past.layers[0].keys)
+        lengths.append(session._past.get_seq_length())
+    assert min(lengths) < 48 < max(lengths)
 
 
 def test_another_model_takes_a_conversation_over(offloaded):

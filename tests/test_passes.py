@@ -649,3 +649,20 @@ def test_adapters_of_experts_are_refused(offloaded):
         with pytest.raises(OptionError, match="whose weight is quantized"):
             _logits(model, {"input_ids": ids})
         del part.peft_config
+
+
+def test_a_pass_without_a_middle_layer_loses_no_other(offloaded):
+    """The whole recording ended in an error of numpy."""
+    model, ids = offloaded(cache_size=3), torch.tensor([[300, 700, 900, 5]])
+
+    class Skip(torch.nn.Module):
+        def forward(self, hidden, *args, **kwargs):
+            return hidden
+
+    with pytest.warns(UserWarning, match="1 of 3 passes did not run"), record(model) as run:
+        _logits(model, {"input_ids": ids})
+        layer, model.model.layers[1] = model.model.layers[1], Skip()
+        _logits(model, {"input_ids": ids})
+        model.model.layers[1] = layer
+        _logits(model, {"input_ids": ids + 1})
+    assert run.trace.n_passes == 2 and run.trace.tokens.tolist() == [*ids[0].tolist(), *(ids[0] + 1).tolist()]

@@ -199,3 +199,39 @@ def test_a_model_whose_layers_were_moved_is_refused(offloaded, tmp_path, part):
     with pytest.raises(OptionError, match="not where its checkpoint has them"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    "name, change, match",
+    [
+        ("model.layers.0.mlp.experts.gate_up_proj", lambda model: torch.zeros(8, 2, 2), "would not be saved"),
+        ("base_model.model.lm_head.weight", lambda model: model.lm_head.weight * 2, "would not be saved"),
+        ("lm_head.weight", lambda model: model.lm_head.weight.T, "another kind"),
+        ("lm_head.weight", lambda model: model.lm_head.weight.int(), "another kind"),
+    ],
+)
+def test_values_that_cannot_be_followed_are_refused(offloaded, tmp_path, name, change, match):
+    """They were left out, or reshaped, in silence."""
+    model = offloaded(cache_size=3)
+    with torch.no_grad(), pytest.raises(OptionError, match=match):
+        model.save_pretrained(tmp_path / "x", state_dict={name: change(model)})
+    assert not (tmp_path / "x").exists()
+
+
+def test_values_of_a_quantized_layer_are_followed(offloaded, tmp_path):
+    model = offloaded(cache_size=3)
+    name = "model.layers.0.self_attn.q_proj"
+    state = {of: tensor.clone() for of, tensor in model.state_dict().items()}
+    (packed,) = (of for of in state if of.startswith(name) and of.endswith("W_q"))
+    state[packed].zero_()
+    model.save_pretrained(tmp_path / "saved", state_dict=state)
+    found = logits(offloaded(tmp_path / "saved", cache_size=2))
+    model.load_state_dict(state)
+    assert torch.equal(found, logits(model))
+
+
+def test_a_generation_config_that_json_cannot_hold(offloaded, tmp_path):
+    model = offloaded(cache_size=3)
+    model.generation_config.odd = torch.Generator()
+    with pytest.raises(OptionError, match="generation_config"):
+        model.save_pretrained(tmp_path / "x")

@@ -23,7 +23,7 @@ from mixtral_offload.errors import (
 )
 from mixtral_offload.generation import templates
 from mixtral_offload.generation.job_input import encode_lines, read_lines
-from mixtral_offload.generation.templates import encode, render, turn_ends
+from mixtral_offload.generation.templates import encode, render, turn_ends, whole
 from mixtral_offload.generation.tokenizer import INSTRUCT_TEMPLATE, RAW_TEMPLATE
 from mixtral_offload.weights.source import DEMO
 
@@ -96,14 +96,34 @@ def test_what_the_sandbox_forbids_stays_forbidden(tokenizer):
 def test_halves_of_characters_become_whole(tokenizer):
     tokenizer.chat_template = "{{ messages[0].content }}{{ '\\ud800' }}"
     assert tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "a\udcffb"}])).startswith("a")
+    assert [whole(text) for text in ("a\udcffb", "a\ud83db", "\ud83d\ude00")] == [
+        "a\ufffdb",
+        "a\ufffdb",
+        "\U0001f600",
+    ]
 
 
 @pytest.mark.parametrize("content", [["text"], ("a", "b"), 1, {"type": "text"}, b"text"])
 def test_what_is_no_text_is_refused_not_printed(tokenizer, content):
     with pytest.raises(OptionError, match="content"):
         encode(tokenizer, [{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize("value", [{1, 2}, ("a", "b"), {1: "a"}, b"a", [{"b": ("c",)}]])
+def test_what_json_would_change_is_refused(tokenizer, value):
     with pytest.raises(OptionError, match="JSON"):
-        encode(tokenizer, [{"role": "user", "content": "text", "arguments": {1, 2}}])
+        encode(tokenizer, [{"role": "user", "content": "text", "arguments": value}])
+    for messages in ([], ["hi"], [None]):
+        with pytest.raises(OptionError, match="message"):
+            encode(tokenizer, messages)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_every_name_that_templates_read(tokenizer, name):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}{% endfor %}{{ messages | tojson }}"
+    messages = [USER, {"role": "assistant", "content": "yo", name: "because"}, {**TALK[1], name: None}]
+    expected = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert encode(tokenizer, messages, add_generation_prompt=False) == expected
 
 
 def test_parts_and_no_content_are_transformers_own(tokenizer):

@@ -124,8 +124,10 @@ class Recorder:
     def finish(self, tokenizer=None) -> RoutingTrace:
         """The trace of the passes that ran to their end; warns of others, without which a replay is not exact."""
         number = {layer: i for i, layer in enumerate(self._offload.checkpoint.layers)}
-        last = self._offload.checkpoint.layers[-1]
-        whole = [part.number for part in self._parts if part.layer == last and part.number in self._ids]
+        ran: dict[int, list[int]] = {}
+        for part in self._parts:
+            ran.setdefault(part.number, []).append(part.layer)
+        whole = [pass_ for pass_, layers in ran.items() if layers == [*number] and pass_ in self._ids]
         passes = {old: new for new, old in enumerate(whole)}
         interrupted = len(self._ids) - len(passes)
         self._warn_if_inexact(passes, interrupted)
@@ -163,7 +165,7 @@ class Recorder:
         )
         changes = sum(a.number != b.number for a, b in pairwise(kept))
         if interrupted:
-            what = f"{interrupted} of {len(self._ids)} passes did not run to their end: they are not in the trace"
+            what = f"{interrupted} of {len(self._ids)} passes did not run to their end, through every layer once: they are not in the trace"
         elif n_kept < n_uses:
             what = f"{n_uses - n_kept} of {n_uses} uses of experts were outside of passes of the whole model: they are not in the trace"
         elif changes >= max(len(passes), 1):

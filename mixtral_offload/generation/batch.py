@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from mixtral_offload.errors import OptionError
 from mixtral_offload.generation.chat import context_length
 from mixtral_offload.generation.templates import encode, turn_ends
+from mixtral_offload.models.positions import depend_on_length
 from mixtral_offload.runtime.options import pass_tokens
 from mixtral_offload.runtime.settings import (
     check_ids,
@@ -103,8 +104,8 @@ def generate_batch(
     warn_once(model)
     batch, queue = _Batch(model, temperature, top_p), deque()
     if batch_size > 1 and not batch.can_join:
-        warnings.warn(f"{model.config.model_type} keeps more than keys and values of each token: its sequences are computed one "
-                      "at a time (batch_size=1)", stacklevel=2)  # fmt: skip
+        warnings.warn(f"what {model.config.model_type} keeps of a sequence depends on more than its own tokens: sequences are computed "
+                      "one at a time (batch_size=1)", stacklevel=2)  # fmt: skip
         batch_size = 1
     numbered = enumerate(requests)
     while True:
@@ -252,8 +253,8 @@ class _Batch:
 
 
 def _can_join(model) -> bool:
-    """Whether this model keeps keys and values of each token, and nothing else."""
-    if not model._supports_default_dynamic_cache():
+    """Whether this model keeps keys and values of each token, and nothing else, and they depend on no other sequence."""
+    if not model._supports_default_dynamic_cache() or depend_on_length(model):
         return False
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -24,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mixtral_offload.errors import OptionError
 from mixtral_offload.generation.templates import encode, tokenizer_errors, turn_ends, whole
+from mixtral_offload.models.positions import depend_on_length
 from mixtral_offload.runtime.settings import (
     check_ids,
     check_sampling,
@@ -369,8 +371,10 @@ class ChatSession:
         limit = min(len(ids) - 1, len(self._past_ids))  # at least one token must be computed
         while shared < limit and ids[shared] == self._past_ids[shared]:
             shared += 1
-        if self._past_of != _state(self.model):  # trained, or replaced, since the last turn
-            shared = 0
+        if self._past_of != _state(self.model) or depend_on_length(self.model):
+            shared = (
+                0  # the model was trained or changed since the last turn, or these keys are of another length
+            )
         if self._past is None or shared == 0 or not _can_be_cut(self._past):
             return DynamicCache(config=self.model.config)
         if surplus := self._past.get_seq_length() - shared:
@@ -456,8 +460,25 @@ class _Streamer(TextIteratorStreamer):
 def _state(model) -> tuple:
     """Differs after a change of the model: torch counts changes of each tensor, except those through its `data`."""
     tensors = (*model.parameters(), *model.buffers())
-    hooks = sum(len(of._forward_hooks) + len(of._forward_pre_hooks) for of in model.modules())
-    return id(model), hooks, tuple((of.data_ptr(), of._version, of.dtype) for of in tensors)
+    # each registration has a number of its own
+    hooks = tuple(key for of in model.modules() for key in (*of._forward_hooks, *of._forward_pre_hooks))
+    counts = tuple((of.data_ptr(), _changes(of), of.dtype) for of in tensors)
+    return id(model), hooks, _optimizer_steps[0], counts
+
+
+def _changes(tensor: torch.Tensor) -> object:
+    """How often it was changed in place; what never equals itself where torch does not count (`inference_mode`)."""
+    return object() if tensor.is_inference() else tensor._version
+
+
+_optimizer_steps = [0]  # of all optimizers: fused ones change tensors without counting
+
+
+def _count_step(*_) -> None:
+    _optimizer_steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def _why(ids: list[int], n_prompt: int, answer: _Answer) -> str:

@@ -37,6 +37,8 @@ CHARACTERS, GROWTH = (
 )  # a text may have so many characters, and so many more for each one of the messages
 SHOWN = 300  # characters of another library's message
 #: what a conversation is asked with to find out how a turn ends
+#: a message's reasoning, by the names that are in use (transformers, utils/chat_template_utils.py)
+REASONING = ("reasoning_content", "thinking", "reasoning")
 QUESTION, CONTENT = "Hi", "mixtral offload content"
 OTHER_TOKENIZER = "name another tokenizer (--tokenizer FOLDER_OR_REPO), or mend its chat template"
 
@@ -61,24 +63,31 @@ def encode(
 
     Raises:
         ConversationError: The template refuses this conversation or fails on it, or the tokenizer fails on its text.
-        OptionError: A message's content is neither text nor a list of parts, or JSON cannot express the message.
+        OptionError: No message; one that is none, or whose content is neither text nor a list of parts; or one that JSON
+            cannot express.
         TemplateError: There is no template, or it passes a bound on time, memory or text.
     """
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = [_cleaned(message) for message in (*system, *messages)]
+    if not messages:
+        raise OptionError("no messages", expected="a conversation of one message or more")
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return _own_way(tokenizer, messages, add_generation_prompt)
     return _tokenize(tokenizer, whole(render(tokenizer, messages, add_generation_prompt)))
 
 
 def whole(text: str) -> str:
-    """Without halves of characters, which no tokenizer takes: a shell or a JSON file may hand them over."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    """With halves of characters joined or replaced, which no tokenizer takes: a shell or a JSON file may hand them over."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _cleaned(message: dict) -> dict:
-    """The message with whole text, and without the keys of value None, as transformers leaves them out. A template would
-    print any other object in silence, such as a tuple, as Python does."""
+    """The message as transformers hands it to a template: without the keys of value None, and with its reasoning under
+    every name that templates read. A template would print any other object in silence, such as a tuple, as Python does."""
+    if not isinstance(message, dict):
+        raise OptionError(
+            "not a message", expected='a dict like {"role": "user", "content": "..."}', found=repr(message)[:SHOWN]
+        )  # fmt: skip
     content = message.get("content")
     is_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
     if not (content is None or isinstance(content, str) or is_parts):
@@ -86,15 +95,27 @@ def _cleaned(message: dict) -> dict:
             "not a message's content", expected='text, or a list of parts like {"type": "text", "text": "..."}',
             found=repr(content)[:SHOWN],
         )  # fmt: skip
-    return {key: _whole_text(value) for key, value in message.items() if value is not None}
+    message = {key: _whole_text(value) for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _whole_text(value):
+    """The same with whole text. Raises OptionError for what JSON, which takes it to the template, would change."""
     if isinstance(value, str):
         return whole(value)
     if isinstance(value, list):
         return [_whole_text(item) for item in value]
-    return {key: _whole_text(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _whole_text(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise OptionError(
+        "a message that JSON cannot express", expected="text, numbers, lists, and dicts whose keys are text",
+        found=repr(value)[:SHOWN],
+    )  # fmt: skip
 
 
 def render(
@@ -211,10 +232,7 @@ def _template_ends(tokenizer) -> frozenset[int]:
 
 
 def _reply(tokenizer, messages, add_generation_prompt: bool) -> dict:
-    try:
-        n_characters = len(json.dumps(messages, ensure_ascii=False))
-    except (TypeError, ValueError) as error:  # such as a date among a tool's arguments
-        raise OptionError("a message that JSON cannot express", found=str(error)[:SHOWN]) from None
+    n_characters = len(json.dumps(messages, ensure_ascii=False))
     special = {
         name: [*map(str, value)] if isinstance(value, list) else str(value)
         for name, value in tokenizer.special_tokens_map.items()

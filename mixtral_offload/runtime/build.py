@@ -147,9 +147,9 @@ def from_pretrained(
     The model has `model.offload` with the plan, the cache and its counters.
     """
     options, hub = split_arguments(options, hub)
-    with torch.device(
-        "cpu"
-    ):  # whatever default device the caller has set: each tensor's own is in the options
+    # whatever default device the caller has set: each tensor's own is in the options. What is made in inference_mode
+    # could never be trained, nor be seen to change
+    with torch.device("cpu"), torch.inference_mode(False):
         return _build(path_or_repo_id, hub, OffloadOptions.parse(options))
 
 

@@ -138,7 +138,10 @@ def save_model(
             "a model cannot be saved into the folder that it reads its experts from", found=folder,
             hint="choose another folder",
         )  # fmt: skip
-    small = {"generation_config.json": model.generation_config.to_json_string()}
+    try:
+        small = {"generation_config.json": model.generation_config.to_json_string()}
+    except (TypeError, ValueError) as error:
+        raise OptionError("model.generation_config cannot be written", found=str(error)[:200]) from None
     now = described(model.config)
     changed = {
         name: now.get(name)
@@ -203,10 +206,13 @@ def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Ten
     _check_same_places(model)
     _check_same_tensors(model, tensors, packed)
     trunk: dict[str, Tensor] = {}
+    left = dict(given)
     for key, place in checkpoint.places.items():
         stored = checkpoint.trunk[key]
         value = tensors[place.name] if place.field is None else packed[place.name][place.field]
-        value = given.get(place.name, value) if place.field is None else value
+        name = place.name if place.field is None else f"{place.name}.{place.field.replace('.', '__')}"
+        if name in left:
+            value = _of_this_shape(name, left.pop(name), value)
         if value.numel() != stored.n_elements:
             raise OptionError(
                 "a tensor has another shape than in the checkpoint that the model was built from", key=place.name,
@@ -216,7 +222,23 @@ def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Ten
         exact = value.to(stored.dtype)
         same = exact.dtype == value.dtype or torch.equal(exact.to(value.dtype), value)
         trunk[key] = (exact if same else value).reshape(stored.shape).clone().contiguous()
+    for name, value in left.items():  # harmless if it is the model's own, such as a tied tensor's second name
+        own = tensors.get(name)
+        if own is None or own.shape != value.shape or not torch.equal(own.cpu(), value.cpu()):
+            raise OptionError(
+                "state_dict has a tensor that would not be saved", key=name, expected="names of model.state_dict()",
+                hint="experts are copied from the checkpoint; load other tensors into the model first",
+            )  # fmt: skip
     return trunk
+
+
+def _of_this_shape(name: str, value: Tensor, own: Tensor) -> Tensor:
+    if value.shape != own.shape or value.dtype.is_floating_point != own.dtype.is_floating_point:
+        raise OptionError(
+            "state_dict has a tensor of another kind than the model's", key=name,
+            expected=f"{tuple(own.shape)}, {own.dtype}", found=f"{tuple(value.shape)}, {value.dtype}",
+        )  # fmt: skip
+    return value
 
 
 def _check_same_places(model: PreTrainedModel) -> None:
