@@ -37,12 +37,13 @@ def start(folder: str | None, options: dict) -> dict:
     import torch
 
     from mixtral_offload.runtime import build as offload
+    from mixtral_offload.weights.source import DEMO
 
     seconds = {"import": time.perf_counter() - began}
     functions = {"build_skeleton": "skeleton", "load_trunk": "trunk", "_build_cache": "experts"}
     for function, part in functions.items():
         setattr(offload, function, timed(getattr(offload, function), seconds, part))
-    touched = sum(path.stat().st_size for path in Path(folder or offload.DEMO).glob("*.safetensors"))
+    touched = sum(path.stat().st_size for path in Path(folder or DEMO).glob("*.safetensors"))
     loading.touch(2 * touched)
     began = time.perf_counter()
     model = offload.from_pretrained(folder, **options)

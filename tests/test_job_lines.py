@@ -125,7 +125,7 @@ def test_half_characters_become_whole_ones(monkeypatch, tmp_path):
     half = (
         b'{"messages": [{"role": "system", "content": "\\ud800"}, {"role": "user", "content": "Hi \\ud800"}]}'
     )
-    write(tmp_path / "in.jsonl", half, {"prompt": "Hi " + 3 * "\ufffd", "system": 3 * "\ufffd"})
+    write(tmp_path / "in.jsonl", half, {"prompt": "Hi \ufffd", "system": "\ufffd"})
     engine = Engine()
     run(monkeypatch, tmp_path, engine)
     assert engine.seen[0].ids == engine.seen[1].ids
