@@ -280,3 +280,22 @@ def test_a_system_without_locks_is_told_so(monkeypatch, tmp_path):
     monkeypatch.setattr(journal, "CAN_LOCK", False)
     with pytest.raises(JobError, match="file locks"):
         Journal(tmp_path / "out.jsonl")
+
+
+def test_an_interrupt_while_the_disk_is_slow_loses_no_line(tmp_path, monkeypatch):
+    """Nor says one too few: what is told is what the next run finds."""
+    journal = Journal(tmp_path / "out.jsonl", restart=False)
+    journal.begin({"of": "a test"}, [1, 2], {})
+    journal.add(1, {"line": 1, "answer": "a"})
+
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mixtral_offload.generation.journal.os.fsync", interrupted)
+        journal.add(2, {"line": 2, "answer": "b"})
+    assert sorted(journal.places) == [1, 2]
+    journal.close()
+    again = Journal(tmp_path / "out.jsonl", restart=False)
+    assert again.places == journal.places
+    again.close()

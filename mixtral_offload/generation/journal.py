@@ -128,14 +128,19 @@ class Journal:
 
     def _append(self, line: bytes) -> None:
         self._file.seek(self._end)
+        written = 0
         try:
-            written = 0
             while written < len(line):
                 written += self._file.write(line[written:])
             os.fsync(self._file.fileno())
         except OSError:
             with suppress(OSError):
                 self._file.truncate(self._end)
+            raise
+        except (
+            BaseException
+        ):  # an interrupt during fsync, which may take long: the line is whole, and will be read
+            self._end += len(line) if written == len(line) else 0
             raise
         self._end += len(line)
 
