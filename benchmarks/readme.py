@@ -177,15 +177,14 @@ def batch() -> str:
 
 def reliability() -> str:
     found = load("reliability")
-    rows = [[of["what"], f"{of['wrong']:,}", f"{of['tried']:,} {of['unit']}"] for of in found.values()]
-    machines = sorted(
-        {f"{of['machine']['processor']} ({of['machine']['instruction_sets']})" for of in found.values()}
-    )
+    rows = [
+        [of["what"], f"{of['wrong']:,}", f"{of['tried']:,} {of['unit']}",
+         f"{of['machine']['processor']} ({of['machine']['instruction_sets']})"]
+        for of in found.values()
+    ]  # fmt: skip
     return (
-        "`python -m tests.reliability.run` tries all of it; the tests run each in a short form. On "
-        + "; ".join(machines)
-        + ":\n\n"
-        + table(["what", "wrong", "of"], rows)
+        "`python -m tests.reliability.run` tries all of it; the tests run each in a short form.\n\n"
+        + table(["what", "wrong", "of", "on"], rows)
     )
 
 

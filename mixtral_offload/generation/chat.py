@@ -371,10 +371,9 @@ class ChatSession:
         limit = min(len(ids) - 1, len(self._past_ids))  # at least one token must be computed
         while shared < limit and ids[shared] == self._past_ids[shared]:
             shared += 1
+        # the model was trained or changed since the last turn, or the kept keys are of another length
         if self._past_of != _state(self.model) or depend_on_length(self.model):
-            shared = (
-                0  # the model was trained or changed since the last turn, or these keys are of another length
-            )
+            shared = 0
         if self._past is None or shared == 0 or not _can_be_cut(self._past):
             return DynamicCache(config=self.model.config)
         if surplus := self._past.get_seq_length() - shared:

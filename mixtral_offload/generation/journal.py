@@ -137,10 +137,10 @@ class Journal:
             with suppress(OSError):
                 self._file.truncate(self._end)
             raise
-        except (
-            BaseException
-        ):  # an interrupt during fsync, which may take long: the line is whole, and will be read
-            self._end += len(line) if written == len(line) else 0
+        except BaseException:
+            # an interrupt during fsync, which may take long: the line is whole, and will be read
+            if written == len(line):
+                self._end += len(line)
             raise
         self._end += len(line)
 

@@ -47,7 +47,7 @@ from mixtral_offload.weights.hqq import (
 from mixtral_offload.weights.keys import TrunkPlace
 from mixtral_offload.weights.manifest import METHOD, OURS, Manifest, Matrix, by_pattern
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, is_finite, read_header
-from mixtral_offload.weights.source import DEMO, DEMO_NAME
+from mixtral_offload.weights.source import local_folder
 from mixtral_offload.weights.work_folder import (
     JOURNAL,
     WorkFolder,
@@ -103,7 +103,7 @@ def convert_checkpoint(
             loaded, or has weights that are not finite.
         OptionError: a group size that does not divide a matrix.
     """
-    source = DEMO if source == DEMO_NAME else Path(source)
+    source = local_folder(source) or Path(source)
     target, began_s = Path(target).absolute(), time.perf_counter()
     if os.path.lexists(target) and not os.path.lexists(target / JOURNAL):
         raise target_exists(target)
