@@ -9,7 +9,7 @@ import torch
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recorder import record
 from mixtral_offload.analysis.replay import replay
-from mixtral_offload.analysis.timed_replay import ATTENTION, OUTSIDE, EXPERT, timed_replay
+from mixtral_offload.analysis.timed_replay import ATTENTION, EXPERT, OUTSIDE, timed_replay
 from mixtral_offload.core.copy_order import NEEDED, RIGHT, WRONG
 from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.trace import PREFETCHED, RoutingTrace

@@ -60,7 +60,7 @@ class ExpertCache:
         self.layout, self.stats, self.lock = layout, CacheStats(), threading.RLock()
         self.observers = Observers() if observers is None else observers
         self.store, self.engine, self.device = store, engine, torch.device(device)
-        n_staging = n_staging if store else 0
+        self.n_staging = n_staging = n_staging if store else 0
         self._slots, self._policy, self._shared = (
             {layer: n for layer, (n, _) in layers.items()},
             policy,

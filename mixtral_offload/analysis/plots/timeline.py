@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 from mixtral_offload.analysis.plots.routing import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
 from mixtral_offload.analysis.timed_replay import (
     ATTENTION,
-    OUTSIDE,
     EXPERT,
+    OUTSIDE,
     PARTS,
     Events,
     TimedReplay,
