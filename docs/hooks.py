@@ -1,4 +1,4 @@
-"""Hooks of the documentation's build: notebooks as stored, parts of the repository's Markdown files, the commands' help.
+"""Hooks of the documentation's build: notebooks as stored, the API's pages, parts of Markdown files, the commands' help.
 
 Read by mkdocs (`mkdocs.yml`, `hooks`). Needs neither torch nor Jupyter. Three comments are replaced in a page:
 
@@ -9,6 +9,7 @@ Read by mkdocs (`mkdocs.yml`, `hooks`). Needs neither torch nor Jupyter. Three c
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import io
@@ -17,6 +18,7 @@ import os
 import posixpath
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -25,8 +27,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mixtral_offload"
 INCLUDE = re.compile(r'^<!-- include (\S+?)(?: "(.+)")? -->$', re.MULTILINE)
 COMMAND_HELP = "<!-- command help -->"
+BADGE = re.compile(r"\[!\[(Open in Colab)\]\([^)]+\)\]")
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 #: files of the repository that are pages here
 PAGES = {
@@ -40,14 +44,21 @@ SECTIONS = {"measured": "measured.md", "reliability": "reliability.md", "how-it-
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Take the repository's address from setup.py, where `notebooks/set_slug.py` writes it."""
-    slug = re.search(r'^GITHUB = "([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
-    config.repo_url = f"https://github.com/{slug[1]}"
+    """Link to the repository. Not as `repo_url`: each visitor's browser would ask GitHub for numbers to show."""
+    config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": repository()}]
     return config
 
 
+def repository() -> str:
+    """Find the repository's address in setup.py, where `notebooks/set_slug.py` writes it."""
+    slug = re.search(r'^GITHUB = "([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
+    return f"https://github.com/{slug[1]}"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for each notebook, with its pictures, and the pictures of the results."""
+    """Add a page for each notebook, with its pictures, the API's pages, and the pictures of the results."""
+    for name, content in api_pages():
+        files.append(File.generated(config, f"api/{name}.md", content=content))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for name, content in notebook_files(path):
             files.append(File.generated(config, f"notebooks/{name}", content=content))
@@ -62,7 +73,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def included(found: re.Match) -> str:
         text = (ROOT / found[1]).read_text(encoding="utf-8")
         text = section(text, found[2], found[1]) if found[2] else text
-        return relinked(text, posixpath.dirname(found[1]), page.file.src_uri, config.repo_url)
+        return relinked(text, posixpath.dirname(found[1]), page.file.src_uri)
 
     markdown = INCLUDE.sub(included, markdown)
     return markdown.replace(COMMAND_HELP, command_help()) if COMMAND_HELP in markdown else markdown
@@ -85,7 +96,7 @@ def section(text: str, heading: str, file: str) -> str:
     return "\n".join(lines).strip()
 
 
-def relinked(text: str, folder: str, page: str, repo_url: str) -> str:
+def relinked(text: str, folder: str, page: str) -> str:
     """Turn links that hold beside `folder` of the repository into links that hold in `page` of the documentation."""
 
     def new(found: re.Match) -> str:
@@ -105,7 +116,7 @@ def relinked(text: str, folder: str, page: str, repo_url: str) -> str:
         elif path.startswith("benchmarks/results/") and path.endswith(".png"):
             path = path.removeprefix("benchmarks/")
         elif (ROOT / path).exists():
-            return f"{found[1]}({repo_url}/blob/main/{path})"
+            return f"{found[1]}({repository()}/blob/main/{path})"
         else:
             raise PluginError(f"{page}: a link to {target}, which does not exist")
         relative = posixpath.relpath(path, posixpath.dirname(page) or ".")
@@ -120,7 +131,7 @@ def notebook_files(path: Path) -> list[tuple[str, str | bytes]]:
     for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(relinked(source, "notebooks", f"notebooks/{path.stem}.md", ""))
+            parts.append(relinked(BADGE.sub(r"[\1]", source), "notebooks", f"notebooks/{path.stem}.md"))
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
@@ -133,6 +144,41 @@ def notebook_files(path: Path) -> list[tuple[str, str | bytes]]:
                 text = "".join(output.get("text") or data.get("text/plain", ""))
                 parts.append(f'````{{ .text .output title="Output" }}\n{text.rstrip()}\n````')
     return [(f"{path.stem}.md", "\n\n".join(parts) + "\n"), *pictures]
+
+
+def api_pages() -> list[tuple[str, str]]:
+    """Write a page for the public names, one for each folder of the package, and one for its single files."""
+    pages = [("index", public_names()), ("files", api_page("Single files", "", PACKAGE.glob("[a-z]*.py")))]
+    for folder in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
+        intro = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        modules = (path for path in folder.rglob("*.py") if not path.name.startswith("_"))
+        pages.append((folder.name, api_page(folder.name, intro, modules)))
+    return pages
+
+
+def public_names() -> str:
+    """Describe what `mixtral_offload` exports, in the order of `__all__`."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    homes = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mixtral_offload.")
+        for alias in node.names
+    }
+    text = "# Public names\n\nWhat `from mixtral_offload import ...` gives. The next pages have the other modules, by folder.\n"
+    for name in sorted(homes, key=str.lower):
+        text += f"\n::: {homes[name]}\n    options: {{skip_local_inventory: true}}\n"
+    return text
+
+
+def api_page(title: str, intro: str, modules: Iterable[Path]) -> str:
+    """Write a page with a section for each module."""
+    text = f"# {title}\n\n{intro}\n"
+    for path in sorted(modules):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        text += f"\n## {name.removeprefix('mixtral_offload.')}\n\n::: {name}\n"
+        text += "    options: {show_root_heading: false, show_root_toc_entry: false}\n"
+    return text
 
 
 def command_help() -> str:
