@@ -184,7 +184,7 @@ def api_page(title: str, intro: str, modules: Iterable[Path]) -> str:
 def command_help() -> str:
     """Print each command's own help."""
     sys.path.insert(0, str(ROOT))
-    os.environ.update(COLUMNS="100", NO_COLOR="1")
+    os.environ.update(COLUMNS="88", NO_COLOR="1")
     from mixtral_offload.apps.parser import COMMANDS, build_parser
 
     parts = []
