@@ -30,7 +30,7 @@ from mixtral_offload.experiments.batching import (
     workload,
 )
 from mixtral_offload.experiments.passes import PACKED, UNPACKED, compare_passes
-from mixtral_offload.experiments.plot_batching import plot_batches
+from mixtral_offload.experiments.plots import plot_batches
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mixtral_offload import from_pretrained, load_tokenizer, record
-from mixtral_offload.analysis.plots.timeline import plot_timeline
+from mixtral_offload.analysis.plots.timeline import plot_replayed_pass
 from mixtral_offload.analysis.timed_replay import play
 from mixtral_offload.core.costs import Card
 from mixtral_offload.core.policies import staging_rows
@@ -146,7 +146,7 @@ def main() -> None:
             result["sizes"][k] = of
             if k == DRAWN:
                 name = arguments.out.with_name(f"{arguments.out.stem}-timeline.png")
-                plot_timeline(drawn)[0].savefig(name, dpi=120)
+                plot_replayed_pass(drawn)[0].savefig(name, dpi=120)
             print(f"cache of {k}: {of['misses']:.2f} misses a token, floor {1e3 * of['floor_s']:.1f} ms, everything resident "
                   f"{1e3 * of['resident_s']:.1f} ms, {of['over_naive']:.1f} times as fast as the naive way")  # fmt: skip
             for ahead, row in of["ahead"].items():
