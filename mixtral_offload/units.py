@@ -39,6 +39,11 @@ def parse_size(text: str | int | float) -> int:
     return int(n_bytes)
 
 
+def listed(parts: dict[str, int]) -> str:
+    """Name each part that is not empty with its bytes."""
+    return ", ".join(f"{name} {gb(n_bytes)}" for name, n_bytes in parts.items() if n_bytes)
+
+
 def gb(n_bytes: float) -> str:
     """Bytes as people read them."""
     if n_bytes >= 1e8:

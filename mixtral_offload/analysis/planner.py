@@ -20,7 +20,7 @@ from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.sizes import ModelSizes
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, plan_within, scratch_bytes
-from mixtral_offload.units import gb, parse_size
+from mixtral_offload.units import gb, listed, parse_size
 from mixtral_offload.weights.hqq import PAPER
 
 T4_BYTES_PER_S = 320e9
@@ -141,7 +141,7 @@ def _too_small(request: Request) -> CapacityError:
     least = sum(beside.values())
     return CapacityError(
         f"{sizes.model_type} with {sizes.bits}-bit experts does not fit on this device", found=gb(request.vram),
-        expected=f"{gb(least)}: " + ", ".join(f"{name} {gb(n)}" for name, n in beside.items() if n),
+        expected=f"{gb(least)}: {listed(beside)}",
         hint=f"what fits: {', or '.join([*_what_fits(request), f'--vram {-(-least // 10**8) / 10}GB'])}",
     )  # fmt: skip
 

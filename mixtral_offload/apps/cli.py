@@ -236,13 +236,13 @@ def run_download(arguments) -> None:
 
 
 def run_info(arguments) -> None:
-    from mixtral_offload.apps.checkpoint_report import describe
+    from mixtral_offload.apps.reports import describe_checkpoint
 
-    print(describe(arguments.model, arguments.revision, offload_options(arguments)))
+    print(describe_checkpoint(arguments.model, arguments.revision, offload_options(arguments)))
 
 
 def run_plan(arguments) -> None:
-    from mixtral_offload.apps.plan_report import describe_plan
+    from mixtral_offload.apps.reports import describe_plan
 
     names = ("model", "revision", "bits", "attention_bits", "trace", "curve", "vram", "ram", "link", "bandwidth",
              "disk", "context_length", "cache_size", "prefetch", "look_ahead")  # fmt: skip
