@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessorList
 
+from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.core.policies import staging_rows
 from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.experiments.baselines import (
@@ -74,8 +74,7 @@ class Ablation:
             paper = f"{PAPER[name] / PAPER['naive']:.2f}" if name in PAPER else ""
             row, rest = self.counters.get(name), ""
             if row:
-                hit_rate = row["hits"] / (row["hits"] + row["misses"])
-                rest = f"{hit_rate:5.2f} {row['bytes_moved'] / 1e6:8.0f} ({row['wasted_bytes'] / 1e6:.0f})"
+                rest = f"{CacheStats(**row).hit_rate:5.2f} {row['bytes_moved'] / 1e6:8.0f} ({row['wasted_bytes'] / 1e6:.0f})"
             line = f"{name:28}{speed:8.2f}  {self.over_naive(name):10.2f}  {paper:>22}  {rest}"
             lines.append(line.rstrip())
         low, median, high = (f"{share:.1%}" for share in self.prefetch_saves)
@@ -153,7 +152,7 @@ def _take_turns(model, resident, caches: dict[str, ExpertCache], prompts: list, 
     """Each variant in turn with each prompt, again and again: (seconds per token of each turn, counters) by variant."""
     guesses = {"n_experts": asked["prefetch"], "look_ahead": asked["look_ahead"], "moments": asked["moments"]}
     runs = caches if resident is None else {RESIDENT: None, **caches}
-    seconds, counters, expected = {name: [] for name in runs}, {name: Counter() for name in caches}, {}
+    seconds, counters, expected = {name: [] for name in runs}, {name: CacheStats() for name in caches}, {}
     n_turns = asked["repeats"] * len(prompts) * len(runs)
     bar = tqdm(total=n_turns, unit="turn", desc="ablation", disable=not model.offload.options.progress)
     for _ in range(asked["repeats"]):
@@ -165,12 +164,12 @@ def _take_turns(model, resident, caches: dict[str, ExpertCache], prompts: list, 
                 else:
                     with switched(model, cache, guesses if cache.n_staging else None):
                         taken, (answer,) = generate(model, [prompt], n_tokens)
-                    counters[name].update(vars(cache.stats))
+                    counters[name] += cache.stats
                 _compare(name, number, answer, expected.setdefault(number, answer))
                 seconds[name].append(taken)
                 bar.update()
     bar.close()
-    return seconds, {name: dict(of) for name, of in counters.items()}
+    return seconds, {name: vars(of) for name, of in counters.items()}
 
 
 def _compare(name: str, number: int, answer: torch.Tensor, expected: torch.Tensor) -> None:

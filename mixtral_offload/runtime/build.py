@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -23,12 +23,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import POLICIES
 from mixtral_offload.errors import OptionError
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
-from mixtral_offload.runtime.cache import CacheStats, ExpertCache
+from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_trunk
 from mixtral_offload.runtime.engines import make_engine
 from mixtral_offload.runtime.observer import Observer
@@ -48,14 +49,13 @@ from mixtral_offload.weights.source import resolve
 
 
 class _Counters:
-    """(hits, misses, bytes moved) of an `Offload`, which it refers to weakly: it is held by it."""
+    """The counters of an `Offload`, which it refers to weakly: it is held by it."""
 
     def __init__(self, offload: Offload):
         self._offload = weakref.ref(offload)
 
-    def __call__(self) -> tuple[int, int, int]:
-        stats = self._offload().stats
-        return stats.hits, stats.misses, stats.bytes_moved
+    def __call__(self) -> CacheStats:
+        return replace(self._offload().stats)
 
 
 @dataclass(eq=False)

@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.core.policies import LOAD, LRU, Policy, Pool, serve
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED
 from mixtral_offload.errors import CapacityError
@@ -29,33 +29,6 @@ from mixtral_offload.weights.hqq import Fields
 from mixtral_offload.weights.layout import ExpertLayout
 
 Views = dict[str, Fields]
-
-
-@dataclass
-class CacheStats:
-    """Counters since the last `reset`. One use is one expert needed by one pass through one layer.
-
-    misses: uses that found their expert in no slot; prefetched: those of them whose copy a guess had started.
-    bytes_moved: of all copies; wasted_bytes: of guesses that were not used. wait_s: the host stood still for copies (on
-    CUDA with pinned memory it does not: there the device waits).
-    """
-
-    hits: int = 0
-    misses: int = 0
-    prefetched: int = 0
-    guesses: int = 0
-    bytes_moved: int = 0
-    wasted_bytes: int = 0
-    wait_s: float = 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of uses that found their expert in a slot; nan before the first use."""
-        uses = self.hits + self.misses
-        return self.hits / uses if uses else float("nan")
-
-    def reset(self) -> None:
-        self.__init__()
 
 
 class Use(NamedTuple):
