@@ -1,7 +1,7 @@
 """What many sequences at once are worth: tokens/s and bytes moved against the batch size, and what sorting, pruning and
 quantization are each worth in a batch (2211.10017).
 
-Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`experiments/batch_baselines.py`), of pictures or
+Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`experiments/baselines.py`), of pictures or
 of command lines.
 """
 
@@ -11,7 +11,6 @@ import json
 import random
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,12 +19,15 @@ from functools import partial
 import numpy as np
 
 from mixtral_offload.analysis.recorder import record
+from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.errors import OffloadError, OptionError
-from mixtral_offload.experiments.baselines import _empty, layer_seconds, slow_link
-from mixtral_offload.experiments.batch_baselines import (
+from mixtral_offload.experiments.baselines import (
+    _empty,
     continuous,
     in_groups,
+    layer_seconds,
     no_end,
+    slow_link,
     static_batches,
     unquantized,
     unsorted,
@@ -64,8 +66,7 @@ class Throughput:
 
     def hit_rate(self, key: int | str) -> float:
         """Share of uses that found their expert on the device; a pass uses an expert once."""
-        counters = self.counters[key]
-        return counters["hits"] / (counters["hits"] + counters["misses"])
+        return CacheStats(**self.counters[key]).hit_rate
 
     def over(self, key: int | str, other: int | str) -> float:
         """Throughput as a multiple of another's: the median of turns that followed each other."""
@@ -181,7 +182,7 @@ def take_turns(
 
     Each turn begins with an empty cache. Raises OffloadError where the answers are not those of the first turn.
     """
-    seconds, counters, expected = {key: [] for key in runs}, {key: Counter() for key in runs}, None
+    seconds, counters, expected = {key: [] for key in runs}, {key: CacheStats() for key in runs}, None
     for _ in range(repeats):
         for key, (model, answer) in runs.items():
             _empty(model.offload.cache)
@@ -190,11 +191,11 @@ def take_turns(
                 began_s = time.perf_counter()
                 answers = answer(model, requests)
                 seconds[key].append(time.perf_counter() - began_s)
-            counters[key].update(vars(model.offload.stats))
+            counters[key] += model.offload.stats
             expected = expected or answers
             _compare(key, answers, expected)
     n_tokens = sum(map(len, expected))
-    return Throughput(n_tokens, seconds, {key: dict(of) for key, of in counters.items()})
+    return Throughput(n_tokens, seconds, {key: vars(of) for key, of in counters.items()})
 
 
 def _compare(key: int | str, answers: Answers, expected: Answers) -> None:

@@ -1,22 +1,24 @@
-"""One pass of a batch with everything on the device, beside transformers' own ways to run experts.
+"""Compare one pass of a batch, everything on the device, with transformers' own ways to run experts.
 
-Knows models with the same weights and how to take turns. Knows nothing of how they were made.
+`batch.py` runs it. Knows models with the same weights and how to take turns.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from mixtral_offload.errors import OptionError
-from mixtral_offload.experiments.batch_baselines import plain_model
 from mixtral_offload.experiments.batching import BATCH_SIZES
 from mixtral_offload.generation.batch import Request
+from mixtral_offload.weights.hqq import QuantizedLinear, dequantize
+from mixtral_offload.weights.layout import MATRICES
 
 #: transformers' own ways to run experts
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -87,3 +89,39 @@ def _pass_turns(ours: dict, plain, ids, context: int, difference: dict[str, floa
             first = logits if name == PACKED else first
             difference[name] = max(difference[name], (logits - first).abs().max().item())
     return seconds
+
+
+@torch.inference_mode()
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """An ordinary transformers model with this one's dequantized weights, all on its device, in its dtype."""
+    checkpoint, dtype = model.offload.checkpoint, model.dtype
+    config = copy.deepcopy(checkpoint.config)
+    plain = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(model.device)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            stored = {field: getattr(module, buffer) for field, buffer in module._names.items()}
+            shape = module.out_features, module.in_features
+            weight = dequantize(stored, shape, module.quantization, dtype)
+            plain.get_submodule(name).weight.copy_(weight)
+    theirs = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        theirs[name].copy_(parameter)
+    _fill_experts(plain, model.offload, dtype)
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain
+
+
+def _fill_experts(plain: PreTrainedModel, offload, dtype: torch.dtype) -> None:
+    """transformers' stacked experts: gate above up in one matrix."""
+    checkpoint, layout = offload.checkpoint, offload.layout
+    buffer = torch.empty(layout.n_bytes, dtype=torch.uint8)
+    views = layout.views(buffer)
+    for name, layer in offload.modules.items():
+        module = plain.get_submodule(name)
+        for expert in range(checkpoint.n_experts):
+            checkpoint.read_expert((layer, expert), buffer)
+            gate, up, down = (
+                dequantize(views[of], layout.shapes[of], layout.quantization[of], dtype) for of in MATRICES
+            )
+            module.gate_up_proj[expert].copy_(torch.cat((gate, up)))
+            module.down_proj[expert].copy_(down)
