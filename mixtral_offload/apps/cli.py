@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mixtral_offload.apps.parser import build_parser
-from mixtral_offload.errors import DownloadError, OffloadError, OptionError
+from mixtral_offload.errors import DownloadError, OffloadError
 from mixtral_offload.system.safe_output import safe_output
 
 OPTIONS = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length", "link", "prefetch", "look_ahead",
@@ -256,6 +256,7 @@ def run_convert(arguments) -> None:
 
     from mixtral_offload.runtime.convert import convert_checkpoint
     from mixtral_offload.runtime.options import parse_device
+    from mixtral_offload.units import check_whole
     from mixtral_offload.weights.checkpoint import open_checkpoint
     from mixtral_offload.weights.work_folder import resume_hint
 
@@ -267,9 +268,7 @@ def run_convert(arguments) -> None:
     checkpoint = open_checkpoint(arguments.source)
     recommended, extra = arguments.default_cache_size, None
     if recommended is not None:
-        if not checkpoint.top_k <= recommended <= checkpoint.n_experts:
-            expected = f"{checkpoint.top_k} to {checkpoint.n_experts}"
-            raise OptionError("impossible default cache size", expected=expected, found=recommended)
+        check_whole("default cache size", recommended, checkpoint.top_k, checkpoint.n_experts)
         extra = {"offload": {"cache_size": recommended}}
     with tqdm(total=len(checkpoint.experts), unit="expert", desc="convert") as bar, terminable():
         try:

@@ -28,6 +28,7 @@ from mixtral_offload.experiments.baselines import (
 )
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.prefetch import MOMENTS
+from mixtral_offload.units import check_whole
 
 #: tokens/s on a T4 at 2 bits (2312.17238, table 2)
 PAPER = {"full": 2.092, "without prefetch": 1.567, "without cache and prefetch": 1.168, "naive": 0.661}
@@ -138,9 +139,7 @@ def _check(model, resident, texts: list[str], asked: dict[str, int]) -> None:
     least = {"cache_size": offload.checkpoint.top_k, "tokens": 2, "naive_tokens": 2}
     most = {"cache_size": offload.checkpoint.n_experts, "naive_tokens": asked["tokens"]}
     for name, n in asked.items():
-        low, high = least.get(name, 1), most.get(name, float("inf"))
-        if type(n) is not int or not low <= n <= high:
-            raise OptionError(f"impossible {name}", expected=f"a whole number from {low} to {high}", found=n)
+        check_whole(name, n, least.get(name, 1), most.get(name))
 
 
 def _is_same(*models) -> bool:

@@ -20,6 +20,7 @@ from mixtral_offload.experiments.baselines import _borrow, _now, _rows, _slots, 
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.slow_link import SlowEngine
 from mixtral_offload.runtime.worker import chunk_bytes
+from mixtral_offload.units import check_whole
 
 LAYERS, EXPERTS, EXPERTS_END, LAYERS_END = range(4)
 
@@ -40,8 +41,7 @@ def measure_card(model, n_passes: int = 24) -> Card:
                           hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
     if offload.recorders:
         raise OptionError("this model is being recorded", hint="measure it outside of `record`")
-    if type(n_passes) is not int or n_passes < 4:
-        raise OptionError("impossible n_passes", expected="a whole number from 4", found=n_passes)
+    check_whole("n_passes", n_passes, 4)
     slots = _slots(offload, offload.checkpoint.top_k)
     cache = _borrow(ExpertCache, offload, _rows(offload, sum(slots.values())), slots)
     with switched(model, cache):

@@ -23,6 +23,7 @@ from mixtral_offload.generation.templates import answer_text, turn_ends
 from mixtral_offload.generation.tokenizer import RAW_TEMPLATE
 from mixtral_offload.runtime.options import OffloadOptions
 from mixtral_offload.runtime.settings import check_sampling, ends_in, read_generation_config
+from mixtral_offload.units import check_whole
 from mixtral_offload.weights.checkpoint import INDEX, read_config
 
 
@@ -45,8 +46,7 @@ class JobOptions:
 
     def __post_init__(self):
         check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
-        if type(self.batch_size) is not int or self.batch_size < 1:
-            raise OptionError("impossible batch_size", expected="1 or more", found=self.batch_size)
+        check_whole("batch_size", self.batch_size)
         if self.bad_lines not in ("refuse", "skip"):
             raise OptionError("unknown bad_lines", expected="refuse or skip", found=self.bad_lines)
         if self.raw and self.system:
