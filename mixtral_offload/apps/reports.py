@@ -55,8 +55,8 @@ def describe_checkpoint(model: str, revision: str | None, options: dict) -> str:
 
 
 def describe_plan(
-    model: str, revision: str | None, bits: int, attention_bits: int, trace: str | None, **given
-) -> str:
+    model: str, revision: str | None = None, *, bits: int, attention_bits: int, trace: str | None = None, **given
+) -> str:  # fmt: skip
     """Plan for a stated device, project its speed, and say what would help.
 
     Args:
