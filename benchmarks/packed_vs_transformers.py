@@ -29,8 +29,12 @@ TURN = 4
 
 @dataclass(frozen=True)
 class Passes:
-    """One decode pass with everything on the device. seconds: batch size -> PACKED, UNPACKED (our own) or transformers'
-    experts implementation -> of each turn. difference: the largest of any logit from the packed one's, by name."""
+    """One decode pass with everything on the device.
+
+    Attributes:
+        seconds: Batch size -> PACKED, UNPACKED or transformers' implementation -> seconds of each turn.
+        difference: The largest difference of any logit from the packed model's, by the same names.
+    """
 
     seconds: dict[int, dict[str, list[float]]]
     difference: dict[str, float]
@@ -43,21 +47,26 @@ class Passes:
 
 @torch.inference_mode()
 def compare_passes(
-    packed, unpacked, requests: Sequence[Request], batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 15,
-    context: int = 32,
+    packed: PreTrainedModel, unpacked: PreTrainedModel, requests: Sequence[Request],
+    batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 15, context: int = 32,
 ) -> Passes:  # fmt: skip
-    """Our experts, from packed bytes and unpacked, against transformers' own from the same weights dequantized, taking turns
-    of some passes each.
+    """Time our experts, packed and unpacked, against transformers' own with the same weights, taking turns.
 
-    packed, unpacked: the same model with every expert on the device, without and with `unpack`. Each pass is of one token for
-    each row, after `context` of the requests' tokens. Raises OptionError for models that are not so.
+    Args:
+        packed: A model with every expert on the device.
+        unpacked: The same model, with `unpack`.
+        context: Tokens of the requests before the passes, each of which adds one token to each row.
+
+    Raises:
+        OptionError: The models are not so.
     """
     if (
         packed.offload.plan.home is not None
         or packed.offload.options.unpack
         or not unpacked.offload.options.unpack
     ):
-        raise OptionError("these models cannot be compared", expected="every expert on the device, packed and unpacked",
+        raise OptionError("these models cannot be compared",
+                          expected="every expert on the device, packed and unpacked",
                           found=f"{packed.offload.plan}\n{unpacked.offload.plan}")  # fmt: skip
     model, plain = packed, plain_model(packed)
     text = [token for of in requests for token in of.ids]

@@ -1,7 +1,7 @@
 """The texts of `mixtral-offload info` and `mixtral-offload plan`.
 
-Knows where a checkpoint or a configuration comes from, and how people read numbers. Computes none of them; reads headers
-and configurations, never weights.
+Knows where a checkpoint or a configuration comes from, and how people read numbers. Computes none of them;
+reads headers and configurations, never weights.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def describe_checkpoint(model: str, revision: str | None, options: dict) -> str:
 
 
 def describe_plan(
-    model: str, revision: str | None = None, *, bits: int, attention_bits: int, trace: str | None = None, **given
+    model: str, revision: str | None = None, *, bits: int, attention_bits: int, trace: str | None = None,
+    **given: object,
 ) -> str:  # fmt: skip
     """Plan for a stated device, project its speed, and say what would help.
 
@@ -74,7 +75,7 @@ def describe_plan(
 
 
 def read_model_config(model: str, revision: str | None = None) -> PretrainedConfig:
-    """Read the configuration of a folder, a config.json, "demo", or a hub repository (that one file is fetched).
+    """Read the configuration of a folder, a config.json, "demo", or a hub repository (fetch that one file).
 
     Raises:
         CheckpointError: There is none.
@@ -96,8 +97,8 @@ def _contents(checkpoint: Checkpoint) -> list[str]:
     files = {stored.path for fields in checkpoint.experts.values() for stored in fields.values()}
     n_parameters = sum(n * k for n, k in layout.shapes.values())
     return [
-        f"{checkpoint.folder}: {config.model_type}, {len(checkpoint.layers)} layers x {checkpoint.n_experts} experts, "
-        f"{checkpoint.top_k} per token",
+        f"{checkpoint.folder}: {config.model_type}, {len(checkpoint.layers)} layers x "
+        f"{checkpoint.n_experts} experts, {checkpoint.top_k} per token",
         f"  expert: {n_parameters:,} parameters, {'; '.join(layout.kinds)}, {gb(layout.stored_bytes)}"
         f" ({8 * layout.stored_bytes / n_parameters:.2f} bits per weight)",
         f"  experts: {gb(len(checkpoint.experts) * layout.stored_bytes)} in {len(files)} files;"
@@ -111,8 +112,10 @@ def _needs(checkpoint: Checkpoint, options: OffloadOptions) -> list[str]:
     smallest = len(checkpoint.layers) * checkpoint.top_k * checkpoint.layout.n_bytes
     everything = len(checkpoint.experts) * checkpoint.layout.n_bytes
     return [
-        f"needs on the device ({str(options.dtype).removeprefix('torch.')}): {gb(trunk)} for trunk, context and scratch, and",
-        f"  from {gb(smallest)} ({checkpoint.top_k} experts per layer) to {gb(everything)} (all of them) for experts",
+        f"needs on the device ({str(options.dtype).removeprefix('torch.')}): {gb(trunk)} for trunk, "
+        "context and scratch, and",
+        f"  from {gb(smallest)} ({checkpoint.top_k} experts per layer) to {gb(everything)} (all of them) "
+        "for experts",
     ]
 
 
@@ -120,8 +123,8 @@ def _model(base: Answer) -> list[str]:
     sizes = base.request.sizes
     bits = 8 * sizes.expert_bytes / sizes.expert_parameters
     return [
-        f"{sizes.model_type}: {len(sizes.layers)} layers x {sizes.n_experts} experts, {sizes.top_k} per token; "
-        f"{sizes.n_parameters / 1e9:.1f} billion parameters, {sizes.active_parameters / 1e9:.1f} per token",
+        f"{sizes.model_type}: {len(sizes.layers)} layers x {sizes.n_experts} experts, {sizes.top_k} per token"
+        f"; {sizes.n_parameters / 1e9:.1f} billion parameters, {sizes.active_parameters / 1e9:.1f} per token",
         f"  expert: {sizes.expert_parameters:,} parameters, {gb(sizes.expert_bytes)} at {sizes.bits} bits"
         f" ({bits:.2f} per weight, with scales)",
         f"  trunk: {gb(sizes.trunk_bytes)}, attention at {sizes.attention_bits} bits, all else at 16",
@@ -135,7 +138,8 @@ def _plan(base: Answer) -> list[str]:
     parts = {**request.needs, "margin": MARGIN_BYTES, "guesses": guesses, "experts": plan.device_bytes}
     here = plan.n_resident + sum(plan.slots.values())
     return [
-        f"plan for {gb(request.vram)} on the device and {gb(request.ram)} of RAM, {request.context} tokens of context:",
+        f"plan for {gb(request.vram)} on the device and {gb(request.ram)} of RAM, "
+        f"{request.context} tokens of context:",
         str(plan),
         f"  {here / len(plan.sizes.layers):.1f} of {plan.sizes.n_experts} experts per layer on the device",
         f"  device: {gb(sum(parts.values()))} of {gb(request.vram)}: {listed(parts)}",
@@ -152,12 +156,16 @@ def _speed(base: Answer) -> list[str]:
         f"  {found.tokens_per_s:.1f} tokens/s: {_time(found.time_per_token_s)} per token, of them "
         f"{_time(found.compute_s)} computing",
         f"  {found.hit_rate:.0%} hits, {found.misses_per_token:.1f} copies per token; {copies}",
-        f"  first token of a {PROMPT_TOKENS}-token prompt after {_time(found.first_token_s)}, on a cold cache",
+        f"  first token of a {PROMPT_TOKENS}-token prompt after {_time(found.first_token_s)}, "
+        "on a cold cache",
     ]
     if base.plan.home is None:
         lines[2:3] = []
-    words = [*base.routing, f"computing: {BANDWIDTH_SHARE:.0%} of {request.bandwidth / 1e9:g} GB/s, and {_time(card.host_s)} or more"
-             " per layer for the host (both assumed)"]  # fmt: skip
+    words = [
+        *base.routing,
+        f"computing: {BANDWIDTH_SHARE:.0%} of {request.bandwidth / 1e9:g} GB/s, and {_time(card.host_s)} "
+        "or more per layer for the host (both assumed)",
+    ]
     if found.disk:
         words.append("what the system keeps of the files in RAM comes faster: not counted")
     return [*lines, *(f"  - {line}" for line in words)]

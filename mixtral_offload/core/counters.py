@@ -35,7 +35,7 @@ class CacheStats(Counters):
         guesses: Predictions for which a copy was started.
         bytes_moved: Bytes of all copies.
         wasted_bytes: Bytes copied for predictions that were not used.
-        wait_s: Seconds that the host waited for copies (on CUDA with pinned memory it does not: there the device waits).
+        wait_s: Seconds that the host waited for copies. On CUDA with pinned memory the device waits instead.
     """
 
     hits: int = 0

@@ -1,8 +1,7 @@
-"""A model with parts of its offloading taken away for a while: the cache, guesses, the link's speed, sorting by expert,
-pruning of ended sequences, quantization.
+"""Baselines: a model without cache, predictions, sorting by expert, pruning or quantization; a slow link.
 
-Knows the live cache, guesses, `runtime/forward.py` and transformers' `generate` from inside, and puts everything back.
-Knows nothing of prompts or of results.
+Knows the live cache, prefetcher, forward pass and transformers' `generate` from inside, and restores them all.
+Knows nothing of prompts; of answers only that each baseline must give the same.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
-from mixtral_offload.errors import OptionError
+from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.generation.batch import Request, generate_batch
 from mixtral_offload.runtime import forward
 from mixtral_offload.runtime.build import from_pretrained
@@ -211,6 +210,20 @@ def _now(model) -> float:
     return time.perf_counter()
 
 
+def check_same(variant: str, place: str, answer: list[int], expected: list[int]) -> None:
+    """Refuse results of variants whose answers differ.
+
+    Raises:
+        OffloadError: With the first token that differs, after `place`.
+    """
+    if answer != expected:
+        at = next((i for i, (a, b) in enumerate(zip(answer, expected)) if a != b), len(answer))
+        raise OffloadError(
+            f"an answer depends on {variant}", key=f"{place}, token {at}", expected=expected[at:][:1],
+            found=answer[at:][:1], hint="the figures would mean nothing; please report this",
+        )  # fmt: skip
+
+
 @contextmanager
 def no_end(model: PreTrainedModel) -> Iterator[None]:
     """No token ends an answer, so that each is as long as its request says."""
@@ -238,7 +251,7 @@ def in_groups(model, requests: Sequence[Request], batch_size: int) -> list[list[
 
 
 class RowLimits(StoppingCriteria):
-    """lengths: int64 [rows], columns at which each row has ended; all are computed on until the last one has."""
+    """Compute on until the last row has ended. lengths: int64 [rows], columns at which each row has ended."""
 
     def __init__(self, lengths: Tensor):
         self.lengths = lengths
@@ -249,8 +262,10 @@ class RowLimits(StoppingCriteria):
 
 @torch.inference_mode()
 def static_batches(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
-    """transformers' own `generate` on batches padded on the left, in the order given: as plain PyTorch does it. What is
-    computed for a row after its end is thrown away. Padding needs no experts here, as in `generate_batch`."""
+    """Generate with transformers on batches padded on the left, in the order given, as plain PyTorch does it.
+
+    What is computed for a row after its end is thrown away. Padding needs no experts, as in `generate_batch`.
+    """
     answers, has_experts = [], hasattr(model, "offload")
     for first in range(0, len(requests), batch_size):
         some = requests[first : first + batch_size]
@@ -297,8 +312,10 @@ def _serve_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k
 
 @contextmanager
 def unquantized(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The same model with its experts' dequantized weights at 16 bits, which are the same numbers (`dequantize` works in
-    fp16), and as many slots: from a checkpoint in a temporary folder."""
+    """Load the same model with its experts at 16 bits and as many slots, from a temporary folder.
+
+    The weights are the same numbers: `dequantize` works in fp16.
+    """
     options = model.offload.options
     same = {field.name: getattr(options, field.name) for field in fields(options)}
     with tempfile.TemporaryDirectory() as folder:

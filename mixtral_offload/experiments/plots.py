@@ -1,4 +1,4 @@
-"""Pictures of the papers' tables, as measured here: the ablation, many sequences at once, quality against size.
+"""Pictures of the papers' tables, as measured here: the ablation, batches, quality against size.
 
 Knows results and matplotlib, nothing of models. Each function returns (figure, what it shows as arrays).
 """
@@ -47,15 +47,18 @@ LABELS = {
 #: of the cache sizes, the smallest first; all experts on the device is black
 COLOURS, MARKERS = (RED, ORANGE, SKY, GREEN), "ovs^"
 #: attention bits -> colour, marker, colour of a text on it
-SERIES = {16: (BLACK, "o", "white"), 8: (RED, "H", "white"), 4: (BLUE, "s", "white"), 3: (GREEN, "p", "white"),
-          2: (ORANGE, "D", "black")}  # fmt: skip
+SERIES = {16: (BLACK, "o", "white"), 8: (RED, "H", "white"), 4: (BLUE, "s", "white"),
+          3: (GREEN, "p", "white"), 2: (ORANGE, "D", "black")}  # fmt: skip
 
 
 def plot_ablation(result: Ablation) -> tuple[Figure, np.ndarray]:
-    """Tokens/s of each variant, and their multiple of the naive way's beside the paper's on a T4 (2312.17238, table 2).
+    """Draw tokens/s of each variant, and its multiple of the naive way's speed beside the paper's on a T4.
 
-    The row of everything on the device is cut off where it would dwarf the others. Array: float64 [variants, 3] of
-    tokens/s, multiple, and the paper's multiple (nan where it has none), in the order of `result.tokens_per_s`.
+    The paper is 2312.17238, table 2. The bar of everything on the device is cut off where it is too long.
+
+    Returns:
+        The figure, and float64 [variants, 3] of tokens/s, multiple, and the paper's multiple (nan where it
+        has none), in the order of `result.tokens_per_s`.
     """
     names = [*result.tokens_per_s]
     paper = [PAPER[name] / PAPER["naive"] if name in PAPER else np.nan for name in names]
@@ -119,15 +122,21 @@ def plot_batches(
     ablations: dict[str, Throughput] | None = None,
     n_experts: int | None = None,
 ) -> tuple[Figure, dict[str, np.ndarray]]:
-    """Tokens/s and bytes moved per generated token against the batch size, and speed without each optimization.
+    """Draw tokens/s and bytes moved per token against the batch size, and speed without each optimization.
 
-    sweeps: experts of a layer cached -> what `measure_batches` found; as many as n_experts: everything on the device.
-    expected: experts cached -> batch size -> bytes per token, as `expected_bytes` computes them. ablations: where the
-    experts are -> what `ablate_batch` found, all with the same variants. Arrays, float64: "speed [sweeps, sizes]",
-    "bytes", "expected" (nan where there are none), and "ablation [ablations, variants]", each as a share of all of them.
+    Args:
+        sweeps: Experts of a layer cached -> what `measure_batches` found.
+        expected: Experts cached -> batch size -> bytes per token, as `expected_bytes` computes them.
+        ablations: Where the experts are -> what `ablate_batch` found, all with the same variants.
+        n_experts: Of a layer: a sweep with as many has everything on the device.
+
+    Returns:
+        The figure, and float64 arrays: "speed", "bytes" and "expected" (nan where there are none), each
+        [sweeps, sizes], and "ablation" [ablations, variants], as a share of the speed with all optimizations.
     """
     sizes = sorted({n for of in sweeps.values() for n in of.seconds})
-    shown = {"speed": _grid(sweeps, sizes, Throughput.tokens_per_s), "bytes": _grid(sweeps, sizes, Throughput.bytes_per_token)}  # fmt: skip
+    values = {"speed": Throughput.tokens_per_s, "bytes": Throughput.bytes_per_token}
+    shown = {name: _grid(sweeps, sizes, value) for name, value in values.items()}
     shown["expected"] = np.array(
         [[(expected or {}).get(k, {}).get(n, np.nan) for n in sizes] for k in sweeps]
     )
@@ -196,10 +205,15 @@ def _ablation(axes: Axes, ablations: dict[str, Throughput]) -> np.ndarray:
 
 
 def plot_quality(rows: Sequence[dict]) -> tuple[Figure, np.ndarray]:
-    """What each width costs: KL divergence from the unquantized model against size, beside the paper's Mixtral-8x7B.
+    """Draw what each width costs: KL divergence from the unquantized model against size, beside the paper's.
 
-    rows: of `compare_widths`. A line joins widths with the same attention; right, numbers are the experts' bits.
-    Array: float64 [rows, 2] of bytes on disk and nats per token.
+    A line joins widths with the same attention; at the right, numbers are the bits of Mixtral-8x7B's experts.
+
+    Args:
+        rows: Of `compare_widths`.
+
+    Returns:
+        The figure, and float64 [rows, 2] of bytes on disk and nats per token.
     """
     points = np.array([(row["disk_bytes"], row["kl"]) for row in rows], float)
     unit, name = (1e9, "GB") if points[:, 0].max() >= 1e9 else (1e6, "MB")

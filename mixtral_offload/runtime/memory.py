@@ -1,6 +1,6 @@
 """What would lie where: each part of the device's memory, of RAM and of the disk, before anything is built.
 
-Knows options, plans and a checkpoint's headers; reads no weights. Knows nothing of pictures (see `analysis/plots/memory.py`).
+Knows options, plans and a checkpoint's headers; reads no weights. `analysis/plots/memory.py` draws it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Download a model's files: plan, check the free space, fetch, verify every file by its hash.
 
 Knows which files of a repository a model needs, where the hub's cache keeps them, their sizes and hashes
-(sha256 of large files, git's sha1 of small ones), what was verified before, and what a failure means for the reader.
-huggingface_hub does the transfers: a file that was complete before an interruption is not fetched again, a
-partial one starts over. Knows nothing of what the files hold, of devices, or of torch.
+(sha256 of large files, git's sha1 of small ones), what was verified before, and what a failure means for the
+reader. huggingface_hub does the transfers: a file that was complete before an interruption is not fetched again,
+a partial one starts over. Knows nothing of what the files hold, of devices, or of torch.
 """
 
 from __future__ import annotations

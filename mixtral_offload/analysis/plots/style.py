@@ -1,7 +1,7 @@
 """What all pictures share: colours, figures, curves, heat maps, bars, legends.
 
-Colours differ in lightness too, so that every picture can be read in grey; the hues are Okabe and Ito's, made for
-colour-blind readers.
+Colours differ in lightness too, so that every picture can be read in grey; the hues are Okabe and Ito's, made
+for colour-blind readers.
 """
 
 from __future__ import annotations

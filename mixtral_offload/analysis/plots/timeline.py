@@ -1,4 +1,4 @@
-"""Pictures of time: where one token's goes, as recorded or replayed, and time per token against the cache's size.
+"""Pictures of time: that of one token, recorded or replayed, and time per token against the cache's size.
 
 Knows traces, timed replays and matplotlib. Each function returns (figure, the array it shows).
 """
@@ -37,8 +37,8 @@ STALL = len(PARTS)
 DEVICE, LINK = range(2)
 COLOURS = {DEVICE: {BESIDE: "0.55", ATTENTION: "0.82", EXPERT: BLUE, STALL: RED},
            LINK: {NEEDED: ORANGE, RIGHT: GREEN, WRONG: "0.35"}}  # fmt: skip
-RECORDED_ROWS = (("attention, norms, router", "0.75"), ("experts", BLUE), ("stall: waiting for a copy", RED),
-                 ("copy on demand", ORANGE), ("guess, came true", GREEN), ("guess, wasted", "0.35"))  # fmt: skip
+RECORDED_ROWS = {"attention, norms, router": "0.75", "experts": BLUE, "stall: waiting for a copy": RED,
+                 "copy on demand": ORANGE, "guess, came true": GREEN, "guess, wasted": "0.35"}  # fmt: skip
 NAMES = {DEVICE: (*PARTS, "stall: waiting for a copy"), LINK: KINDS}
 
 
@@ -148,8 +148,16 @@ def _add_legend(figure: Figure, bars: np.ndarray) -> None:
 def plot_recorded_pass(trace: RoutingTrace, number: int | None = None) -> tuple[Figure, np.ndarray]:
     """Where the time of one pass (one token's generation) goes: compute, copies, stalls, on one clock.
 
-    number: of the pass; default: the one of median length after the prompt. Times are the host's; on CUDA, kernels
-    run behind them. Array: float64 [bars, 3] of (row, begin ms, length ms); rows in the order of the legend.
+    Times are the host's; on CUDA, kernels run behind them.
+
+    Args:
+        number: Of the pass. Default: the one of median length after the prompt.
+
+    Returns:
+        The figure, and float64 [bars, 3] of (row, begin ms, length ms); rows in the order of RECORDED_ROWS.
+
+    Raises:
+        OptionError: The trace has only one pass.
     """
     if trace.n_passes < 2:
         raise OptionError("a timeline needs at least two passes", found=trace.n_passes)
@@ -161,11 +169,11 @@ def plot_recorded_pass(trace: RoutingTrace, number: int | None = None) -> tuple[
     bars[:, 1:] = np.stack([bars[:, 1] - begin, bars[:, 2] - bars[:, 1]], 1) * 1e3
     figure = new_figure(9, 3.2, f"One token's generation (pass {number}, {1e3 * (end - begin):.1f} ms)")
     axes = figure.subplots()
-    for row, (_, colour) in enumerate(RECORDED_ROWS):
+    for row, colour in enumerate(RECORDED_ROWS.values()):
         spans(axes, row, 0.8, [(start, length) for at, start, length in bars if at == row], colour, 0.3)
     begins = 1e3 * (trace.spans[number, :, 0] - begin)
     mark_layers(axes, zip(begins, trace.settings["layers"]), -0.75, "0.85", "center")
-    axes.set_yticks(range(len(RECORDED_ROWS)), [name for name, _ in RECORDED_ROWS], fontsize=8)
+    axes.set_yticks(range(len(RECORDED_ROWS)), RECORDED_ROWS, fontsize=8)
     axes.set_ylim(len(RECORDED_ROWS) - 0.4, -1)
     axes.set_xlim(0, 1e3 * (end - begin))
     axes.set_xlabel("ms (numbers above: where a layer's experts begin)")
