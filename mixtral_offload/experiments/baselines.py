@@ -1,6 +1,6 @@
 """Baselines: a model without cache, predictions, sorting by expert, pruning or quantization; a slow link.
 
-Knows the live cache, prefetcher, forward pass and transformers' `generate` from inside, and restores them all.
+Knows the live cache, prefetcher, forward pass and transformers' `generate` from inside; restores them all.
 Knows nothing of prompts; of answers only that each baseline must give the same.
 """
 
