@@ -19,6 +19,7 @@ from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.core.policies import staging_rows
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.baselines import (
+    check_can_switch,
     check_same,
     copy_seconds,
     layer_seconds,
@@ -127,11 +128,7 @@ def ablate(
 
 def _check(model, resident, texts: list[str], asked: dict[str, int]) -> None:
     offload = model.offload
-    if offload.plan.home is None:
-        raise OptionError("every expert of this model is on the device: there is nothing to ablate",
-                          hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
-    if offload.recorders:
-        raise OptionError("this model is being recorded", hint="ablate it outside of `record`")
+    check_can_switch(model, "ablate", "there is nothing to ablate")
     if resident is not None and not (resident.offload.plan.home is None and _is_same(resident, model)):
         raise OptionError("`resident` must be the same model with every expert on the device", found=resident.offload.plan,
                           hint=f"build it likewise, with cache_size={offload.checkpoint.n_experts}")  # fmt: skip

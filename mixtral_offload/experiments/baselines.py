@@ -104,6 +104,30 @@ def _borrow(kind: type[ExpertCache], offload, rows, slots: dict[int, int], **opt
     return cache
 
 
+def smallest_cache(model: PreTrainedModel) -> ExpertCache:
+    """Make a cache of as many slots per layer as a token needs, in the model's own memory."""
+    slots = _slots(model.offload, model.offload.checkpoint.top_k)
+    return _borrow(ExpertCache, model.offload, _rows(model.offload, sum(slots.values())), slots)
+
+
+def check_can_switch(model: PreTrainedModel, verb: str, nothing: str) -> None:
+    """Refuse a model whose cache cannot be switched.
+
+    Args:
+        verb: What was to be done with the model.
+        nothing: What is missing where every expert is on the device.
+
+    Raises:
+        OptionError: Every expert is on the device, or the model is being recorded.
+    """
+    if model.offload.plan.home is None:
+        what = f"every expert of this model is on the device: {nothing}"
+        hint = "build it with a smaller cache_size: from_pretrained(..., cache_size=2)"
+        raise OptionError(what, hint=hint)
+    if model.offload.recorders:
+        raise OptionError("this model is being recorded", hint=f"{verb} it outside of `record`")
+
+
 @contextmanager
 def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator[None]:
     """The model with this cache, empty; guesses: arguments for its `Prefetcher`, None for none. Whatever happens, the
@@ -111,7 +135,7 @@ def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator
     offload = model.offload
     own = offload.cache, offload.prefetcher
     with offload.passes.lock:  # other threads' passes wait: they would run on a cache that is not theirs
-        _empty(offload.cache)
+        empty(offload.cache)
         cache.stats.reset()
         try:
             with _muted(offload.prefetcher):
@@ -124,10 +148,10 @@ def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator
             if offload.prefetcher not in (None, own[1]):
                 offload.prefetcher.close()
             offload.cache, offload.prefetcher = own
-            _empty(cache)
+            empty(cache)
 
 
-def _empty(cache: ExpertCache) -> None:
+def empty(cache: ExpertCache) -> None:
     """Nothing in it that roams, and nothing on its way any more: its rows may serve another."""
     with cache.lock:
         cache.clear()
@@ -163,12 +187,12 @@ def slow_link(model, ratio: float | None, layer_s: float | None = None) -> Itera
         raise OptionError("impossible ratio", expected='more than 0, None or "auto"', found=ratio)
     n_bytes = cache.layout.n_bytes
     speed = n_bytes / (ratio * (layer_s or layer_seconds(model)))
-    _empty(cache)
+    empty(cache)
     cache.engine = make_engine(model.offload.options.device, False, n_bytes, speed)
     try:
         yield
     finally:
-        _empty(cache)
+        empty(cache)
         cache.engine.close()
         cache.engine = own
 
@@ -179,15 +203,14 @@ def layer_seconds(model, n_passes: int = 12) -> float:
 
     The model's time for a token over its layers, so that attention, norms and the head are in it.
     """
-    offload, ids = model.offload, torch.ones(1, 1, dtype=torch.long, device=model.device)
-    slots = _slots(offload, offload.checkpoint.top_k)
-    cache = _borrow(ExpertCache, offload, _rows(offload, sum(slots.values())), slots)
-    times = [_now(model)]
-    with switched(model, cache):
+    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    times = [device_time(model)]
+    with switched(model, smallest_cache(model)):
         for _ in range(n_passes):
             model(ids, use_cache=False)
-            times.append(_now(model))
-    return statistics.median(b - a for a, b in pairwise(times[2:])) / len(slots)  # the first ones warm up
+            times.append(device_time(model))
+    n_layers = len(model.offload.checkpoint.layers)
+    return statistics.median(b - a for a, b in pairwise(times[2:])) / n_layers  # the first ones warm up
 
 
 def copy_seconds(model, n_copies: int = 6) -> float:
@@ -197,13 +220,13 @@ def copy_seconds(model, n_copies: int = 6) -> float:
     roaming, times = (key for key in sorted(offload.checkpoint.experts) if key in cache.store), []
     with switched(model, cache):
         for layer, expert in islice(roaming, n_copies):
-            begin = _now(model)
+            begin = device_time(model)
             next(cache.serve(layer, [expert]))
-            times.append(_now(model) - begin)
+            times.append(device_time(model) - begin)
     return statistics.median(times)
 
 
-def _now(model) -> float:
+def device_time(model) -> float:
     """time.perf_counter() when the device has done all it was asked to."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

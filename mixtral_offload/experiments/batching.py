@@ -20,9 +20,9 @@ from mixtral_offload.analysis.recorder import record
 from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.baselines import (
-    _empty,
     check_same,
     continuous,
+    empty,
     in_groups,
     layer_seconds,
     no_end,
@@ -183,7 +183,7 @@ def take_turns(
     seconds, counters, expected = {key: [] for key in runs}, {key: CacheStats() for key in runs}, None
     for _ in range(repeats):
         for key, (model, answer) in runs.items():
-            _empty(model.offload.cache)
+            empty(model.offload.cache)
             model.offload.stats.reset()
             with no_end(model):
                 began_s = time.perf_counter()

@@ -1,6 +1,7 @@
-"""Measures a card: the times of one copy, one layer and one expert, on a live offloaded model.
+"""Measure a `Card`: the times of one copy, one layer and one expert, on a live offloaded model.
 
-Knows a model's modules, its cache from inside (`experiments/baselines.py`) and the clock on the wall. Knows nothing of replays.
+Knows a model's modules and the wall clock. Knows nothing of replays; `experiments/baselines.py` switches
+caches.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from transformers import LogitsProcessorList
 
 from mixtral_offload.core.copy_order import CHUNKS
 from mixtral_offload.core.costs import Card
-from mixtral_offload.errors import OptionError
-from mixtral_offload.experiments.baselines import _borrow, _now, _rows, _slots, copy_seconds, switched
-from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.experiments.baselines import (
+    check_can_switch,
+    copy_seconds,
+    device_time,
+    smallest_cache,
+    switched,
+)
 from mixtral_offload.runtime.slow_link import SlowEngine
 from mixtral_offload.runtime.worker import chunk_bytes
 from mixtral_offload.units import check_whole
@@ -27,25 +32,22 @@ LAYERS, EXPERTS, EXPERTS_END, LAYERS_END = range(4)
 
 @torch.inference_mode()
 def measure_card(model, n_passes: int = 24) -> Card:
-    """The card that this model runs on, measured: `copy_seconds`, and one token's compute by parts.
+    """Measure the device that this model runs on: `copy_seconds`, and one token's compute by parts.
 
-    The model generates one and the same token again and again: it is routed alike each time, so that all its experts
-    are on the device after the first pass. Its context stays short: on a long one, attention takes longer. Only passes
-    of one token are measured: what more tokens add stays 0. host_s stays 0 too: where the device waits for the host,
-    that is in attention_s. Raises OptionError for a model with every expert resident, for one that is being recorded,
-    and for fewer than 4 passes.
+    The model generates the same token repeatedly. It is routed alike each time, so all its experts are on the
+    device after the first pass. The context stays short: on a long one, attention takes longer. Only passes
+    of one token are measured: what more tokens add stays 0. host_s stays 0 too: where the device waits for
+    the host, that time is in attention_s.
+
+    Raises:
+        OptionError: Every expert is resident, the model is being recorded, or n_passes is less than 4.
     """
     offload = model.offload
-    if offload.plan.home is None:
-        raise OptionError("every expert of this model is on the device: it copies nothing",
-                          hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
-    if offload.recorders:
-        raise OptionError("this model is being recorded", hint="measure it outside of `record`")
+    check_can_switch(model, "measure", "it copies nothing")
     check_whole("n_passes", n_passes, 4)
-    slots = _slots(offload, offload.checkpoint.top_k)
-    cache = _borrow(ExpertCache, offload, _rows(offload, sum(slots.values())), slots)
-    with switched(model, cache):
-        parts = _token_parts(_marks(model, n_passes), len(slots))
+    n_layers = len(offload.checkpoint.layers)
+    with switched(model, smallest_cache(model)):
+        parts = _token_parts(_marks(model, n_passes), n_layers)
         # looking inside delays a token (on CUDA, the host waits for the device each time): scale to one left alone
         begins = [at for what, at in _marks(model, n_passes, inside=False) if what == LAYERS]
     scale = statistics.median(b - a for a, b in pairwise(begins[2:])) / sum(parts)
@@ -53,8 +55,8 @@ def measure_card(model, n_passes: int = 24) -> Card:
     n_bytes, engine = offload.cache.layout.n_bytes, offload.cache.engine
     chunks = CHUNKS if isinstance(engine, SlowEngine) else -(-n_bytes // chunk_bytes(n_bytes))
     return Card(
-        copy_s=copy_seconds(model), attention_s=attention_s / len(slots), token_s=token_s, chunks=chunks,
-        expert_s=experts_s / len(slots) / offload.checkpoint.top_k, guess_s=guess_seconds(model),
+        copy_s=copy_seconds(model), attention_s=attention_s / n_layers, token_s=token_s, chunks=chunks,
+        expert_s=experts_s / n_layers / offload.checkpoint.top_k, guess_s=guess_seconds(model),
     )  # fmt: skip
 
 
@@ -66,10 +68,10 @@ def guess_seconds(model, n_guesses: int = 40) -> float:
         return 0.0
     hidden = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
     for _ in range(n_guesses):
-        begin = _now(model)
+        begin = device_time(model)
         ranked = prefetcher.rank(0, hidden)
         _ = ranked is None or ranked.tolist()
-        times.append(_now(model) - begin)
+        times.append(device_time(model) - begin)
     return statistics.median(times)
 
 
@@ -104,13 +106,13 @@ def _marks(model, n_passes: int, inside: bool = True) -> list[tuple[int, float]]
 
 def _marker(model, marks: list[tuple[int, float]], what: int, wait: bool = True) -> Callable[..., None]:
     def hook(*arguments) -> None:
-        marks.append((what, _now(model) if wait else time.perf_counter()))
+        marks.append((what, device_time(model) if wait else time.perf_counter()))
 
     return hook
 
 
 def _repeat_token(model, n_passes: int) -> None:
-    """Generate one token again and again: attention sees only its like, so that nothing differs from pass to pass."""
+    """Generate the same token repeatedly, so that every pass does identical work."""
     end = model.generation_config.eos_token_id  # one, several or None
     ends = end if isinstance(end, list) else [end]
     token = next(token for token in range(len(ends) + 1) if token not in ends)

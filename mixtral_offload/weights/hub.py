@@ -2,8 +2,8 @@
 
 Knows which files of a repository a model needs, where the hub's cache keeps them, their sizes and hashes
 (sha256 of large files, git's sha1 of small ones), what was verified before, and what a failure means for the
-reader. huggingface_hub does the transfers: a file complete before an interruption is not fetched again, a partial
-one starts over. Knows nothing of what the files hold, of devices, or of torch.
+reader. huggingface_hub does the transfers: a file complete before an interruption is not fetched again, a
+partial one starts over. Knows nothing of what the files hold, of devices, or of torch.
 """
 
 from __future__ import annotations
