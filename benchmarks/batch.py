@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from packed_vs_transformers import PACKED, UNPACKED, compare_passes
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.experiments.baselines import layer_seconds, slow_link
@@ -29,8 +30,7 @@ from mixtral_offload.experiments.batching import (
     measure_usage,
     workload,
 )
-from mixtral_offload.experiments.passes import PACKED, UNPACKED, compare_passes
-from mixtral_offload.experiments.plot_batching import plot_batches
+from mixtral_offload.experiments.plots import plot_batches
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mixtral_offload import from_pretrained, load_tokenizer, record
-from mixtral_offload.analysis.plots.timeline import plot_timeline
+from mixtral_offload.analysis.plots.timeline import plot_replayed_pass
 from mixtral_offload.analysis.timed_replay import TimedReplay, timed_replay
 from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.policies import staging_rows
@@ -54,9 +54,7 @@ def paced(costs: DeviceCosts, token_s: float, n_layers: int = 6, top_k: int = 2)
     scale = token_s / (costs.token_s + n_layers * (costs.attention_s + top_k * costs.expert_s))
     return replace(
         costs,
-        **{
-            name: scale * getattr(costs, name) for name in ("token_s", "attention_s", "expert_s", "predict_s")
-        },
+        **{name: scale * getattr(costs, name) for name in ("token_s", "attention_s", "expert_s", "predict_s")},
     )
 
 
@@ -140,14 +138,14 @@ def main() -> None:
         layer_s = statistics.median(generate(resident, prompts, arguments.tokens)[0] for _ in range(3)) / 6
         stack.enter_context(slow_link(model, arguments.ratio, layer_s))
         costs = measure_costs(model)
-        result |= {"card": vars(costs), "layer_s": layer_s, "copy_over_layer": costs.copy_s / layer_s}
+        result |= {"costs": vars(costs), "layer_s": layer_s, "copy_over_layer": costs.copy_s / layer_s}
         print(f"{costs}\none layer {1e3 * layer_s:.2f} ms, one copy {1e3 * costs.copy_s:.2f} ms", flush=True)
         for k in arguments.cache_sizes:
             of, drawn = one_size(model, resident, prompts, k, costs, arguments)
             result["sizes"][k] = of
             if k == DRAWN:
                 name = arguments.out.with_name(f"{arguments.out.stem}-timeline.png")
-                plot_timeline(drawn)[0].savefig(name, dpi=120)
+                plot_replayed_pass(drawn)[0].savefig(name, dpi=120)
             print(f"cache of {k}: {of['misses']:.2f} misses a token, floor {1e3 * of['floor_s']:.1f} ms, everything resident "
                   f"{1e3 * of['resident_s']:.1f} ms, {of['over_naive']:.1f} times as fast as the naive way")  # fmt: skip
             for ahead, row in of["ahead"].items():

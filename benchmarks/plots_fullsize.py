@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from mixtral_offload.analysis.plots.routing import BLUE, new_figure
+from mixtral_offload.analysis.plots.style import BLUE, new_figure
 
 OTHER = "0.65"
 

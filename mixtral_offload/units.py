@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Numbers and sizes as people write and read them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ def parse_size(text: str | int | float) -> int:
             "cannot read a size", expected="a number of bytes, or like 15GB, 512MiB or 12GB/s", found=str(text)[:100]
         )  # fmt: skip
     return int(n_bytes)
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Refuse what is not a whole number from `least` to `most`.
+
+    Raises:
+        OptionError: With the number's name, what was expected and what was found.
+    """
+    if type(value) is not int or value < least or (most is not None and value > most):
+        limit = "" if most is None else f" to {most}"
+        raise OptionError(f"impossible {name}", expected=f"a whole number from {least}{limit}", found=value)
+
+
+def listed(parts: dict[str, int]) -> str:
+    """Name each part that is not empty with its bytes."""
+    return ", ".join(f"{name} {gb(n_bytes)}" for name, n_bytes in parts.items() if n_bytes)
 
 
 def gb(n_bytes: float) -> str:

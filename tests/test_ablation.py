@@ -11,7 +11,7 @@ from mixtral_offload.core.placement import Sizes, make_plan
 from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.experiments import baselines as variants
 from mixtral_offload.experiments.ablation import PAPER, RESIDENT, Ablation, ablate, generate
-from mixtral_offload.experiments.plot_ablation import plot_ablation
+from mixtral_offload.experiments.plots import plot_ablation
 from mixtral_offload.runtime import build as building
 from mixtral_offload.runtime import cache
 from mixtral_offload.weights.source import DEMO

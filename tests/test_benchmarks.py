@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mixtral_offload import RoutingTrace, replay
+from mixtral_offload import RoutingTrace, load_tokenizer, replay
+from mixtral_offload.errors import OptionError
+from mixtral_offload.experiments.batching import workload
 from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, dequantize
 
@@ -232,3 +234,25 @@ def test_startup_names_its_parts(tmp_path):
     assert found["over_read"] * found["read_s"] == pytest.approx(
         found["total_s"] - found["seconds"]["import"]
     )
+
+
+def test_passes_are_compared_on_the_same_logits(offloaded):
+    from packed_vs_transformers import PACKED, UNPACKED, compare_passes
+
+    packed, unpacked = offloaded(cache_size=8), offloaded(unpack=True)
+    requests = workload(load_tokenizer(), 6, lengths=(2, 4, 9))
+    found = compare_passes(packed, unpacked, requests, (1, 3), repeats=2, context=8)
+    assert set(found.seconds[3]) == {PACKED, UNPACKED, "eager", "batched_mm", "grouped_mm"}
+    assert all(len(of) == 2 * 3 for of in found.seconds[3].values()) and max(found.difference.values()) < 1e-4
+    assert found.over_best(PACKED, 3) > 0
+    with pytest.raises(OptionError, match="cannot be compared"):
+        compare_passes(offloaded(cache_size=3), unpacked, requests)
+
+
+def test_the_plain_model_is_transformers_own_with_our_weights(offloaded):
+    from packed_vs_transformers import plain_model
+
+    model = offloaded(cache_size=3, batch_size=4)
+    plain = plain_model(model)
+    assert type(plain) is type(model) and not hasattr(plain, "offload")
+    assert all(not parameter.is_meta for parameter in plain.parameters())

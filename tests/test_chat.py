@@ -113,8 +113,8 @@ def test_the_end_of_the_context_is_said_before_it_is_hit(session):
 def test_counts(session):
     list(session.send("What is 2 + 2?"))
     stats = session.last
-    assert stats.n_tokens > 0 and stats.hits + stats.misses > 0 and stats.tokens_per_s > 0
-    assert stats.bytes_moved == stats.misses * session.model.offload.layout.n_bytes
+    assert stats.n_tokens > 0 and stats.cache.hits + stats.cache.misses > 0 and stats.tokens_per_s > 0
+    assert stats.cache.bytes_moved == stats.cache.misses * session.model.offload.layout.n_bytes
     list(session.send("What is 2 + 3?"))
     assert session.total.n_tokens == stats.n_tokens + session.last.n_tokens
 

@@ -19,7 +19,7 @@ from mixtral_offload.runtime.verify import hub_hashes, verify
 from mixtral_offload.weights.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.weights.checksums import Ledger, checksum_of, checksum_of_tensors, stated
 from mixtral_offload.weights.hqq import PAPER
-from mixtral_offload.weights.hub_record import Record
+from mixtral_offload.weights.hub import Record
 from mixtral_offload.weights.safetensors_io import NOT_FINITE, Watch, header_bytes, is_finite, read_header
 from mixtral_offload.weights.source import DEMO
 
@@ -377,7 +377,7 @@ def test_whoever_writes_a_folder_writes_checksums_of_its_small_files(published, 
 @pytest.fixture
 def downloaded(published, tmp_path):
     """The published format as a download into a folder leaves it, with the record of the hub's hashes."""
-    from mixtral_offload.weights.hub_record import hash_of
+    from mixtral_offload.weights.hub import hash_of
 
     folder = shutil.copytree(published, tmp_path / "local")
     record = Record("someone/model", "main", folder)

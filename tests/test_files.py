@@ -25,7 +25,7 @@ from mixtral_offload.system.files import (
     write_new,
 )
 from mixtral_offload.weights.hqq import PAPER
-from mixtral_offload.weights.hub_record import Record
+from mixtral_offload.weights.hub import Record
 from mixtral_offload.weights.source import DEMO
 
 from .job import Engine, run, write

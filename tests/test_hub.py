@@ -26,7 +26,7 @@ from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
 from mixtral_offload.units import gb
-from mixtral_offload.weights import hub, hub_record
+from mixtral_offload.weights import hub
 from mixtral_offload.weights.hub_leftovers import remove_leftovers
 from mixtral_offload.weights.source import DEMO, local_folder, resolve
 from tests.hub_server import HubServer
@@ -109,8 +109,8 @@ def whole(server):
 
 def hashed(monkeypatch):
     """The names of files hashed from now on."""
-    seen, real = [], hub_record.hash_of
-    monkeypatch.setattr(hub_record, "hash_of", lambda path, like: seen.append(path.name) or real(path, like))
+    seen, real = [], hub.hash_of
+    monkeypatch.setattr(hub, "hash_of", lambda path, like: seen.append(path.name) or real(path, like))
     return seen
 
 
@@ -456,7 +456,7 @@ def test_a_record_that_is_no_ordinary_file(server, kind, monkeypatch):
     get(server)
     record = next(Path(constants.HF_HUB_CACHE).rglob("mixtral_offload/*.json"))
     if kind == "too large":
-        monkeypatch.setattr(hub_record, "LONGEST", 10)
+        monkeypatch.setattr(hub, "LONGEST", 10)
     else:
         record.unlink()
         record.mkdir() if kind == "folder" else record.symlink_to("/dev/zero")

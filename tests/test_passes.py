@@ -119,10 +119,10 @@ def test_each_chat_counts_what_it_has_used_itself(offloaded, tokenizer):
     model.offload.stats.reset()
     found = at_once(*(lambda text=text: chat(text) for text in texts), repeats=3)
     turns = [turn for of in found for turn in of]
-    assert sum(turn.hits for turn in turns) == model.offload.stats.hits
-    assert sum(turn.misses for turn in turns) == model.offload.stats.misses
-    assert sum(turn.bytes_moved for turn in turns) == model.offload.stats.bytes_moved
-    uses = {(turn.n_prompt, turn.n_tokens, turn.hits + turn.misses) for turn in turns}
+    assert sum(turn.cache.hits for turn in turns) == model.offload.stats.hits
+    assert sum(turn.cache.misses for turn in turns) == model.offload.stats.misses
+    assert sum(turn.cache.bytes_moved for turn in turns) == model.offload.stats.bytes_moved
+    uses = {(turn.n_prompt, turn.n_tokens, turn.cache.hits + turn.cache.misses) for turn in turns}
     assert len(uses) == 2  # the uses of a turn do not depend on who else is there
 
 

@@ -95,7 +95,7 @@ def test_of_a_hub_repository_only_the_configuration_is_fetched(capsys, mixtral, 
         fetched.append((*names, revision))
         return mixtral / "config.json"
 
-    monkeypatch.setattr("mixtral_offload.apps.plan_report.fetch_file", fetch)
+    monkeypatch.setattr("mixtral_offload.apps.reports.fetch_file", fetch)
     assert main(["plan", "someone/model", *CARD, "--revision", "abc"]) == 0
     assert fetched == [("someone/model", "config.json", "abc")]
     assert "106 resident" in capsys.readouterr().out

@@ -11,7 +11,6 @@ from mixtral_offload.analysis.plots.cache import (
     plot_hit_rates,
     plot_reuse,
     plot_speculation,
-    plot_timeline,
 )
 from mixtral_offload.analysis.plots.routing import (
     CELLS,
@@ -22,6 +21,7 @@ from mixtral_offload.analysis.plots.routing import (
     plot_transitions,
     plot_usage,
 )
+from mixtral_offload.analysis.plots.timeline import plot_recorded_pass
 from mixtral_offload.analysis.recall import collect_states, first_layer_recall, measure_recall
 from mixtral_offload.analysis.replay import cache_contents, replay
 from mixtral_offload.apps.cli import main
@@ -142,13 +142,13 @@ def test_precision_and_recall(run):
 def test_the_timeline_adds_up(run):
     _, trace, _, _ = run
     number = 20
-    _, bars = plot_timeline(trace, number)
+    _, bars = plot_recorded_pass(trace, number)
     total = 1e3 * (trace.spans[number, -1, 1] - trace.spans[number - 1, -1, 1])
     compute = sum(length for row, _, length in bars if row in (0, 1, 2))
     assert 0.8 * total < compute <= total * 1.001  # the rest is Python between the parts
     assert (bars[:, 1] >= -1e-6).all() and (bars[:, 1] + bars[:, 2] <= total + 1e-6).all()
     with pytest.raises(OptionError, match="two passes"):
-        plot_timeline(RoutingTrace.from_routing(trace.experts[:1], trace.weights[:1], 8))
+        plot_recorded_pass(RoutingTrace.from_routing(trace.experts[:1], trace.weights[:1], 8))
 
 
 def test_recall_by_its_definition(run):

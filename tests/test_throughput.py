@@ -5,13 +5,7 @@ import pytest
 
 from mixtral_offload import load_tokenizer, record
 from mixtral_offload.errors import OffloadError, OptionError
-from mixtral_offload.experiments.batch_baselines import (
-    continuous,
-    no_end,
-    plain_model,
-    static_batches,
-    unsorted,
-)
+from mixtral_offload.experiments.baselines import continuous, no_end, static_batches, unsorted
 from mixtral_offload.experiments.batching import (
     FULL,
     LEAVE_ONLY,
@@ -25,8 +19,7 @@ from mixtral_offload.experiments.batching import (
     take_turns,
     workload,
 )
-from mixtral_offload.experiments.passes import PACKED, UNPACKED, compare_passes
-from mixtral_offload.experiments.plot_batching import plot_batches
+from mixtral_offload.experiments.plots import plot_batches
 from mixtral_offload.runtime import forward
 
 
@@ -106,22 +99,6 @@ def test_everything_is_put_back_whatever_happens(model):
         assert model.generation_config.eos_token_id is None and forward.run_tokens is not serve
         _ = 1 / 0
     assert model.generation_config.eos_token_id == eos and forward.run_tokens is serve
-
-
-def test_passes_are_compared_on_the_same_logits(offloaded, requests):
-    packed, unpacked = offloaded(cache_size=8), offloaded(unpack=True)
-    found = compare_passes(packed, unpacked, requests, (1, 3), repeats=2, context=8)
-    assert set(found.seconds[3]) == {PACKED, UNPACKED, "eager", "batched_mm", "grouped_mm"}
-    assert all(len(of) == 2 * 3 for of in found.seconds[3].values()) and max(found.difference.values()) < 1e-4
-    assert found.over_best(PACKED, 3) > 0
-    with pytest.raises(OptionError, match="cannot be compared"):
-        compare_passes(offloaded(cache_size=3), unpacked, requests)
-
-
-def test_the_plain_model_is_transformers_own_with_our_weights(model):
-    plain = plain_model(model)
-    assert type(plain) is type(model) and not hasattr(plain, "offload")
-    assert all(not parameter.is_meta for parameter in plain.parameters())
 
 
 def test_expected_bytes_fall_with_the_batch(model, requests):

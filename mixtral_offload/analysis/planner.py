@@ -20,7 +20,7 @@ from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.sizes import ModelSizes
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, plan_within, scratch_bytes
-from mixtral_offload.units import gb, parse_size
+from mixtral_offload.units import check_whole, gb, listed, parse_size
 from mixtral_offload.weights.hqq import PAPER
 
 T4_BYTES_PER_S = 320e9
@@ -60,10 +60,7 @@ class Request:
                 raise OptionError(f"impossible {name}", expected="more than 0, like 12GB", found=given[name])
         request = cls(sizes, **given)
         for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1)):
-            if type(getattr(request, name)) is not int or getattr(request, name) < least:
-                raise OptionError(
-                    f"impossible {name}", expected=f"a whole number from {least}", found=given[name]
-                )
+            check_whole(name, getattr(request, name), least)
         if request.prefetch > sizes.n_experts or request.look_ahead >= len(sizes.layers):
             raise OptionError(
                 "impossible guesses", found=f"prefetch {request.prefetch}, look_ahead {request.look_ahead}",
@@ -141,7 +138,7 @@ def _too_small(request: Request) -> CapacityError:
     least = sum(beside.values())
     return CapacityError(
         f"{sizes.model_type} with {sizes.bits}-bit experts does not fit on this device", found=gb(request.vram),
-        expected=f"{gb(least)}: " + ", ".join(f"{name} {gb(n)}" for name, n in beside.items() if n),
+        expected=f"{gb(least)}: {listed(beside)}",
         hint=f"what fits: {', or '.join([*_what_fits(request), f'--vram {-(-least // 10**8) / 10}GB'])}",
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from mixtral_offload.analysis.replay import reuse_distances
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
+from mixtral_offload.units import check_whole
 
 #: accuracy of guesses made one layer before, by layer (the last for all further ones), on Mixtral-8x7B (AdapMoE,
 #: 2408.10284); layer 0 has no layer before it
@@ -203,5 +204,4 @@ def _fit(hit_rates: tuple[tuple[int, float], ...], n_experts: int, top_k: int) -
 
 def _check(**counts: int) -> None:
     for name, value in counts.items():
-        if type(value) is not int or value < 1:
-            raise OptionError(f"impossible {name}", expected="a whole number from 1", found=value)
+        check_whole(name, value)

@@ -12,13 +12,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
-from mixtral_offload.apps.parser import build_parser
-from mixtral_offload.errors import DownloadError, OffloadError, OptionError
+from mixtral_offload.apps.parser import OFFLOAD, PLAN, build_parser, given
+from mixtral_offload.errors import DownloadError, OffloadError
 from mixtral_offload.system.safe_output import safe_output
-
-OPTIONS = ("device", "dtype", "cache_size", "store", "vram", "ram", "context_length", "link", "prefetch", "look_ahead",
-           "policy", "shared_slots", "compile", "unpack")  # fmt: skip
 
 
 @safe_output()
@@ -46,9 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         drop_output()
         return 141
-    except (
-        OSError
-    ) as error:  # a full disk behind standard output, a file that went away: the system's own words
+    except OSError as error:  # a full disk behind standard output, a file that went away
         where = "" if error.filename is None else f"\n  file: {error.filename}"
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         drop_output()
@@ -61,19 +57,12 @@ def drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def offload_options(arguments) -> dict:
-    """The options that were given, as `from_pretrained` takes them."""
-    return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
-
-
 def load(arguments):
     """(model, tokenizer) as the options ask; prints the plan to standard error."""
     from mixtral_offload.generation.tokenizer import load_tokenizer
     from mixtral_offload.runtime.options import OffloadOptions
 
-    OffloadOptions.parse(
-        offload_options(arguments)
-    )  # what is wrong with them is said before anything is fetched
+    OffloadOptions.parse(given(arguments, OFFLOAD))  # before anything is fetched
     source, hub = source_of(arguments)
     tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
     return load_model(arguments), tokenizer
@@ -91,7 +80,7 @@ def load_model(arguments, **options):
 
     source, hub = source_of(arguments)
     model = from_pretrained(
-        source, hub=hub, progress=sys.stderr.isatty(), **options, **offload_options(arguments)
+        source, hub=hub, progress=sys.stderr.isatty(), **options, **given(arguments, OFFLOAD)
     )
     print(model.offload.plan, file=sys.stderr)
     if text := notice(model):
@@ -167,20 +156,11 @@ def run_job(arguments) -> None:
     from mixtral_offload.runtime.options import OffloadOptions
     from mixtral_offload.weights.source import resolve
 
-    names = (
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "seed",
-        "system",
-        "raw",
-        "batch_size",
-        "bad_lines",
-        "restart",
-    )
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    options = OffloadOptions.parse(offload_options(arguments))
-    with Job(JobOptions(Path(arguments.input), Path(arguments.output), **given)) as job:
+    asked = {field.name: getattr(arguments, field.name) for field in fields(JobOptions)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    asked |= {"input": Path(arguments.input), "output": Path(arguments.output)}
+    options = OffloadOptions.parse(given(arguments, OFFLOAD))
+    with Job(JobOptions(**asked)) as job:
         source, hub = source_of(arguments)
         tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
         job.prepare(tokenizer, resolve(source, **(hub or {})), options)
@@ -236,17 +216,15 @@ def run_download(arguments) -> None:
 
 
 def run_info(arguments) -> None:
-    from mixtral_offload.apps.checkpoint_report import describe
+    from mixtral_offload.apps.reports import describe_checkpoint
 
-    print(describe(arguments.model, arguments.revision, offload_options(arguments)))
+    print(describe_checkpoint(arguments.model, arguments.revision, given(arguments, OFFLOAD)))
 
 
 def run_plan(arguments) -> None:
-    from mixtral_offload.apps.plan_report import describe_plan
+    from mixtral_offload.apps.reports import describe_plan
 
-    names = ("model", "revision", "bits", "attention_bits", "trace", "curve", "vram", "ram", "link", "bandwidth",
-             "disk", "context_length", "cache_size", "prefetch", "look_ahead")  # fmt: skip
-    print(describe_plan(**{name: getattr(arguments, name) for name in names}))
+    print(describe_plan(**given(arguments, PLAN)))
 
 
 def run_convert(arguments) -> None:
@@ -256,6 +234,7 @@ def run_convert(arguments) -> None:
 
     from mixtral_offload.runtime.convert import convert_checkpoint
     from mixtral_offload.runtime.options import parse_device
+    from mixtral_offload.units import check_whole
     from mixtral_offload.weights.checkpoint import open_checkpoint
     from mixtral_offload.weights.work_folder import resume_hint
 
@@ -267,9 +246,7 @@ def run_convert(arguments) -> None:
     checkpoint = open_checkpoint(arguments.source)
     recommended, extra = arguments.default_cache_size, None
     if recommended is not None:
-        if not checkpoint.top_k <= recommended <= checkpoint.n_experts:
-            expected = f"{checkpoint.top_k} to {checkpoint.n_experts}"
-            raise OptionError("impossible default cache size", expected=expected, found=recommended)
+        check_whole("default cache size", recommended, checkpoint.top_k, checkpoint.n_experts)
         extra = {"offload": {"cache_size": recommended}}
     with tqdm(total=len(checkpoint.experts), unit="expert", desc="convert") as bar, terminable():
         try:

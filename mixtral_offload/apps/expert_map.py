@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mixtral_offload.analysis.plots.routing import CELLS, SKY
+from mixtral_offload.analysis.plots.routing import CELLS
+from mixtral_offload.analysis.plots.style import SKY
 from mixtral_offload.analysis.recorder import Recorder
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED
 

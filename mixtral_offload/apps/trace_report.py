@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from mixtral_offload.analysis.plots import cache as plots_cache
 from mixtral_offload.analysis.plots import routing as plots
+from mixtral_offload.analysis.plots.timeline import plot_recorded_pass
 from mixtral_offload.analysis.recall import collect_states, measure_recall
 from mixtral_offload.analysis.recorder import record
 from mixtral_offload.core.trace import RoutingTrace
@@ -95,7 +96,7 @@ def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[
     if trace.settings["prefetch"]:
         yield "speculation", *plots_cache.plot_speculation(trace)
     if trace.n_passes > 1:
-        yield "timeline", *plots_cache.plot_timeline(trace)
+        yield "timeline", *plot_recorded_pass(trace)
     if trace.n_layers > 1 and (gates := _gates(model)):
         recall = measure_recall(gates, collect_states(model, gates, texts))
         yield "recall", *plots_cache.plot_recall(recall)

@@ -10,6 +10,7 @@ from math import isfinite
 
 from mixtral_offload.core.copy_order import CHUNKS
 from mixtral_offload.errors import OptionError
+from mixtral_offload.units import check_whole
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ class DeviceCosts:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
             if name == "chunks":
-                good, expected = type(value) is int and value >= 1, "a whole number from 1"
-            elif name in ("copy_s", "attention_s", "expert_s"):
+                check_whole(name, value)
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+            if name in ("copy_s", "attention_s", "expert_s"):
                 good, expected = number and value > 0, "seconds, more than 0"
             else:
                 good, expected = number and value >= 0, "seconds, 0 or more"

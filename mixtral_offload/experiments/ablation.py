@@ -1,7 +1,6 @@
 """What the expert cache and speculative loading are each worth on this machine: table 2 of 2312.17238.
 
-Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`experiments/baselines.py`), of pictures or of
-command lines.
+Knows prompts, turns and how to compare them. `experiments/baselines.py` makes the variants.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,9 +15,12 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessorList
 
+from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.core.policies import staging_rows
-from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.baselines import (
+    check_can_switch,
+    check_same,
     copy_seconds,
     layer_seconds,
     make_variants,
@@ -28,6 +29,7 @@ from mixtral_offload.experiments.baselines import (
 )
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.prefetch import MOMENTS
+from mixtral_offload.units import check_whole
 
 #: tokens/s on a T4 at 2 bits (2312.17238, table 2)
 PAPER = {"full": 2.092, "without prefetch": 1.567, "without cache and prefetch": 1.168, "naive": 0.661}
@@ -74,8 +76,8 @@ class Ablation:
             paper = f"{PAPER[name] / PAPER['naive']:.2f}" if name in PAPER else ""
             row, rest = self.counters.get(name), ""
             if row:
-                hit_rate = row["hits"] / (row["hits"] + row["misses"])
-                rest = f"{hit_rate:5.2f} {row['bytes_moved'] / 1e6:8.0f} ({row['wasted_bytes'] / 1e6:.0f})"
+                moved, wasted = row["bytes_moved"] / 1e6, row["wasted_bytes"] / 1e6
+                rest = f"{CacheStats(**row).hit_rate:5.2f} {moved:8.0f} ({wasted:.0f})"
             line = f"{name:28}{speed:8.2f}  {self.over_naive(name):10.2f}  {paper:>22}  {rest}"
             lines.append(line.rstrip())
         low, median, high = (f"{share:.1%}" for share in self.prefetch_saves)
@@ -126,11 +128,7 @@ def ablate(
 
 def _check(model, resident, texts: list[str], asked: dict[str, int]) -> None:
     offload = model.offload
-    if offload.plan.home is None:
-        raise OptionError("every expert of this model is on the device: there is nothing to ablate",
-                          hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
-    if len(offload.observers):
-        raise OptionError("this model is being recorded", hint="ablate it outside of `record`")
+    check_can_switch(model, "ablate", "there is nothing to ablate")
     if resident is not None and not (resident.offload.plan.home is None and _is_same(resident, model)):
         raise OptionError("`resident` must be the same model with every expert on the device", found=resident.offload.plan,
                           hint=f"build it likewise, with cache_size={offload.checkpoint.n_experts}")  # fmt: skip
@@ -139,9 +137,7 @@ def _check(model, resident, texts: list[str], asked: dict[str, int]) -> None:
     least = {"cache_size": offload.checkpoint.top_k, "tokens": 2, "naive_tokens": 2}
     most = {"cache_size": offload.checkpoint.n_experts, "naive_tokens": asked["tokens"]}
     for name, n in asked.items():
-        low, high = least.get(name, 1), most.get(name, float("inf"))
-        if type(n) is not int or not low <= n <= high:
-            raise OptionError(f"impossible {name}", expected=f"a whole number from {low} to {high}", found=n)
+        check_whole(name, n, least.get(name, 1), most.get(name))
 
 
 def _is_same(*models) -> bool:
@@ -153,7 +149,7 @@ def _take_turns(model, resident, caches: dict[str, ExpertCache], prompts: list, 
     """Each variant in turn with each prompt, again and again: (seconds per token of each turn, counters) by variant."""
     guesses = {"n_experts": asked["prefetch"], "look_ahead": asked["look_ahead"], "moments": asked["moments"]}
     runs = caches if resident is None else {RESIDENT: None, **caches}
-    seconds, counters, expected = {name: [] for name in runs}, {name: Counter() for name in caches}, {}
+    seconds, counters, expected = {name: [] for name in runs}, {name: CacheStats() for name in caches}, {}
     n_turns = asked["repeats"] * len(prompts) * len(runs)
     bar = tqdm(total=n_turns, unit="turn", desc="ablation", disable=not model.offload.options.progress)
     for _ in range(asked["repeats"]):
@@ -165,22 +161,13 @@ def _take_turns(model, resident, caches: dict[str, ExpertCache], prompts: list, 
                 else:
                     with switched(model, cache, guesses if cache.n_staging else None):
                         taken, (answer,) = generate(model, [prompt], n_tokens)
-                    counters[name].update(vars(cache.stats))
-                _compare(name, number, answer, expected.setdefault(number, answer))
+                    counters[name] += cache.stats
+                found, first = answer[0].tolist(), expected.setdefault(number, answer[0].tolist())
+                check_same(f"the variant: {name}", f"prompt {number}", found, first[: len(found)])
                 seconds[name].append(taken)
                 bar.update()
     bar.close()
-    return seconds, {name: dict(of) for name, of in counters.items()}
-
-
-def _compare(name: str, number: int, answer: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raises OffloadError if this answer is not the beginning of the one expected."""
-    expected = expected[:, : answer.shape[1]]
-    if not torch.equal(answer, expected):
-        at = int((answer != expected).any(0).nonzero()[0])
-        raise OffloadError(f"an answer depends on the variant: {name}", key=f"prompt {number}, token {at}",
-                           expected=int(expected[0, at]), found=int(answer[0, at]),
-                           hint="the figures would mean nothing; please report this")  # fmt: skip
+    return seconds, {name: vars(of) for name, of in counters.items()}
 
 
 @torch.inference_mode()

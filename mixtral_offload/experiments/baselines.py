@@ -1,23 +1,34 @@
-"""A model with parts of its offloading taken away for a while: cache, guesses, or a link of full speed.
+"""Baselines: a model without cache, predictions, sorting by expert, pruning or quantization; a slow link.
 
-Knows the live cache and the guesses from inside, and puts everything back. Knows nothing of prompts or of results.
+Knows the live cache, prefetcher, forward pass and transformers' `generate` from inside; restores them all.
+Knows nothing of prompts; of answers only that each baseline must give the same.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria
 
-from mixtral_offload.errors import OptionError
+from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.runtime import forward
+from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.runtime.engines import make_engine
 from mixtral_offload.runtime.prefetch import Prefetcher, find_gates
+from mixtral_offload.weights.hqq import Quantization
 
 
 class Forgetful(ExpertCache):
@@ -46,12 +57,11 @@ def make_variants(model, cache_size: int, n_staging: int) -> dict[str, ExpertCac
     Those that forget everything need no more than one layer's slots, which all layers share.
     """
     offload, n_experts = model.offload, model.offload.checkpoint.n_experts
-    slots = slots_for(offload, cache_size)
-    fewest, most = (max(slots_for(offload, n).values()) for n in (offload.checkpoint.top_k, n_experts))
+    slots = _slots(offload, cache_size)
+    fewest, most = (max(_slots(offload, n).values()) for n in (offload.checkpoint.top_k, n_experts))
     one_layer = partial(_one_layer, offload)
-    spare = offload.cache.lend(
-        one_layer(max(sum(slots.values()) + n_staging, most))
-    )  # allocates what is missing, once
+    n_rows = max(sum(slots.values()) + n_staging, most)
+    spare = offload.cache.lend(one_layer(n_rows))  # allocates rows that are missing, once
     found = {
         "full": spare.lend(slots, n_staging=n_staging),
         "without prefetch": spare.lend(slots),
@@ -62,7 +72,7 @@ def make_variants(model, cache_size: int, n_staging: int) -> dict[str, ExpertCac
     return found
 
 
-def slots_for(offload, cache_size: int) -> dict[int, int]:
+def _slots(offload, cache_size: int) -> dict[int, int]:
     """layer -> slots, so that with the residents so many of its experts are on the device (as in `make_plan`)."""
     n_experts, top_k = offload.checkpoint.n_experts, offload.checkpoint.top_k
     resident = {layer: len(of) for layer, of in offload.plan.resident.items()}
@@ -73,6 +83,29 @@ def _one_layer(offload, n_slots: int) -> dict[int, int]:
     """layer -> slots of a pool of so many in all."""
     first, *others = offload.checkpoint.layers
     return {first: n_slots, **dict.fromkeys(others, 0)}
+
+
+def smallest_cache(model: PreTrainedModel) -> ExpertCache:
+    """Make a cache of as many slots per layer as a token needs, in the model's own memory."""
+    return model.offload.cache.lend(_slots(model.offload, model.offload.checkpoint.top_k))
+
+
+def check_can_switch(model: PreTrainedModel, verb: str, nothing: str) -> None:
+    """Refuse a model whose cache cannot be switched.
+
+    Args:
+        verb: What was to be done with the model.
+        nothing: What is missing where every expert is on the device.
+
+    Raises:
+        OptionError: Every expert is on the device, or the model is being recorded.
+    """
+    if model.offload.plan.home is None:
+        what = f"every expert of this model is on the device: {nothing}"
+        hint = "build it with a smaller cache_size: from_pretrained(..., cache_size=2)"
+        raise OptionError(what, hint=hint)
+    if len(model.offload.observers):
+        raise OptionError("this model is being recorded", hint=f"{verb} it outside of `record`")
 
 
 @contextmanager
@@ -128,15 +161,14 @@ def layer_seconds(model, n_passes: int = 12) -> float:
 
     The model's time for a token over its layers, so that attention, norms and the head are in it.
     """
-    offload, ids = model.offload, torch.ones(1, 1, dtype=torch.long, device=model.device)
-    slots = slots_for(offload, offload.checkpoint.top_k)
-    cache = offload.cache.lend(slots)
+    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     times = [device_time(model)]
-    with switched(model, cache):
+    with switched(model, smallest_cache(model)):
         for _ in range(n_passes):
             model(ids, use_cache=False)
             times.append(device_time(model))
-    return statistics.median(b - a for a, b in pairwise(times[2:])) / len(slots)  # the first ones warm up
+    n_layers = len(model.offload.checkpoint.layers)
+    return statistics.median(b - a for a, b in pairwise(times[2:])) / n_layers  # the first ones warm up
 
 
 def copy_seconds(model, n_copies: int = 6) -> float:
@@ -157,3 +189,120 @@ def device_time(model) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
+
+
+def check_same(variant: str, place: str, answer: list[int], expected: list[int]) -> None:
+    """Refuse results of variants whose answers differ.
+
+    Raises:
+        OffloadError: With the first token that differs, after `place`.
+    """
+    if answer != expected:
+        at = next((i for i, (a, b) in enumerate(zip(answer, expected)) if a != b), len(answer))
+        raise OffloadError(
+            f"an answer depends on {variant}", key=f"{place}, token {at}", expected=expected[at:][:1],
+            found=answer[at:][:1], hint="the figures would mean nothing; please report this",
+        )  # fmt: skip
+
+
+@contextmanager
+def no_end(model: PreTrainedModel) -> Iterator[None]:
+    """No token ends an answer, so that each is as long as its request says."""
+    configs = model.generation_config, model.config
+    own = [config.eos_token_id for config in configs]
+    for config in configs:
+        config.eos_token_id = None
+    try:
+        yield
+    finally:
+        for config, ends in zip(configs, own):
+            config.eos_token_id = ends
+
+
+def continuous(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """`generate_batch`: the new tokens of each request, in the order of the requests."""
+    found = {answer.number: answer.ids for answer in generate_batch(model, requests, batch_size=batch_size)}
+    return [found[number] for number in range(len(requests))]
+
+
+def in_groups(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """Ended sequences leave, and none is admitted before all of the group have ended."""
+    groups = [requests[first : first + batch_size] for first in range(0, len(requests), batch_size)]
+    return [answer for group in groups for answer in continuous(model, group, batch_size)]
+
+
+class RowLimits(StoppingCriteria):
+    """Compute on until the last row has ended. lengths: int64 [rows], columns at which each row has ended."""
+
+    def __init__(self, lengths: Tensor):
+        self.lengths = lengths
+
+    def __call__(self, input_ids: Tensor, scores, **_) -> Tensor:
+        return input_ids.shape[1] >= self.lengths
+
+
+@torch.inference_mode()
+def static_batches(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """Generate with transformers on batches padded on the left, in the order given, as plain PyTorch does it.
+
+    What is computed for a row after its end is thrown away. Padding needs no experts, as in `generate_batch`.
+    """
+    answers, has_experts = [], hasattr(model, "offload")
+    for first in range(0, len(requests), batch_size):
+        some = requests[first : first + batch_size]
+        width, limits = max(len(of.ids) for of in some), [of.max_new_tokens for of in some]
+        ids, mask = (torch.tensor(rows, device=model.device) for rows in _left_padded(some, width))
+        stop = [RowLimits(torch.tensor(limits, device=model.device) + width)]
+        settings = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0}
+        with model.offload.passes.without_padding() if has_experts else nullcontext():
+            found = model.generate(ids, attention_mask=mask, stopping_criteria=stop, **settings)
+        answers += [row[:limit] for row, limit in zip(found[:, width:].tolist(), limits)]
+    return answers
+
+
+def _left_padded(requests: Sequence[Request], width: int) -> tuple[list[list[int]], list[list[int]]]:
+    padding = [width - len(of.ids) for of in requests]
+    ids = [[0] * n + of.ids for n, of in zip(padding, requests)]
+    return ids, [[0] * n + [1] * (width - n) for n in padding]
+
+
+@contextmanager
+def unsorted() -> Iterator[None]:
+    """Each token's experts are served for it alone, token after token, by every model of this process."""
+    own, forward.run_tokens = forward.run_tokens, _run_one_by_one
+    try:
+        yield
+    finally:
+        forward.run_tokens = own
+
+
+def _run_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """In place of `forward.run_tokens`, with its arguments and result; guesses are made once, as there."""
+    n_tokens, top_k = top_k_index.shape
+    chosen, meanwhile = forward._read(offload, layer, top_k_index.reshape(-1), n_tokens)
+    y, began_s = x.new_empty(n_tokens * top_k, x.shape[-1]), time.perf_counter()
+    with offload.cache.lock:
+        for token in range(n_tokens):
+            places = {expert: token * top_k + i for i, expert in enumerate(chosen[token * top_k :][:top_k])}
+            for expert, views in offload.cache.fetch(layer, sorted(places), meanwhile):
+                y[places[expert]] = offload.run(x[token : token + 1], views)[0]
+            meanwhile = None
+        forward._record(offload, layer, top_k_index, top_k_weights, began_s)
+    return y.view(n_tokens, top_k, -1)
+
+
+@contextmanager
+def unquantized(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Load the same model with its experts at 16 bits and as many slots, from a temporary folder.
+
+    The weights are the same numbers: `dequantize` works in fp16.
+    """
+    options = model.offload.options
+    same = {field.name: getattr(options, field.name) for field in fields(options)}
+    with tempfile.TemporaryDirectory() as folder:
+        target = convert_checkpoint(model.offload.checkpoint.folder, Path(folder) / "16bit", Quantization(16))
+        found = from_pretrained(target, **same | {"store": model.offload.plan.home or "auto"})
+        try:
+            yield found
+        finally:
+            found.offload.cache.close()

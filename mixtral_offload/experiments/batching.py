@@ -1,17 +1,14 @@
 """What many sequences at once are worth: tokens/s and bytes moved against the batch size, and what sorting, pruning and
 quantization are each worth in a batch (2211.10017).
 
-Knows prompts, turns and how to compare them. Knows nothing of how a variant is made (`experiments/batch_baselines.py`), of pictures or
-of command lines.
+Knows prompts, turns and how to compare them. `experiments/baselines.py` makes the variants.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,19 +17,22 @@ from functools import partial
 import numpy as np
 
 from mixtral_offload.analysis.recorder import record
-from mixtral_offload.errors import OffloadError, OptionError
-from mixtral_offload.experiments.baselines import layer_seconds, slow_link
-from mixtral_offload.experiments.batch_baselines import (
+from mixtral_offload.core.counters import CacheStats
+from mixtral_offload.errors import OptionError
+from mixtral_offload.experiments.baselines import (
+    check_same,
     continuous,
     in_groups,
+    layer_seconds,
     no_end,
+    slow_link,
     static_batches,
     unquantized,
     unsorted,
 )
+from mixtral_offload.experiments.bit_widths import held_out
 from mixtral_offload.generation.batch import ADMIT_AT, Request
 from mixtral_offload.generation.templates import encode
-from mixtral_offload.weights.source import DEMO
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: new tokens of an answer are drawn from these
@@ -64,8 +64,7 @@ class Throughput:
 
     def hit_rate(self, key: int | str) -> float:
         """Share of uses that found their expert on the device; a pass uses an expert once."""
-        counters = self.counters[key]
-        return counters["hits"] / (counters["hits"] + counters["misses"])
+        return CacheStats(**self.counters[key]).hit_rate
 
     def over(self, key: int | str, other: int | str) -> float:
         """Throughput as a multiple of another's: the median of turns that followed each other."""
@@ -114,8 +113,7 @@ def _said(text: str) -> dict[str, str]:
 def _held_out(rng: random.Random) -> list[list[dict[str, str]]]:
     """Conversations of one to three questions, each of the held-out ones cut into such pieces; shuffled."""
     talks = []
-    for line in (DEMO.parent / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
-        messages = json.loads(line)["messages"]
+    for messages in held_out():
         while messages:
             n = 2 * rng.randint(1, 3)
             talks.append(messages[: n - 1] if len(messages) >= n else messages[:1])
@@ -181,7 +179,7 @@ def take_turns(
 
     Each turn begins with an empty cache. Raises OffloadError where the answers are not those of the first turn.
     """
-    seconds, counters, expected = {key: [] for key in runs}, {key: Counter() for key in runs}, None
+    seconds, counters, expected = {key: [] for key in runs}, {key: CacheStats() for key in runs}, None
     for _ in range(repeats):
         for key, (model, answer) in runs.items():
             model.offload.cache.drain()
@@ -190,20 +188,12 @@ def take_turns(
                 began_s = time.perf_counter()
                 answers = answer(model, requests)
                 seconds[key].append(time.perf_counter() - began_s)
-            counters[key].update(vars(model.offload.stats))
+            counters[key] += model.offload.stats
             expected = expected or answers
-            _compare(key, answers, expected)
+            for number, (answer, wanted) in enumerate(zip(answers, expected, strict=True)):
+                check_same(f"the batch: {key}", f"request {number}", answer, wanted)
     n_tokens = sum(map(len, expected))
-    return Throughput(n_tokens, seconds, {key: dict(of) for key, of in counters.items()})
-
-
-def _compare(key: int | str, answers: Answers, expected: Answers) -> None:
-    for number, (answer, wanted) in enumerate(zip(answers, expected, strict=True)):
-        if answer != wanted:
-            at = next((i for i, (a, b) in enumerate(zip(answer, wanted)) if a != b), len(answer))
-            raise OffloadError(f"an answer depends on the batch: {key}", key=f"request {number}, token {at}",
-                               expected=wanted[at:][:1], found=answer[at:][:1],
-                               hint="the figures would mean nothing; please report this")  # fmt: skip
+    return Throughput(n_tokens, seconds, {key: vars(of) for key, of in counters.items()})
 
 
 def measure_usage(model, requests: Sequence[Request], batch_size: int = 32) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Measures a costs: the times of one copy, one layer and one expert, on a live offloaded model.
+"""Measure a `DeviceCosts`: the times of one copy, one layer and one expert, on a live offloaded model.
 
-Knows a model's modules, its cache from inside (`experiments/baselines.py`) and the clock on the wall. Knows nothing of replays.
+Knows a model's modules and the wall clock. Knows nothing of replays; `experiments/baselines.py` switches
+caches.
 """
 
 from __future__ import annotations
@@ -14,41 +15,43 @@ import torch
 from transformers import LogitsProcessorList
 
 from mixtral_offload.core.costs import DeviceCosts
-from mixtral_offload.errors import OptionError
-from mixtral_offload.experiments.baselines import copy_seconds, device_time, slots_for, switched
+from mixtral_offload.experiments.baselines import (
+    check_can_switch,
+    copy_seconds,
+    device_time,
+    smallest_cache,
+    switched,
+)
+from mixtral_offload.units import check_whole
 
 LAYERS, EXPERTS, EXPERTS_END, LAYERS_END = range(4)
 
 
 @torch.inference_mode()
 def measure_costs(model, n_passes: int = 24) -> DeviceCosts:
-    """The card that this model runs on, measured: `copy_seconds`, and one token's compute by parts.
+    """Measure the device that this model runs on: `copy_seconds`, and one token's compute by parts.
 
-    The model generates one and the same token again and again: it is routed alike each time, so that all its experts
-    are on the device after the first pass. Its context stays short: on a long one, attention takes longer. Only passes
-    of one token are measured: what more tokens add stays 0. host_s stays 0 too: where the device waits for the host,
-    that is in attention_s. Raises OptionError for a model with every expert resident, for one that is being recorded,
-    and for fewer than 4 passes.
+    The model generates the same token repeatedly. It is routed alike each time, so all its experts are on the
+    device after the first pass. The context stays short: on a long one, attention takes longer. Only passes
+    of one token are measured: what more tokens add stays 0. host_s stays 0 too: where the device waits for
+    the host, that time is in attention_s.
+
+    Raises:
+        OptionError: Every expert is resident, the model is being recorded, or n_passes is less than 4.
     """
     offload = model.offload
-    if offload.plan.home is None:
-        raise OptionError("every expert of this model is on the device: it copies nothing",
-                          hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
-    if len(offload.observers):
-        raise OptionError("this model is being recorded", hint="measure it outside of `record`")
-    if type(n_passes) is not int or n_passes < 4:
-        raise OptionError("impossible n_passes", expected="a whole number from 4", found=n_passes)
-    slots = slots_for(offload, offload.checkpoint.top_k)
-    cache = offload.cache.lend(slots)
-    with switched(model, cache):
-        parts = _token_parts(_marks(model, n_passes), len(slots))
+    check_can_switch(model, "measure", "it copies nothing")
+    check_whole("n_passes", n_passes, 4)
+    n_layers = len(offload.checkpoint.layers)
+    with switched(model, smallest_cache(model)):
+        parts = _token_parts(_marks(model, n_passes), n_layers)
         # looking inside delays a token (on CUDA, the host waits for the device each time): scale to one left alone
         begins = [at for what, at in _marks(model, n_passes, inside=False) if what == LAYERS]
     scale = statistics.median(b - a for a, b in pairwise(begins[2:])) / sum(parts)
     token_s, attention_s, experts_s = (scale * part for part in parts)
     return DeviceCosts(
-        copy_s=copy_seconds(model), attention_s=attention_s / len(slots), token_s=token_s, chunks=offload.cache.engine.n_chunks,
-        expert_s=experts_s / len(slots) / offload.checkpoint.top_k, predict_s=predict_seconds(model),
+        copy_s=copy_seconds(model), attention_s=attention_s / n_layers, token_s=token_s, chunks=offload.cache.engine.n_chunks,
+        expert_s=experts_s / n_layers / offload.checkpoint.top_k, predict_s=predict_seconds(model),
     )  # fmt: skip
 
 
@@ -104,7 +107,7 @@ def _marker(model, marks: list[tuple[int, float]], what: int, wait: bool = True)
 
 
 def _repeat_token(model, n_passes: int) -> None:
-    """Generate one token again and again: attention sees only its like, so that nothing differs from pass to pass."""
+    """Generate the same token repeatedly, so that every pass does identical work."""
     end = model.generation_config.eos_token_id  # one, several or None
     ends = end if isinstance(end, list) else [end]
     token = next(token for token in range(len(ends) + 1) if token not in ends)

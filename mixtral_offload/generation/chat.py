@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from mixtral_offload.core.counters import CacheStats, Counters
 from mixtral_offload.errors import OptionError
 from mixtral_offload.generation.templates import encode, tokenizer_errors, turn_ends, whole
 from mixtral_offload.models.positions import depend_on_length
@@ -42,19 +43,22 @@ ENDS = ("complete", "stopped", "max_new_tokens", "context")
 
 
 @dataclass
-class TurnStats:
-    """What one answer took. first_token_s: from sending to the first token; decode_s: from there to the end."""
+class TurnStats(Counters):
+    """What one answer took.
+
+    Attributes:
+        n_prompt: Tokens of the prompt.
+        n_tokens: New tokens.
+        first_token_s: Seconds from sending to the first token.
+        decode_s: Seconds from there to the end.
+        cache: What the expert cache did for it.
+    """
 
     n_prompt: int = 0
     n_tokens: int = 0
     first_token_s: float = 0.0
     decode_s: float = 0.0
-    hits: int = 0
-    misses: int = 0
-    bytes_moved: int = 0
-
-    def __add__(self, other: TurnStats) -> TurnStats:
-        return TurnStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+    cache: CacheStats = field(default_factory=CacheStats)
 
     @property
     def tokens_per_s(self) -> float:
@@ -62,9 +66,8 @@ class TurnStats:
         return self.n_tokens / max(self.first_token_s + self.decode_s, 1e-9)
 
     def __str__(self) -> str:
-        uses = self.hits + self.misses
-        hit_rate = f"{self.hits / uses:.0%} of expert uses were hits" if uses else "no experts used"
-        return f"{self.n_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, {hit_rate}, {self.bytes_moved / 1e6:.1f} MB moved"
+        hits, moved = self.cache.hits_as_text, f"{self.cache.bytes_moved / 1e6:.1f} MB moved"
+        return f"{self.n_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, {hits}, {moved}"
 
 
 def context_length(config, options) -> int:
@@ -359,7 +362,7 @@ class ChatSession:
             last.n_tokens = length - n_prompt
             last.first_token_s = last.first_token_s or seconds
             last.decode_s = seconds - last.first_token_s
-            last.hits, last.misses, last.bytes_moved = (a - b for a, b in zip(passes.counted, before))
+            last.cache = passes.counted - before
 
         return count
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixtral_offload.errors import JobError, OptionError
@@ -23,6 +23,7 @@ from mixtral_offload.generation.templates import answer_text, turn_ends
 from mixtral_offload.generation.tokenizer import RAW_TEMPLATE
 from mixtral_offload.runtime.options import OffloadOptions
 from mixtral_offload.runtime.settings import check_sampling, ends_in, read_generation_config
+from mixtral_offload.units import check_whole
 from mixtral_offload.weights.checkpoint import INDEX, read_config
 
 
@@ -45,8 +46,7 @@ class JobOptions:
 
     def __post_init__(self):
         check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
-        if type(self.batch_size) is not int or self.batch_size < 1:
-            raise OptionError("impossible batch_size", expected="1 or more", found=self.batch_size)
+        check_whole("batch_size", self.batch_size)
         if self.bad_lines not in ("refuse", "skip"):
             raise OptionError("unknown bad_lines", expected="refuse or skip", found=self.bad_lines)
         if self.raw and self.system:
@@ -126,7 +126,7 @@ class Job:
     def answer(self, model, progress: Callable[[int], object] = lambda n: None) -> None:
         """Answer the pending lines; each answer is in the journal before the next is taken. progress: called with 1 for each."""
         options, pending, cache = self.options, self.pending, model.offload.stats
-        begin, before = time.perf_counter(), (cache.hits, cache.misses, cache.bytes_moved)
+        begin, before = time.perf_counter(), replace(cache)
         answers = generate_batch(
             model, self._requests(pending), batch_size=options.batch_size, temperature=options.temperature,
             top_p=options.top_p,
@@ -137,10 +137,8 @@ class Job:
             record = {"line": line.number, **line.kept, "answer": text, "ended": answer.ended}
             record |= {"n_prompt": len(line.ids), "n_tokens": len(answer.ids)}
             self.journal.add(line.number, record)
-            now = cache.hits, cache.misses, cache.bytes_moved
-            moved = [a - b for a, b in zip(now, before)]
             n_prompt, n_tokens = self.took.n_prompt + len(line.ids), self.took.n_tokens + len(answer.ids)
-            self.took = TurnStats(n_prompt, n_tokens, 0.0, time.perf_counter() - begin, *moved)
+            self.took = TurnStats(n_prompt, n_tokens, 0.0, time.perf_counter() - begin, cache - before)
             progress(1)
         if self.pending:
             raise JobError(
@@ -158,7 +156,7 @@ class Job:
 
     @property
     def summary(self) -> str:
-        took, uses = self.took, self.took.hits + self.took.misses
+        took, cache = self.took, self.took.cache
         text = _count(len(self.journal.places), "answer")
         if self.n_kept:
             text += f", {self.n_kept} of them from before"
@@ -166,9 +164,10 @@ class Job:
             text += f", {_count(len(self.bad), 'bad line')} skipped"
         if not took.n_tokens:
             return text
-        hits = f"{took.hits / uses:.0%} of expert uses were hits" if uses else "no experts used"
-        moved = f"{took.bytes_moved / took.n_tokens / 1e6:.2f} MB moved per token"
-        return f"{text}: {took.n_tokens} tokens, {took.tokens_per_s:.1f} tokens/s, {hits}, {moved}"
+        moved = f"{cache.bytes_moved / took.n_tokens / 1e6:.2f} MB moved per token"
+        return (
+            f"{text}: {took.n_tokens} tokens, {took.tokens_per_s:.1f} tokens/s, {cache.hits_as_text}, {moved}"
+        )
 
     @property
     def how_to_go_on(self) -> str:

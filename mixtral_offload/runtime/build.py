@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -49,14 +49,13 @@ from mixtral_offload.weights.source import resolve
 
 
 class _Counters:
-    """(hits, misses, bytes moved) of an `Offload`, which it refers to weakly: it is held by it."""
+    """The counters of an `Offload`, which it refers to weakly: it is held by it."""
 
     def __init__(self, offload: Offload):
         self._offload = weakref.ref(offload)
 
-    def __call__(self) -> tuple[int, int, int]:
-        stats = self._offload().stats
-        return stats.hits, stats.misses, stats.bytes_moved
+    def __call__(self) -> CacheStats:
+        return replace(self._offload().stats)
 
 
 @dataclass(eq=False)

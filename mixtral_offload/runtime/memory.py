@@ -1,6 +1,6 @@
 """What would lie where: each part of the device's memory, of RAM and of the disk, before anything is built.
 
-Knows options, plans and a checkpoint's headers; reads no weights. Knows nothing of pictures (see `plots_memory`).
+Knows options, plans and a checkpoint's headers; reads no weights. `analysis/plots/memory.py` draws it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from mixtral_offload.core.placement import Plan
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, budgets, device_needs, plan_for
 from mixtral_offload.runtime.prepare import build_skeleton
-from mixtral_offload.units import gb
+from mixtral_offload.units import gb, listed
 from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.weights.source import resolve
 
@@ -61,21 +61,16 @@ class MemoryUse:
         if self.shared_memory:
             device = ram = ""
         reading = "experts are read while running" if self.runs_from_disk else "read at the start only"
-        lines = [
-            str(self.plan),
-            f"device {gb(self.device_bytes)}{device}{_listed(self.device)}",
-            f"RAM {gb(self.ram_bytes)}{ram}{_listed(self.ram)}",
-            f"disk {gb(self.disk_bytes)}, {reading}{_listed(self.disk)}",
-        ]
+        rows = {
+            f"device {gb(self.device_bytes)}{device}": self.device,
+            f"RAM {gb(self.ram_bytes)}{ram}": self.ram,
+            f"disk {gb(self.disk_bytes)}, {reading}": self.disk,
+        }
+        lines = [str(self.plan), *(": ".join(filter(None, (row, listed(of)))) for row, of in rows.items())]
         if self.shared_memory:
             both = gb(self.device_bytes + self.ram_bytes)
             lines.append(f"device and RAM are one memory: {both} of {gb(self.device_budget)} free")
         return "\n".join(lines)
-
-
-def _listed(parts: dict[str, int]) -> str:
-    found = [f"{name} {gb(n_bytes)}" for name, n_bytes in parts.items() if n_bytes]
-    return ": " + ", ".join(found) if found else ""
 
 
 def memory_use(path_or_repo_id: str | Path | None = None, *, hub: dict | None = None, **options) -> MemoryUse:

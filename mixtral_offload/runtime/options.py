@@ -17,7 +17,7 @@ from mixtral_offload.core.policies import make_policy, staging_rows
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.kv_cache import kv_bytes, kv_layout
 from mixtral_offload.system.machine import free_memory
-from mixtral_offload.units import gb, parse_size
+from mixtral_offload.units import check_whole, gb, parse_size
 from mixtral_offload.weights.checkpoint import Checkpoint
 from mixtral_offload.weights.kernels import choose, dequantized_bytes
 from mixtral_offload.weights.layout import ROWS, ExpertLayout
@@ -87,9 +87,8 @@ class OffloadOptions:
                 "impossible attn_implementation", expected='a name, such as "sdpa"', found=attention
             )
         for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1), ("batch_size", 1)):
-            value = getattr(parsed, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=value)
+            if getattr(parsed, name) is not None:
+                check_whole(name, getattr(parsed, name), least)
         if parsed.compile not in (True, False, "auto"):
             raise OptionError("unknown compile", expected='True, False or "auto"', found=parsed.compile)
         if parsed.unpack not in (True, False) or (parsed.unpack and parsed.compile is True):

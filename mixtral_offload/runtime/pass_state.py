@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.errors import OptionError
 
 
@@ -67,7 +68,7 @@ class Passes:
         on_begin: Called with each new `Pass`, in its thread, before its first layer.
     """
 
-    def __init__(self, counters: Callable[[], tuple[int, ...]] = tuple) -> None:
+    def __init__(self, counters: Callable[[], CacheStats] = CacheStats) -> None:
         self._counters = counters
         self.lock = threading.RLock()
         self.on_begin: list[Callable[[Pass], None]] = []
@@ -82,12 +83,11 @@ class Passes:
         return getattr(self._local, "current", None)
 
     @property
-    def counted(self) -> tuple[int, ...]:
+    def counted(self) -> CacheStats:
         """By how much this thread's passes have advanced the counters, those of a pass under way included."""
         done, before = getattr(self._local, "counted", None), getattr(self._local, "before", None)
-        now = self._counters()
-        done = done or (0,) * len(now)
-        return done if before is None else tuple(a + b - c for a, b, c in zip(done, now, before))
+        done = done or CacheStats()
+        return done if before is None else done + self._counters() - before
 
     @torch.compiler.disable(recursive=False)  # torch.compile takes the model's own code, not locks
     def run(self, arguments: Mapping[str, Any], forward: Callable[[], Any]) -> Any:

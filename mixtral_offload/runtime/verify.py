@@ -30,7 +30,7 @@ from mixtral_offload.weights.checksums import (
     stated,
     stated_small,
 )
-from mixtral_offload.weights.hub_record import hash_of
+from mixtral_offload.weights.hub import hash_of
 from mixtral_offload.weights.safetensors_io import header_bytes, in_threads, is_finite, read_header
 
 SHOWN = 5  # names in a message, at most
@@ -204,7 +204,7 @@ def _blobs(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _records(folder: Path) -> Iterator[dict[str, str]]:
-    """What `hub_record.Record` has written about this folder."""
+    """What `hub.Record` has written about this folder."""
     whole = folder.absolute()
     places = [(whole / ".cache" / "mixtral_offload", None)]
     if whole.parent.name == "snapshots":

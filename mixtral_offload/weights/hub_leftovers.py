@@ -13,10 +13,12 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import WeakFileLock
 
-from mixtral_offload.weights.hub_record import Record
+if TYPE_CHECKING:
+    from mixtral_offload.weights.hub import Record
 
 WAIT_S = 0.01
 OLD_S = 24 * 3600  # nobody still writes to a file of this age

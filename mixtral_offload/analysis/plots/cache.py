@@ -1,4 +1,4 @@
-"""Pictures of the cache and the link: hit rates, speculation, reuse, and where one token's time goes.
+"""Pictures of the cache: hit rates, speculation, reuse.
 
 Knows traces, replays and matplotlib. Each function returns (figure, the array it shows).
 """
@@ -10,12 +10,23 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from mixtral_offload.analysis.plots.routing import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
+from mixtral_offload.analysis.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    SKY,
+    ahead,
+    finish_curves,
+    heat_map,
+    layer_rows,
+    new_figure,
+)
 from mixtral_offload.analysis.recall import Recall
 from mixtral_offload.analysis.replay import hit_rate_curves, reuse_distances
 from mixtral_offload.analysis.replay_setup import BELADY
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
-from mixtral_offload.errors import OptionError
 
 STYLES = {
     "lru": (BLUE, "o", "LRU"),
@@ -34,24 +45,17 @@ def plot_hit_rates(
     """
     curves = hit_rate_curves(trace, policies, shared=shared)
     sizes = np.arange(trace.top_k, trace.n_experts + 1)
-    figure = new_figure(
-        6.4, 4.2, "Hit rate against cache size" + (", one pool for all layers" if shared else "")
-    )
+    title = "Hit rate against cache size" + (", one pool for all layers" if shared else "")
+    figure = new_figure(6.4, 4.2, title)
     axes = figure.subplots()
     for number, layer in enumerate(curves.get("lru", np.empty((0, 0))).T):
-        axes.plot(
-            sizes, layer, color="0.75", linewidth=0.8, label="LRU, one layer each" if number == 0 else None
-        )
+        label = "LRU, one layer each" if number == 0 else None
+        axes.plot(sizes, layer, color="0.75", linewidth=0.8, label=label)
     axes.plot(sizes, sizes / trace.n_experts, "--", color="0.4", label="chance")
     for name, curve in curves.items():
         colour, marker, label = STYLES[name]
         axes.plot(sizes, curve.mean(1), marker=marker, color=colour, label=label, markersize=5)
-    axes.set_xlabel("experts of each layer in the cache")
-    axes.set_ylabel("hit rate")
-    axes.set_xticks(sizes)
-    axes.set_ylim(0, 1.02)
-    axes.grid(color="0.9")
-    axes.legend(fontsize=8, loc="lower right")
+    finish_curves(axes, "experts of each layer in the cache", "hit rate", sizes, legend="lower right")
     return figure, np.stack(list(curves.values()))
 
 
@@ -64,17 +68,11 @@ def plot_recall(recall: Recall) -> tuple[Figure, np.ndarray]:
     figure = new_figure(6.4, 4.2, f"Recall of speculative loading ({recall.n_tokens} tokens)")
     axes = figure.subplots()
     axes.plot(guesses, recall.chance(), "--", color="0.4", label="chance")
-    for curve, ahead, colour, marker in zip(
-        average, recall.look_aheads, (BLUE, ORANGE, GREEN, RED, SKY), "os^Dv"
-    ):
-        label = f"{ahead} layer{'s' if ahead > 1 else ''} ahead"
-        axes.plot(guesses, curve, color=colour, marker=marker, markersize=5, label=label)
-    axes.set_xlabel("experts fetched ahead for each layer")
-    axes.set_ylabel("share of the needed experts among them")
-    axes.set_xticks(guesses)
-    axes.set_ylim(0, 1.02)
-    axes.grid(color="0.9")
-    axes.legend(fontsize=8, loc="lower right")
+    styles = zip((BLUE, ORANGE, GREEN, RED, SKY), "os^Dv")
+    for curve, layers, (colour, marker) in zip(average, recall.look_aheads, styles):
+        axes.plot(guesses, curve, color=colour, marker=marker, markersize=5, label=ahead(layers))
+    across, up = "experts fetched ahead for each layer", "share of the needed experts among them"
+    finish_curves(axes, across, up, guesses, legend="lower right")
     return figure, average
 
 
@@ -89,17 +87,10 @@ def plot_hit_heatmap(trace: RoutingTrace, bins: int = 24) -> tuple[Figure, np.nd
     rates = np.divide(hits, uses, out=np.full(shape, np.nan), where=uses > 0)
     figure = new_figure(7, 1.6 + 0.26 * trace.n_layers, "Hit rate by layer and position")
     axes = figure.subplots()
-    image = axes.imshow(
-        rates,
-        cmap="cividis",
-        vmin=0,
-        vmax=1,
-        aspect="auto",
-        extent=(0, trace.n_passes, trace.n_layers - 0.5, -0.5),
-    )
+    extent = 0, trace.n_passes, trace.n_layers - 0.5, -0.5
+    image = heat_map(axes, rates, aspect="auto", extent=extent)
     axes.set_xlabel("pass (the prompt, then one for each token)")
-    axes.set_ylabel("layer")
-    axes.set_yticks(range(trace.n_layers), trace.settings["layers"], fontsize=8)
+    layer_rows(axes, trace.settings["layers"])
     figure.colorbar(image, label="hit rate")
     return figure, rates
 
@@ -133,65 +124,9 @@ def plot_reuse(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = new_figure(6.4, 1.8 + 0.28 * trace.n_layers, "Reuse distance of experts")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="cividis", vmin=0, aspect="auto")
+    image = heat_map(axes, shares, high=None, aspect="auto")
     axes.set_xticks(range(trace.n_experts + 1), [*range(trace.n_experts), "first\nuse"], fontsize=8)
     axes.set_xlabel("different experts of the layer used in between")
-    axes.set_yticks(range(trace.n_layers), trace.settings["layers"], fontsize=8)
-    axes.set_ylabel("layer")
+    layer_rows(axes, trace.settings["layers"])
     figure.colorbar(image, label="share of uses")
     return figure, shares
-
-
-def plot_timeline(trace: RoutingTrace, number: int | None = None) -> tuple[Figure, np.ndarray]:
-    """Where the time of one pass (one token's generation) goes: compute, copies, stalls, on one clock.
-
-    number: of the pass; default: the one of median length after the prompt. Times are the host's; on CUDA, kernels
-    run behind them. Array: float64 [bars, 3] of (row, begin ms, length ms); rows in the order of the legend.
-    """
-    if trace.n_passes < 2:
-        raise OptionError("a timeline needs at least two passes", found=trace.n_passes)
-    if number is None:
-        lengths = trace.spans[1:, -1, 1] - trace.spans[:-1, -1, 1]
-        number = int(np.argsort(lengths)[len(lengths) // 2]) + 1
-    begin, end = trace.spans[number - 1, -1, 1], trace.spans[number, -1, 1]
-    bars = np.array(_bars(trace, number, begin, end)).reshape(-1, 3)
-    bars[:, 1:] = np.stack([bars[:, 1] - begin, bars[:, 2] - bars[:, 1]], 1) * 1e3
-    rows = [("attention, norms, router", "0.75"), ("experts", BLUE), ("stall: waiting for a copy", RED), ("copy on demand", ORANGE),
-            ("guess, came true", GREEN), ("guess, wasted", "0.35")]  # fmt: skip
-    figure = new_figure(9, 3.2, f"One token's generation (pass {number}, {1e3 * (end - begin):.1f} ms)")
-    axes = figure.subplots()
-    for row, (_, colour) in enumerate(rows):
-        spans = [(start, length) for at, start, length in bars if at == row]
-        axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.3)
-    for layer, (start, _) in enumerate(trace.spans[number]):
-        axes.axvline(1e3 * (start - begin), color="0.85", linewidth=0.6, zorder=0)
-        axes.text(1e3 * (start - begin), -0.75, str(trace.settings["layers"][layer]), fontsize=7, ha="center")
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -1)
-    axes.set_xlim(0, 1e3 * (end - begin))
-    axes.set_xlabel("ms (numbers above: where a layer's experts begin)")
-    return figure, bars
-
-
-def _bars(trace: RoutingTrace, number: int, begin: float, end: float) -> list[tuple[int, float, float]]:
-    """(row, begin, end) in seconds of everything that happened between two moments."""
-    bars = []
-    last = begin
-    for layer, (start, stop) in enumerate(trace.spans[number]):
-        bars.append((0, last, start))
-        uses = (trace.use_pass == number) & (trace.use_layer == layer)
-        ready, waits = trace.use_at_s[uses], trace.use_wait_s[uses]
-        ends = np.append((ready - waits)[1:], stop)
-        bars += [(1, a, b) for a, b in zip(ready, ends)]
-        bars += [(2, at - wait, at) for at, wait in zip(ready, waits) if wait > 0]
-        last = stop
-    kinds = [
-        (3, trace.use_copy_s[trace.use_outcome == MISS]),
-        (4, trace.use_copy_s[trace.use_outcome == PREFETCHED]),
-        (5, trace.wrong_copy_s),
-    ]
-    for row, copies in kinds:
-        for start, stop in copies:
-            if stop > begin and start < end:
-                bars.append((row, max(start, begin), min(stop, end)))
-    return bars

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
-from mixtral_offload.analysis.plots.routing import BLACK, GREEN, ORANGE, SKY, YELLOW, new_figure
+from mixtral_offload.analysis.plots.style import BLACK, GREEN, ORANGE, SKY, YELLOW, new_figure, plain
 from mixtral_offload.errors import OptionError
 from mixtral_offload.runtime.memory import DEVICE_PARTS, DISK_PARTS, RAM_PARTS, MemoryUse
 from mixtral_offload.units import gb
@@ -132,7 +132,7 @@ def _scale(axes, name: str, use: MemoryUse, limit: float, reasons: str) -> None:
     axes.set_xlabel(reasons, loc="left", fontsize=7.5, color="0.25", parse_math=False)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 def _draw(axes, piece: Piece, limit: float) -> bool:

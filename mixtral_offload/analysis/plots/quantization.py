@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mixtral_offload.analysis.plots.routing import BLACK, BLUE, RED, SKY, new_figure
+from mixtral_offload.analysis.plots.style import BLACK, BLUE, RED, SKY, heat_map, new_figure, set_labels
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.weights.hqq import (
@@ -211,7 +211,7 @@ def _draw_groups(axes, of_weights: np.ndarray, name: str) -> None:
 
 
 def _draw_map(axes, shown: np.ndarray, corner: _Corner, limit: float, name: str, bar: bool = True) -> None:
-    image = axes.imshow(shown, cmap="cividis", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
+    image = heat_map(axes, shown, -limit, limit, aspect="auto", interpolation="none")
     set_labels(axes, name, "column")
     corner.label(axes)
     if bar:
@@ -235,11 +235,3 @@ def _draw_errors(axes, error: np.ndarray, original: np.ndarray) -> None:
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(6))
     set_labels(axes, f"error: {rms / of_weights:.1%} of the weights (rms {rms:.2g})", "error")
-
-
-def set_labels(axes, title: str, across: str = "", up: str = "") -> None:
-    """Set title and axis labels in the small type of these figures."""
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(across, fontsize=8)
-    axes.set_ylabel(up, fontsize=8)
-    axes.tick_params(labelsize=7)

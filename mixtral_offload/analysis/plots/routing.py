@@ -1,7 +1,6 @@
 """Pictures of routing: which experts are used, by which tokens, and what became of each use.
 
-Knows traces and matplotlib. Each function returns (figure, the array it shows). Colours differ in lightness too, so
-that every picture can be read in grey; the hues are Okabe and Ito's, made for colour-blind readers.
+Knows traces and matplotlib. Each function returns (figure, the array it shows).
 """
 
 from __future__ import annotations
@@ -11,28 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 
+from mixtral_offload.analysis.plots.style import (
+    BLACK,
+    SKY,
+    heat_map,
+    layer_rows,
+    legend_below,
+    new_figure,
+    patches,
+)
 from mixtral_offload.analysis.replay import cache_contents
 from mixtral_offload.core.trace import MISS, PREFETCHED, RoutingTrace
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-)
 HIT_CELL, GUESS_CELL, STALL_CELL = 0, 1, 2
 CELLS = {"hit": "#E4EEF5", "right guess": SKY, "stall": "#8A2F00"}
-
-
-def new_figure(width: float, height: float, title: str) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=11, parse_math=False)  # names may hold a $
-    return figure
 
 
 def token_labels(trace: RoutingTrace, tokens: Sequence[int]) -> list[str]:
@@ -80,12 +73,10 @@ def plot_activations(
         axes.set_ylabel(f"layer {trace.settings['layers'][layer]}\nexpert")
         axes.set_yticks(range(trace.n_experts), range(trace.n_experts), fontsize=7)
     _label_tokens(panels[-1], trace, tokens)
-    handles = [
-        Patch(facecolor=_shade(weight), edgecolor=BLACK, label=f"chosen, gate weight {weight}")
-        for weight in (1, 0.5)
-    ]
-    handles.append(Patch(facecolor="0.82", label="in the cache"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    handles = patches(
+        {f"chosen, gate weight {weight}": _shade(weight) for weight in (1, 0.5)}, edgecolor=BLACK
+    )
+    legend_below(figure, [*handles, *patches({"in the cache": "0.82"})], 3)
     return figure, shown
 
 
@@ -134,15 +125,13 @@ def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figur
     )
     layer, column = wasted[chosen].T.nonzero()
     axes.plot(column, layer, "x", color=BLACK, markersize=4, markeredgewidth=0.9)
-    axes.set_yticks(range(trace.n_layers), trace.settings["layers"], fontsize=8)
-    axes.set_ylabel("layer")
+    layer_rows(axes, trace.settings["layers"])
     axes.set_xticks(np.arange(len(chosen) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(trace.n_layers + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
     _label_tokens(axes, trace, chosen)
-    handles = [Patch(facecolor=colour, edgecolor="0.6", label=name) for name, colour in CELLS.items()]
-    handles.append(axes.plot([], [], "x", color=BLACK, label="wasted guess")[0])
+    handles = [*patches(CELLS, edgecolor="0.6"), *axes.plot([], [], "x", color=BLACK, label="wasted guess")]
     figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=8)
     return figure, shown
 
@@ -157,14 +146,12 @@ def plot_usage(
     names, counts = list(usage), np.stack(list(usage.values()), 1).astype(float)  # [L, domains, E]
     shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     shown = range(len(shares)) if layers is None else layers
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = new_figure(
-        3.1 * columns + 1.2, rows * (0.9 + 0.24 * len(names)), "Share of each domain's tokens by expert"
-    )
+    rows, columns = _grid(len(shown), 3)
+    height = rows * (0.9 + 0.24 * len(names))
+    figure = new_figure(3.1 * columns + 1.2, height, "Share of each domain's tokens by expert")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, layer in zip(grid.flat, shown):
-        image = axes.imshow(shares[layer], cmap="cividis", vmin=0, vmax=max(0.5, shares.max()), aspect="auto")
+        image = heat_map(axes, shares[layer], high=max(0.5, shares.max()), aspect="auto")
         overall = entropy(shares[layer].mean(0))
         within = entropy(shares[layer]).mean()
         axes.set_title(f"layer {layer}: {overall:.2f} bits, {within:.2f} within a domain", fontsize=8)
@@ -176,6 +163,12 @@ def plot_usage(
         axes.set_visible(False)
     figure.colorbar(image, ax=grid, label="share", shrink=0.8)
     return figure, shares
+
+
+def _grid(n_panels: int, most_columns: int) -> tuple[int, int]:
+    """(rows, columns) of panels."""
+    columns = min(most_columns, n_panels)
+    return -(-n_panels // columns), columns
 
 
 def entropy(shares: np.ndarray) -> np.ndarray:
@@ -194,12 +187,11 @@ def plot_transitions(trace: RoutingTrace, layer: int | None = None) -> tuple[Fig
     joint = np.einsum("tle,tlf->lef", used[:, :-1], used[:, 1:])
     chance = joint / np.maximum(used[:, :-1].sum(0)[:, :, None], 1)
     shown = range(trace.n_layers - 1) if layer is None else [layer]
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
+    rows, columns = _grid(len(shown), 4)
     figure = new_figure(2.4 * columns + 1.2, 2.5 * rows + 0.4, "Which expert follows which")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, number in zip(grid.flat, shown):
-        image = axes.imshow(chance[number], cmap="cividis", vmin=0, vmax=1)
+        image = heat_map(axes, chance[number])
         axes.set_xlabel(f"expert in layer {number + 1}", fontsize=8)
         axes.set_ylabel(f"expert in layer {number}", fontsize=8)
         axes.set_xticks(range(n), range(n), fontsize=7)

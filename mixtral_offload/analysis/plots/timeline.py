@@ -1,6 +1,6 @@
-"""Pictures of a replay with a clock: time per token over the cache's size, and one token on the device and the link.
+"""Pictures of time: that of one token, recorded or replayed, and time per token against the cache's size.
 
-Knows traces, what came of playing them, and matplotlib. Each function returns (figure, the array it shows).
+Knows traces, timed replays and matplotlib. Each function returns (figure, the array it shows).
 """
 
 from __future__ import annotations
@@ -9,9 +9,22 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from mixtral_offload.analysis.plots.routing import BLACK, BLUE, GREEN, ORANGE, RED, SKY, new_figure
+from mixtral_offload.analysis.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    SKY,
+    ahead,
+    finish_curves,
+    legend_below,
+    mark_layers,
+    new_figure,
+    patches,
+    spans,
+)
 from mixtral_offload.analysis.timed_replay import (
     ATTENTION,
     EXPERT,
@@ -23,7 +36,7 @@ from mixtral_offload.analysis.timed_replay import (
 )
 from mixtral_offload.core.copy_order import KINDS, NEEDED, RIGHT, WRONG
 from mixtral_offload.core.costs import DeviceCosts
-from mixtral_offload.core.trace import RoutingTrace
+from mixtral_offload.core.trace import MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
 
 LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "v"), (SKY, "P"), (BLACK, "X"))
@@ -31,6 +44,8 @@ STALL = len(PARTS)
 DEVICE, LINK = range(2)
 COLOURS = {DEVICE: {OUTSIDE: "0.55", ATTENTION: "0.82", EXPERT: BLUE, STALL: RED},
            LINK: {NEEDED: ORANGE, RIGHT: GREEN, WRONG: "0.35"}}  # fmt: skip
+RECORDED_ROWS = {"attention, norms, router": "0.75", "experts": BLUE, "stall: waiting for a copy": RED,
+                 "copy on demand": ORANGE, "guess, came true": GREEN, "guess, wasted": "0.35"}  # fmt: skip
 NAMES = {DEVICE: (*PARTS, "stall: waiting for a copy"), LINK: KINDS}
 
 
@@ -42,40 +57,36 @@ def plot_time_over_slots(
     the floor that no guesses can beat.
 
     cache_sizes: default from the top-k to all. prefetch: experts guessed per layer, by the trace's own guesses. unit:
-    the card's. Array: float64 [look-aheads + 1, sizes], the last row the floor. Raises OptionError as `play` does, and
+    the costs'. Array: float64 [look-aheads + 1, sizes], the last row the floor. Raises OptionError as `timed_replay` does, and
     for a trace without a pass of one token.
     """
     sizes = range(trace.top_k, trace.n_experts + 1) if cache_sizes is None else cache_sizes
     shown = np.empty((len(look_aheads) + 1, len(sizes)))
     for column, size in enumerate(sizes):
-        for row, ahead in enumerate(look_aheads):
-            guesses = {"prefetch": prefetch, "look_ahead": ahead} if ahead else {}
+        for row, layers in enumerate(look_aheads):
+            guesses = {"prefetch": prefetch, "look_ahead": layers} if layers else {}
             shown[row, column] = timed_replay(trace, costs, cache_size=size, **guesses).time_per_token
         shown[-1, column] = timed_replay(trace, costs, cache_size=size).floor_s
     if np.isnan(shown).any():
         raise OptionError("no pass of this trace is one token's", hint="record more than the prompt")
     figure = new_figure(6.8, 4.4, f"Time per token, {prefetch} guesses per layer, played from a trace")
     axes = figure.subplots()
-    for number, (times, ahead) in enumerate(zip(shown, look_aheads)):
+    for number, (times, layers) in enumerate(zip(shown, look_aheads)):
         colour, marker = LINES[number % len(LINES)]
-        label = f"{ahead} layer{'s' if ahead > 1 else ''} ahead" if ahead else "without guesses"
+        label = ahead(layers) if layers else "without guesses"
         axes.plot(sizes, times, color=colour, marker=marker, markersize=5, label=label)
     axes.plot(sizes, shown[-1], "--", color="0.4", label="floor: link or compute alone")
-    axes.set_xlabel("experts of each layer in the cache")
-    axes.set_ylabel(f"time per token ({unit})")
-    axes.set_xticks(sizes)
-    axes.set_ylim(0, 1.05 * shown.max())
-    axes.grid(color="0.9")
-    axes.legend(fontsize=8)
+    up = f"time per token ({unit})"
+    finish_curves(axes, "experts of each layer in the cache", up, sizes, 1.05 * shown.max())
     return figure, shown
 
 
-def plot_timeline(
+def plot_replayed_pass(
     played: TimedReplay, pass_number: int | None = None, unit: str = "s"
 ) -> tuple[Figure, np.ndarray]:
     """What the device and the link do during one pass; copies are labelled with their expert.
 
-    played: with its events. pass_number: default the decoding pass of median length. unit: the card's. Array: float64
+    played: with its events. pass_number: default the decoding pass of median length. unit: the costs'. Array: float64
     [bars, 4] of (lane, kind, begin, length) from the pass's begin; lane DEVICE, with the parts of `Events` and STALL,
     or LINK, with its kinds. Raises OptionError where there are no events, or no such pass.
     """
@@ -88,18 +99,15 @@ def plot_timeline(
     if pass_number is None or not 0 <= pass_number < n_passes:
         raise OptionError("no such pass", expected=f"0 to {n_passes - 1}", found=pass_number)
     begin, end = played.begins_s[pass_number : pass_number + 2]
-    bars, labels, layers = _bars(played.events, begin, end)
+    bars, labels, layers = _replayed_bars(played.events, begin, end)
     title = f"Pass {pass_number}: {end - begin:.4g} {unit}, of which {played.stall_s[pass_number].sum():.3g} stalled"
     figure = new_figure(10, 2.9, title)
     axes = figure.subplots()
     for (lane, kind, start, length), label in zip(bars, labels):
-        axes.broken_barh([(start, length)], (lane - 0.35, 0.7), facecolors=COLOURS[lane][kind], edgecolor="white",
-                         linewidth=0.4)  # fmt: skip
+        spans(axes, lane, 0.7, [(start, length)], COLOURS[lane][kind], 0.4)
         if label and length > 0.012 * (end - begin):
             axes.text(start + length / 2, lane, label, fontsize=7, ha="center", va="center", color="white")
-    for start, layer in layers:
-        axes.axvline(start, color="0.8", linewidth=0.6, zorder=0)
-        axes.text(start, -0.55, str(layer), fontsize=7, ha="left")
+    mark_layers(axes, layers, -0.55, "0.8", "left")
     axes.set_yticks((DEVICE, LINK), ("device", "link"))
     axes.set_ylim(1.5, -0.75)
     axes.set_xlim(0, end - begin)
@@ -110,8 +118,10 @@ def plot_timeline(
     return figure, bars
 
 
-def _bars(events: Events, begin: float, end: float) -> tuple[np.ndarray, list[str], list[tuple[float, int]]]:
-    """(bars [., 4] as `plot_timeline` returns them, a label for each, (begin, number) of each layer)."""
+def _replayed_bars(
+    events: Events, begin: float, end: float
+) -> tuple[np.ndarray, list[str], list[tuple[float, int]]]:
+    """(bars [., 4] as `plot_replayed_pass` returns them, a label for each, (begin, number) of each layer)."""
     bars, labels, layers, last = [], [], [], begin
     tiny = 1e-9 * (end - begin)
     for kind, layer, (start, stop) in zip(events.part_kind, events.part_layer, events.part_span_s):
@@ -137,10 +147,67 @@ def _bars(events: Events, begin: float, end: float) -> tuple[np.ndarray, list[st
 def _add_legend(figure: Figure, bars: np.ndarray) -> None:
     """Of the kinds that are there."""
     present = set(map(tuple, bars[:, :2].astype(int).tolist()))
-    handles = [
-        Patch(facecolor=colour, label=NAMES[lane][kind])
-        for lane, of_lane in COLOURS.items()
-        for kind, colour in of_lane.items()
-        if (lane, kind) in present
+    kinds = [(lane, kind) for lane, of_lane in COLOURS.items() for kind in of_lane if (lane, kind) in present]
+    handles = patches({NAMES[lane][kind]: COLOURS[lane][kind] for lane, kind in kinds})
+    legend_below(figure, handles, len(handles), 7)
+
+
+def plot_recorded_pass(trace: RoutingTrace, number: int | None = None) -> tuple[Figure, np.ndarray]:
+    """Where the time of one pass (one token's generation) goes: compute, copies, stalls, on one clock.
+
+    Times are the host's; on CUDA, kernels run behind them.
+
+    Args:
+        number: Of the pass. Default: the one of median length after the prompt.
+
+    Returns:
+        The figure, and float64 [bars, 3] of (row, begin ms, length ms); rows in the order of RECORDED_ROWS.
+
+    Raises:
+        OptionError: The trace has only one pass.
+    """
+    if trace.n_passes < 2:
+        raise OptionError("a timeline needs at least two passes", found=trace.n_passes)
+    if number is None:
+        lengths = trace.spans[1:, -1, 1] - trace.spans[:-1, -1, 1]
+        number = int(np.argsort(lengths)[len(lengths) // 2]) + 1
+    begin, end = trace.spans[number - 1, -1, 1], trace.spans[number, -1, 1]
+    bars = np.array(_recorded_bars(trace, number, begin, end)).reshape(-1, 3)
+    bars[:, 1:] = np.stack([bars[:, 1] - begin, bars[:, 2] - bars[:, 1]], 1) * 1e3
+    figure = new_figure(9, 3.2, f"One token's generation (pass {number}, {1e3 * (end - begin):.1f} ms)")
+    axes = figure.subplots()
+    for row, colour in enumerate(RECORDED_ROWS.values()):
+        spans(axes, row, 0.8, [(start, length) for at, start, length in bars if at == row], colour, 0.3)
+    begins = 1e3 * (trace.spans[number, :, 0] - begin)
+    mark_layers(axes, zip(begins, trace.settings["layers"]), -0.75, "0.85", "center")
+    axes.set_yticks(range(len(RECORDED_ROWS)), RECORDED_ROWS, fontsize=8)
+    axes.set_ylim(len(RECORDED_ROWS) - 0.4, -1)
+    axes.set_xlim(0, 1e3 * (end - begin))
+    axes.set_xlabel("ms (numbers above: where a layer's experts begin)")
+    return figure, bars
+
+
+def _recorded_bars(
+    trace: RoutingTrace, number: int, begin: float, end: float
+) -> list[tuple[int, float, float]]:
+    """(row, begin, end) in seconds of everything that happened between two moments."""
+    bars = []
+    last = begin
+    for layer, (start, stop) in enumerate(trace.spans[number]):
+        bars.append((0, last, start))
+        uses = (trace.use_pass == number) & (trace.use_layer == layer)
+        ready, waits = trace.use_at_s[uses], trace.use_wait_s[uses]
+        ends = np.append((ready - waits)[1:], stop)
+        bars += [(1, a, b) for a, b in zip(ready, ends)]
+        bars += [(2, at - wait, at) for at, wait in zip(ready, waits) if wait > 0]
+        last = stop
+    kinds = [
+        (3, trace.use_copy_s[trace.use_outcome == MISS]),
+        (4, trace.use_copy_s[trace.use_outcome == PREFETCHED]),
+        (5, trace.wrong_copy_s),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
+    for row, copies in kinds:
+        for start, stop in copies:
+            if stop > begin and start < end:
+                bars.append((row, max(start, begin), min(stop, end)))
+    return bars
