@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mixtral_offload import RoutingTrace, simulate
-from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, dequantize
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -21,8 +21,8 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mixtral_offload import load_tokenizer
+from mixtral_offload.models.skeleton import experts_modules
 from mixtral_offload.runtime.forward import offloaded_experts
-from mixtral_offload.weights.skeleton import experts_modules
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 64, "num_experts_per_tok": 2}  # fmt: skip

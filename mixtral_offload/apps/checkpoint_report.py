@@ -6,9 +6,9 @@ Knows how to ask the other modules; reads headers, never weights.
 from __future__ import annotations
 
 from mixtral_offload.errors import CapacityError, DownloadError
+from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.runtime.options import OffloadOptions, plan_for, trunk_bytes
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.weights.hub import plan_download
 from mixtral_offload.weights.source import local_folder, resolve
 

@@ -11,10 +11,10 @@ from mixtral_offload.analysis.planner import Answer, Request, answer, best_knobs
 from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.checkpoint import load_config
 from mixtral_offload.models.sizes import model_sizes
 from mixtral_offload.runtime.options import MARGIN_BYTES
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import load_config
 from mixtral_offload.weights.hub import fetch_file
 from mixtral_offload.weights.source import local_folder
 

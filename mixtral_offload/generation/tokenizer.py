@@ -13,9 +13,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
+from mixtral_offload.models.checkpoint import read_config
+from mixtral_offload.models.config_check import check_size
 from mixtral_offload.runtime.arguments import HUB, split_arguments
-from mixtral_offload.weights.checkpoint import read_config
-from mixtral_offload.weights.config_check import check_size
 from mixtral_offload.weights.hub_access import hub_token
 from mixtral_offload.weights.source import resolve
 

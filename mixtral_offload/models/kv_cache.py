@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from mixtral_offload.weights.checkpoint import first_attribute
-from mixtral_offload.weights.config_check import layer_configs
+from mixtral_offload.models.checkpoint import first_attribute
+from mixtral_offload.models.config_check import layer_configs
 
 LAYER = re.compile(r"\.(\d+)\.")
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mixtral_offload.core.placement import Sizes
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.checkpoint import first_attribute
+from mixtral_offload.models.config_check import TOP_K, stated_experts
 from mixtral_offload.models.kv_cache import LAYER, kv_bytes, kv_layout
-from mixtral_offload.weights.checkpoint import first_attribute
-from mixtral_offload.weights.config_check import TOP_K, stated_experts
+from mixtral_offload.models.skeleton import has_plain_experts
 from mixtral_offload.weights.hqq import PAPER, Quantization, field_specs
 from mixtral_offload.weights.kernels import dequantized_bytes
 from mixtral_offload.weights.layout import ALIGNMENT
-from mixtral_offload.weights.skeleton import has_plain_experts
 
 Shape = tuple[int, int]
 TESTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # tests/test_families.py

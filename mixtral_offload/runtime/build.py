@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import POLICIES
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import CacheStats, ExpertCache
@@ -39,7 +40,6 @@ from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.runtime.save import save_whole
 from mixtral_offload.runtime.settings import read_generation_config
 from mixtral_offload.runtime.store import FileStore, RamStore
-from mixtral_offload.weights.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.weights.checksums import finish_checks
 from mixtral_offload.weights.hqq import QuantizedLinear, matmul
 from mixtral_offload.weights.kernels import PACKED_TOKENS, Run, linear, make_run

@@ -22,9 +22,9 @@ import torch
 from mixtral_offload.core.policies import LOAD, LRU, Policy, Pool, serve
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED
 from mixtral_offload.errors import CapacityError
+from mixtral_offload.models.checkpoint import ExpertId
 from mixtral_offload.runtime.copies import Copy
 from mixtral_offload.runtime.store import Store, host_slab
-from mixtral_offload.weights.checkpoint import ExpertId
 from mixtral_offload.weights.hqq import Fields
 from mixtral_offload.weights.layout import ExpertLayout
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from mixtral_offload import __version__
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.checkpoint import INDEX, Checkpoint, open_checkpoint
+from mixtral_offload.models.keys import TrunkPlace
 from mixtral_offload.runtime.preflight import check_loads
 from mixtral_offload.system.files import SMALL_SUFFIXES, read_small, replace_file, replacing, write_new
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mixtral_offload.weights.checksums import (
     Ledger,
     as_metadata,
@@ -44,7 +45,6 @@ from mixtral_offload.weights.hqq import (
     repack,
     split_quantized,
 )
-from mixtral_offload.weights.keys import TrunkPlace
 from mixtral_offload.weights.manifest import METHOD, OURS, Manifest, Matrix, by_pattern
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, is_finite, read_header
 from mixtral_offload.weights.source import local_folder

@@ -8,11 +8,11 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.checkpoint import Checkpoint
+from mixtral_offload.models.skeleton import build_meta, check_experts
 from mixtral_offload.runtime.absent import remove_weights
 from mixtral_offload.runtime.options import OffloadOptions
 from mixtral_offload.runtime.prefetch import Gate, find_gates
-from mixtral_offload.weights.checkpoint import Checkpoint
-from mixtral_offload.weights.skeleton import build_meta, check_experts
 
 
 def build_skeleton(checkpoint: Checkpoint, options: OffloadOptions):

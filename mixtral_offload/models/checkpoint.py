@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.weights.checksums import with_checks
-from mixtral_offload.weights.config_check import (
+from mixtral_offload.models.config_check import (
     EXPERTS,
     MOST_INDEX_BYTES,
     TOP_K,
@@ -34,14 +33,15 @@ from mixtral_offload.weights.config_check import (
     stated_experts,
     text_config,
 )
+from mixtral_offload.models.keys import ExpertPlace, FusedPlace, KeyMap, TrunkPlace
+from mixtral_offload.models.skeleton import ExpertsShape, build_meta, check_experts, kept_in_fp32
+from mixtral_offload.weights.checksums import with_checks
 from mixtral_offload.weights.foreign import refuse_keys, refuse_method
 from mixtral_offload.weights.hqq import Quantization, check_replaceable, split_quantized
-from mixtral_offload.weights.keys import ExpertPlace, FusedPlace, KeyMap, TrunkPlace
 from mixtral_offload.weights.layout import MATRICES, ExpertLayout, Field
 from mixtral_offload.weights.manifest import Manifest, check_modules, read_manifest, recognise
 from mixtral_offload.weights.manifest import check_experts as check_stated_experts
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, read_header, read_headers
-from mixtral_offload.weights.skeleton import ExpertsShape, build_meta, check_experts, kept_in_fp32
 
 #: the small model that ships with the package
 INDEX = "model.safetensors.index.json"

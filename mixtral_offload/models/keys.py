@@ -21,8 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.skeleton import LAYER
 from mixtral_offload.weights.hqq import split_quantized
-from mixtral_offload.weights.skeleton import LAYER
 
 EXPERT_KEY = re.compile(
     r"^(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj)\.(?P<field>.+)$"
