@@ -15,9 +15,10 @@ from itertools import islice, pairwise
 import torch
 
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.family import check_routers
 from mixtral_offload.runtime.cache import ExpertCache, _allocate
 from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.prefetch import Prefetcher, find_gates
+from mixtral_offload.runtime.prefetch import Prefetcher
 
 
 class Forgetful(ExpertCache):
@@ -106,8 +107,9 @@ def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator
             with _muted(offload.prefetcher):
                 offload.cache, offload.prefetcher = cache, None
                 if guesses is not None:
-                    gates, passes = find_gates(model, offload.modules), offload.passes
-                    offload.prefetcher = Prefetcher(model, gates, offload.prefetch, passes=passes, **guesses)
+                    check_routers(offload.layers)
+                    layers, passes = offload.layers, offload.passes
+                    offload.prefetcher = Prefetcher(model, layers, offload.prefetch, passes=passes, **guesses)
                 yield
         finally:
             if offload.prefetcher not in (None, own[1]):

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
 from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.models.experts import FUSED
 from mixtral_offload.runtime import forward
 from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear, dequantize
-from mixtral_offload.weights.layout import MATRICES
 
 
 @contextmanager
@@ -146,16 +146,17 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fill_experts(plain: PreTrainedModel, offload, dtype: torch.dtype) -> None:
-    """transformers' stacked experts: gate above up in one matrix."""
+    """transformers' stacked experts: matrices that share a parameter lie below each other."""
     checkpoint, layout = offload.checkpoint, offload.layout
     buffer = torch.empty(layout.n_bytes, dtype=torch.uint8)
     views = layout.views(buffer)
-    for name, layer in offload.modules.items():
-        module = plain.get_submodule(name)
+    for layer in offload.layers:
+        module = plain.get_submodule(layer.name)
         for expert in range(checkpoint.n_experts):
-            checkpoint.read_expert((layer, expert), buffer)
-            gate, up, down = (
-                dequantize(views[of], layout.shapes[of], layout.quantization[of], dtype) for of in MATRICES
-            )
-            module.gate_up_proj[expert].copy_(torch.cat((gate, up)))
-            module.down_proj[expert].copy_(down)
+            checkpoint.read_expert((layer.number, expert), buffer)
+            for parameter, matrices in FUSED.items():
+                parts = [
+                    dequantize(views[of], layout.shapes[of], layout.quantization[of], dtype)
+                    for of in matrices
+                ]
+                getattr(module, parameter)[expert].copy_(torch.cat(parts))

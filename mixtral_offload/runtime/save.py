@@ -243,7 +243,7 @@ def _of_this_shape(name: str, value: Tensor, own: Tensor) -> Tensor:
 
 def _check_same_places(model: PreTrainedModel) -> None:
     """Refuse a model whose layers were moved: experts would be saved at their old places."""
-    for name, layer in model.offload.modules.items():
+    for name, layer in ((of.name, of.number) for of in model.offload.layers):
         try:
             found = model.get_submodule(name)
         except AttributeError:
