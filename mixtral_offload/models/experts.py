@@ -34,12 +34,23 @@ class ExpertsShape:
     vectors: int = 0
 
 
-def is_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module holds all experts of a layer: on the interface, or as stacked matrices `[E, N, K]`."""
-    if hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate"):
-        return True
-    stacked = any(of.dim() == 3 and of.shape[0] > 1 for of in module.parameters(recurse=False))
-    return stacked and name.endswith("experts")
+def find_experts(model: nn.Module) -> list[str]:
+    """Names of the modules that hold all experts of a layer.
+
+    Those on transformers' interface, beside which a layer may have stacked shared experts (inkling); of a model that
+    has none of them, those of stacked matrices `[E, N, K]`, which can be planned but not run.
+    """
+    on_interface, stacked = [], []
+    for name, module in model.named_modules():
+        if hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate"):
+            on_interface.append(name)
+        elif name.endswith("experts") and _is_stacked(module):
+            stacked.append(name)
+    return on_interface or stacked
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    return any(of.dim() == 3 and of.shape[0] > 1 for of in module.parameters(recurse=False))
 
 
 def has_plain_experts(module: nn.Module) -> bool:

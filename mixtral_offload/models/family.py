@@ -1,8 +1,8 @@
 """What a family of models calls things, and where its layers have their experts and routers.
 
 `Family` describes what most families of transformers share. The rest follows from transformers' own renamings
-(`keys.py`) and from the model on the meta device. A file per family states how it differs; `registry.py` lists
-them. Names of transformers' modules, parameters and settings are in this folder and nowhere else.
+(`keys.py`) and from the model on the meta device. A file per family states how it differs (`registry.py`).
+Names of transformers' modules, parameters and settings are in this folder and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mixtral_offload.errors import OptionError
-from mixtral_offload.models.experts import is_experts
+from mixtral_offload.models.experts import find_experts
 
 #: `model.layers.3.mlp.experts` -> the list of layers, and the layer's number
 LAYER = re.compile(r"^(?P<list>.+?)\.(?P<number>\d+)\.")
@@ -108,7 +108,7 @@ class Family:
         top_ks: The same for experts per token. "top_k" comes last: in old files it may be one of sampling.
         matrices: Stored name of a matrix of an expert -> "gate", "up" or "down".
         written: What `convert` calls the matrices where the source has all experts in one tensor.
-        attention: Names of the attention's projections, which `convert` can quantize.
+        attention: Ends of the stored keys of the attention's projections, which `convert` can quantize.
         routers: Names that the router may have, beside the experts.
         norm: Name of the norm before the router, in the decoder layer.
     """
@@ -122,7 +122,7 @@ class Family:
     written: Mapping[str, str] = field(
         default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     )
-    attention: tuple[str, ...] = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+    attention: tuple[str, ...] = tuple(f".self_attn.{name}_proj.weight" for name in "qkvo")
     routers: tuple[str, ...] = ("gate", "router")
     norm: str = "post_attention_layernorm"
 
@@ -152,23 +152,14 @@ class Family:
             module, int(expert), self.matrices[matrix], of, key.removesuffix(of), f"{matrix}.{of}"
         )
 
-    def is_attention(self, key: str) -> bool:
-        """Whether a stored key is of the weight of one of the attention's projections."""
-        return key.endswith(self._attention_keys)
-
-    @cached_property
-    def _attention_keys(self) -> tuple[str, ...]:
-        return tuple(f".{name}.weight" for name in self.attention)
-
     def layers(self, model: nn.Module) -> list[MoELayer]:
         """Find the layers with experts of a model on any device, the meta device too."""
-        found: list[MoELayer] = []
-        for name, module in model.named_modules():
-            if is_experts(name, module):
-                match = LAYER.match(name)
-                number = int(match["number"]) if match else len(found)
-                router, block = self._router(model, name)
-                found.append(MoELayer(len(found), number, name, router, weakref.ref(block)))
+        found = []
+        for index, name in enumerate(find_experts(model)):
+            match = LAYER.match(name)
+            number = int(match["number"]) if match else index
+            router, block = self._router(model, name)
+            found.append(MoELayer(index, number, name, router, weakref.ref(block)))
         return found
 
     def _router(self, model: nn.Module, experts: str) -> tuple[Router | None, nn.Module]:

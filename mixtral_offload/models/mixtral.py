@@ -6,7 +6,7 @@ from typing import Any
 
 from mixtral_offload.models.family import Family
 
-#: the published Mixtral-8x7B checkpoint holds no tokenizer. Its own model page is gated; the second is an open copy
+#: the published Mixtral-8x7B checkpoint holds no tokenizer. Its own page is gated; the second is an open copy
 MIXTRAL_8X7B = ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Xenova/mistral-tokenizer-v1")
 
 

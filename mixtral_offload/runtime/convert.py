@@ -360,9 +360,9 @@ def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, devic
 def _modules_of(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
     """Name of each projection of the attention, and of each packed matrix -> field -> tensor."""
     modules: dict[str, dict[str, StoredTensor]] = {}
-    is_attention = family_of(checkpoint.config).is_attention
+    attention = family_of(checkpoint.config).attention
     for key, stored in checkpoint.trunk.items():
-        split = (key.removesuffix(".weight"), "weight") if is_attention(key) else split_quantized(key)
+        split = (key.removesuffix(".weight"), "weight") if key.endswith(attention) else split_quantized(key)
         if split is not None:
             modules.setdefault(split[0], {})[split[1]] = stored
     return modules

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import mixtral_offload
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.experts import find_experts
 from mixtral_offload.models.family import GENERIC, ExpertPlace, check_routers
 from mixtral_offload.models.registry import FAMILIES, family_of
 
@@ -25,7 +26,8 @@ NAMES = re.compile(
 CURVE = {"analysis/synthetic.py", "analysis/planner.py"}
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2, "pad_token_id": 0, "mlp_only_layers": [0],
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2,
+    "pad_token_id": 0, "mlp_only_layers": [0],
 }  # fmt: skip
 
 
@@ -128,3 +130,15 @@ def test_a_family_whose_router_is_elsewhere_has_none():
     assert len(layers) == 3 and all(layer.router is None for layer in layers)
     with pytest.raises(OptionError, match=r"family's router(?s:.*)prefetch=0"):
         check_routers(layers)
+
+
+def test_stacked_shared_experts_are_not_taken_for_experts():
+    """They count only in a model that has no module on transformers' experts interface."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **TINY, num_local_experts=4))
+    block = model.model.layers[1].mlp
+    block.shared_experts = torch.nn.ParameterDict({"down_proj": torch.zeros(2, 8, 8)})
+    names = [f"model.layers.{n}.mlp.experts" for n in range(3)]
+    assert find_experts(model) == names
+    for layer in model.model.layers:
+        layer.mlp.experts = torch.nn.Identity()
+    assert find_experts(model) == ["model.layers.1.mlp.shared_experts"]
