@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.generation.batch import Answer
 from mixtral_offload.generation.jobs import Job, JobOptions
 from mixtral_offload.generation.tokenizer import load_tokenizer
-from mixtral_offload.runtime.cache import CacheStats
 from mixtral_offload.runtime.options import OffloadOptions
 from mixtral_offload.weights.source import DEMO
 

@@ -66,8 +66,8 @@ def test_a_model_built_with_the_same_options_is_what_was_said(name, offloaded):
     use, model = use_of(**CASES[name]), offloaded(**CASES[name])
     cache = model.offload.cache
     assert model.offload.plan == use.plan
-    assert cache._slab.nbytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
-    assert (cache.store._slab.nbytes if use.ram else 0) == use.ram_bytes
+    assert cache.n_bytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
+    assert (cache.store.n_bytes if use.ram else 0) == use.ram_bytes
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     assert sum(kept.values()) == use.device["trunk"]
 
@@ -109,7 +109,7 @@ def test_on_a_card(offloaded):
     asked = {"device": "cuda", "vram": "700MB", "ram": "2GB", "cache_size": 3}
     use, model = memory_use(**asked), offloaded(**asked)
     assert use.plan == model.offload.plan and not use.shared_memory and use.device_bytes <= 700e6
-    assert model.offload.cache._slab.nbytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
+    assert model.offload.cache.n_bytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
 
 
 REFUSED = [

@@ -23,7 +23,7 @@ from mixtral_offload.analysis.plots.routing import (
     plot_usage,
 )
 from mixtral_offload.analysis.recall import collect_states, first_layer_recall, measure_recall
-from mixtral_offload.analysis.replay import cache_contents, simulate
+from mixtral_offload.analysis.replay import cache_contents, replay
 from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.trace_report import pictures, read_prompts, trace_prompts
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
@@ -106,7 +106,7 @@ def test_hit_rates_are_those_of_the_replays(run):
     _, trace, _, _ = run
     _, rates = plot_hit_rates(trace, ["lru", "belady"])
     assert rates.shape == (2, 7, 6)
-    assert rates[0, 1].tolist() == simulate(trace, 3, "lru").hit_rates().tolist()
+    assert rates[0, 1].tolist() == replay(trace, 3, "lru").hit_rates().tolist()
     _, heatmap = plot_hit_heatmap(trace, bins=4)
     uses, hits = np.zeros((6, 4)), np.zeros((6, 4))
     for number, layer, outcome in zip(trace.use_pass, trace.use_layer, trace.use_outcome):
@@ -122,7 +122,7 @@ def test_reuse_distances_explain_lru(run):
     _, shares = plot_reuse(single)
     for slots in (2, 5):
         below = shares[:, :slots].sum(1)
-        rates = simulate(single, slots, "lru").hit_rates()
+        rates = replay(single, slots, "lru").hit_rates()
         assert (below <= rates + 1e-9).all() and (shares[:, : slots - 1].sum(1) <= below).all()
         assert rates == pytest.approx(below, abs=0.08)  # two experts of one token come at once
 

@@ -8,10 +8,8 @@ import torch
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recorder import record
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.copies import ABANDONED, DONE, Copy
-from mixtral_offload.runtime.engines import ThreadEngine
+from mixtral_offload.runtime.engines import ABANDONED, DONE, Copy, ThreadEngine, ThrottledEngine
 from mixtral_offload.runtime.prefetch import FoldedRouters, Prefetcher, next_router
-from mixtral_offload.runtime.slow_link import SlowEngine
 from mixtral_offload.weights.source import DEMO
 
 PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?", "How do I sort a list in Python?"]
@@ -85,7 +83,7 @@ def test_no_guess_changes_a_bit(offloaded, prompts, undisturbed, predictor, opti
     how = offload.options.prefetch, offload.options.look_ahead, predictor, moments
     offload.prefetcher = Prefetcher(model, offload.layers, offload.prefetch, *how, passes=offload.passes)
     assert all(torch.equal(a, b) for a, b in zip(answers(model, prompts), undisturbed))
-    assert model.offload.stats.guesses > 0
+    assert model.offload.stats.predictions > 0
 
 
 def test_a_good_predictor_helps_and_a_bad_one_only_wastes(offloaded, prompts):
@@ -123,7 +121,7 @@ def test_a_needed_copy_overtakes_a_guess_at_full_speed():
 
 def test_a_cancelled_guess_leaves_the_link_at_once():
     n_bytes = 16 * 4096
-    engine = SlowEngine(torch.device("cpu"), n_bytes, n_bytes / 0.64)
+    engine = ThrottledEngine(torch.device("cpu"), n_bytes, n_bytes / 0.64)
     wrong, right = copy_of(n_bytes, 1, 3), copy_of(n_bytes, 2, 4)
     engine.start(wrong)
     engine.start(right)
@@ -137,7 +135,7 @@ def test_a_cancelled_guess_leaves_the_link_at_once():
 
 def test_guesses_go_in_the_order_in_which_their_layers_come():
     device, n_bytes = torch.device("cpu"), 4096
-    engine = SlowEngine(device, n_bytes, n_bytes / 0.02)
+    engine = ThrottledEngine(device, n_bytes, n_bytes / 0.02)
     copies = {
         due: Copy([(0, torch.ones(n_bytes, dtype=torch.uint8))], torch.zeros(n_bytes, dtype=torch.uint8), due)
         for due in (1, 4, 3, 2)

@@ -75,9 +75,9 @@ def _plan(base: Answer) -> list[str]:
 
 def _speed(base: Answer) -> list[str]:
     request, found = base.request, base.projection
-    card, rate = found.card, min(request.link, request.disk) if found.disk else request.link
+    costs, rate = found.costs, min(request.link, request.disk) if found.disk else request.link
     slow = " (the disk)" if found.disk else ""
-    copies = f"a copy of an expert takes {_time(card.copy_s)} at {rate / 1e9:g} GB/s{slow}"
+    copies = f"a copy of an expert takes {_time(costs.copy_s)} at {rate / 1e9:g} GB/s{slow}"
     lines = [
         "projection (computed from rates and expected routing, not measured):",
         f"  {found.tokens_per_s:.1f} tokens/s: {_time(found.time_per_token_s)} per token, of them "
@@ -87,7 +87,7 @@ def _speed(base: Answer) -> list[str]:
     ]
     if base.plan.home is None:
         lines[2:3] = []
-    words = [*base.routing, f"computing: {BANDWIDTH_SHARE:.0%} of {request.bandwidth / 1e9:g} GB/s, and {_time(card.host_s)} or more"
+    words = [*base.routing, f"computing: {BANDWIDTH_SHARE:.0%} of {request.bandwidth / 1e9:g} GB/s, and {_time(costs.host_s)} or more"
              " per layer for the host (both assumed)"]  # fmt: skip
     if found.disk:
         words.append("what the system keeps of the files in RAM comes faster: not counted")

@@ -129,7 +129,7 @@ def _check(model, resident, texts: list[str], asked: dict[str, int]) -> None:
     if offload.plan.home is None:
         raise OptionError("every expert of this model is on the device: there is nothing to ablate",
                           hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
-    if offload.recorders:
+    if len(offload.observers):
         raise OptionError("this model is being recorded", hint="ablate it outside of `record`")
     if resident is not None and not (resident.offload.plan.home is None and _is_same(resident, model)):
         raise OptionError("`resident` must be the same model with every expert on the device", found=resident.offload.plan,

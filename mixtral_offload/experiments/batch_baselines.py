@@ -88,22 +88,22 @@ def _left_padded(requests: Sequence[Request], width: int) -> tuple[list[list[int
 @contextmanager
 def unsorted() -> Iterator[None]:
     """Each token's experts are served for it alone, token after token, by every model of this process."""
-    own, forward._serve_tokens = forward._serve_tokens, _serve_one_by_one
+    own, forward.run_tokens = forward.run_tokens, _serve_one_by_one
     try:
         yield
     finally:
-        forward._serve_tokens = own
+        forward.run_tokens = own
 
 
 def _serve_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """In place of `forward._serve_tokens`, with its arguments and result; guesses are made once, as there."""
+    """In place of `forward.run_tokens`, with its arguments and result; guesses are made once, as there."""
     n_tokens, top_k = top_k_index.shape
     chosen, meanwhile = forward._read(offload, layer, top_k_index.reshape(-1), n_tokens)
     y, began_s = x.new_empty(n_tokens * top_k, x.shape[-1]), time.perf_counter()
     with offload.cache.lock:
         for token in range(n_tokens):
             places = {expert: token * top_k + i for i, expert in enumerate(chosen[token * top_k :][:top_k])}
-            for expert, views in offload.cache.serve(layer, sorted(places), meanwhile):
+            for expert, views in offload.cache.fetch(layer, sorted(places), meanwhile):
                 y[places[expert]] = offload.run(x[token : token + 1], views)[0]
             meanwhile = None
         forward._record(offload, layer, top_k_index, top_k_weights, began_s)

@@ -21,7 +21,7 @@ import numpy as np
 
 from mixtral_offload.analysis.recorder import record
 from mixtral_offload.errors import OffloadError, OptionError
-from mixtral_offload.experiments.baselines import _empty, layer_seconds, slow_link
+from mixtral_offload.experiments.baselines import layer_seconds, slow_link
 from mixtral_offload.experiments.batch_baselines import (
     continuous,
     in_groups,
@@ -184,7 +184,7 @@ def take_turns(
     seconds, counters, expected = {key: [] for key in runs}, {key: Counter() for key in runs}, None
     for _ in range(repeats):
         for key, (model, answer) in runs.items():
-            _empty(model.offload.cache)
+            model.offload.cache.drain()
             model.offload.stats.reset()
             with no_end(model):
                 began_s = time.perf_counter()

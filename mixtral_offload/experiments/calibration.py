@@ -1,4 +1,4 @@
-"""Measures a card: the times of one copy, one layer and one expert, on a live offloaded model.
+"""Measures a costs: the times of one copy, one layer and one expert, on a live offloaded model.
 
 Knows a model's modules, its cache from inside (`experiments/baselines.py`) and the clock on the wall. Knows nothing of replays.
 """
@@ -13,19 +13,15 @@ from itertools import pairwise
 import torch
 from transformers import LogitsProcessorList
 
-from mixtral_offload.core.copy_order import CHUNKS
-from mixtral_offload.core.costs import Card
+from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.errors import OptionError
-from mixtral_offload.experiments.baselines import _borrow, _now, _rows, _slots, copy_seconds, switched
-from mixtral_offload.runtime.cache import ExpertCache
-from mixtral_offload.runtime.slow_link import SlowEngine
-from mixtral_offload.runtime.worker import chunk_bytes
+from mixtral_offload.experiments.baselines import copy_seconds, device_time, slots_for, switched
 
 LAYERS, EXPERTS, EXPERTS_END, LAYERS_END = range(4)
 
 
 @torch.inference_mode()
-def measure_card(model, n_passes: int = 24) -> Card:
+def measure_costs(model, n_passes: int = 24) -> DeviceCosts:
     """The card that this model runs on, measured: `copy_seconds`, and one token's compute by parts.
 
     The model generates one and the same token again and again: it is routed alike each time, so that all its experts
@@ -38,38 +34,36 @@ def measure_card(model, n_passes: int = 24) -> Card:
     if offload.plan.home is None:
         raise OptionError("every expert of this model is on the device: it copies nothing",
                           hint="build it with a smaller cache_size: from_pretrained(..., cache_size=2)")  # fmt: skip
-    if offload.recorders:
+    if len(offload.observers):
         raise OptionError("this model is being recorded", hint="measure it outside of `record`")
     if type(n_passes) is not int or n_passes < 4:
         raise OptionError("impossible n_passes", expected="a whole number from 4", found=n_passes)
-    slots = _slots(offload, offload.checkpoint.top_k)
-    cache = _borrow(ExpertCache, offload, _rows(offload, sum(slots.values())), slots)
+    slots = slots_for(offload, offload.checkpoint.top_k)
+    cache = offload.cache.lend(slots)
     with switched(model, cache):
         parts = _token_parts(_marks(model, n_passes), len(slots))
         # looking inside delays a token (on CUDA, the host waits for the device each time): scale to one left alone
         begins = [at for what, at in _marks(model, n_passes, inside=False) if what == LAYERS]
     scale = statistics.median(b - a for a, b in pairwise(begins[2:])) / sum(parts)
     token_s, attention_s, experts_s = (scale * part for part in parts)
-    n_bytes, engine = offload.cache.layout.n_bytes, offload.cache.engine
-    chunks = CHUNKS if isinstance(engine, SlowEngine) else -(-n_bytes // chunk_bytes(n_bytes))
-    return Card(
-        copy_s=copy_seconds(model), attention_s=attention_s / len(slots), token_s=token_s, chunks=chunks,
-        expert_s=experts_s / len(slots) / offload.checkpoint.top_k, guess_s=guess_seconds(model),
+    return DeviceCosts(
+        copy_s=copy_seconds(model), attention_s=attention_s / len(slots), token_s=token_s, chunks=offload.cache.engine.n_chunks,
+        expert_s=experts_s / len(slots) / offload.checkpoint.top_k, predict_s=predict_seconds(model),
     )  # fmt: skip
 
 
 @torch.inference_mode()
-def guess_seconds(model, n_guesses: int = 40) -> float:
+def predict_seconds(model, n_guesses: int = 40) -> float:
     """How long the model's prefetcher needs to guess for the layers after the first one; 0 where it has none."""
     prefetcher, times = model.offload.prefetcher, []
     if prefetcher is None:
         return 0.0
     hidden = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
     for _ in range(n_guesses):
-        begin = _now(model)
+        begin = device_time(model)
         ranked = prefetcher.rank(0, hidden)
         _ = ranked is None or ranked.tolist()
-        times.append(_now(model) - begin)
+        times.append(device_time(model) - begin)
     return statistics.median(times)
 
 
@@ -104,7 +98,7 @@ def _marks(model, n_passes: int, inside: bool = True) -> list[tuple[int, float]]
 
 def _marker(model, marks: list[tuple[int, float]], what: int, wait: bool = True) -> Callable[..., None]:
     def hook(*arguments) -> None:
-        marks.append((what, _now(model) if wait else time.perf_counter()))
+        marks.append((what, device_time(model) if wait else time.perf_counter()))
 
     return hook
 

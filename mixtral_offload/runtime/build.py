@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import POLICIES
 from mixtral_offload.errors import OptionError
@@ -29,10 +30,10 @@ from mixtral_offload.models.experts import FUSED, activation
 from mixtral_offload.models.family import MoELayer
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
-from mixtral_offload.runtime.cache import CacheStats, ExpertCache
+from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_trunk
 from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.observer import Observer
+from mixtral_offload.runtime.observer import Observers
 from mixtral_offload.runtime.options import OffloadOptions, compile_choice, device_layout, plan_for
 from mixtral_offload.runtime.pass_state import Pass, Passes, track_passes
 from mixtral_offload.runtime.prefetch import Prefetcher
@@ -71,12 +72,12 @@ class Offload:
     plain_run: Run  # the same without torch.compile, for autograd
     compiled: tuple[bool, str]  # whether it is compiled, and why
     prefetcher: Prefetcher | None = None
-    recorders: tuple[Observer, ...] = ()
     compile_s: float = 0.0  # what compiling took while building
     passes: Passes = field(init=False)
 
     def __post_init__(self):
         self.passes = Passes(_Counters(self))
+        self.passes.on_begin.append(_tell(self.observers))
         _built.add(self)
 
     def __reduce_ex__(self, protocol):
@@ -94,14 +95,19 @@ class Offload:
         return self.cache.stats
 
     @property
+    def observers(self) -> Observers:
+        """Who watches the model run."""
+        return self.cache.observers
+
+    @property
     def layout(self) -> ExpertLayout:
         return self.cache.layout
 
     def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
         """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
         with self.cache.lock:
-            for recorder in self.recorders:
-                recorder.add_guess(layer, experts, distance)
+            for observer in self.observers:
+                observer.predicted(layer, experts, distance)
             self.cache.prefetch(layer, experts, distance)
 
     def settings(self) -> dict:
@@ -112,6 +118,14 @@ class Offload:
                 "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "home": plan.home,
                 "policy": options.policy, "shared_slots": options.shared_slots, "prefetch": options.prefetch,
                 "look_ahead": options.look_ahead, "device": str(options.device)}  # fmt: skip
+
+
+def _tell(observers: Observers) -> Callable[[Pass], None]:
+    def tell(current: Pass) -> None:
+        for observer in observers:
+            observer.pass_began(current)
+
+    return tell
 
 
 def _refuse_copy(protocol) -> NoReturn:
@@ -247,7 +261,7 @@ def _attach(model: PreTrainedModel) -> None:
         module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
     track_passes(model.base_model, offload.passes)
     if not options.unpack:  # then they are parameters
-        offload.passes.observers.append(_refuse_untrainable(model))
+        offload.passes.on_begin.append(_refuse_untrainable(model))
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(
             model,

@@ -6,7 +6,8 @@ Knows the routers of a model's layers. Knows nothing of slots or copies: a guess
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +103,8 @@ class Prefetcher:
         if "after" in moments:
             embeddings = model.get_input_embeddings()
             self._hooks.append(embeddings.register_forward_hook(_guess_after(weak, -1)))
-            self._observer = _guess_from_embeds(weak)
-            passes.observers.append(self._observer)
+            self._on_begin = _guess_from_embeds(weak)
+            passes.on_begin.append(self._on_begin)
             self._hooks += [
                 layer.block().register_forward_hook(_guess_after(weak, n)) for n, layer in enumerate(layers)
             ]
@@ -163,11 +164,20 @@ class Prefetcher:
         for distance, (layer, experts) in enumerate(zip(self._targets[number + 1][0], ranked), 1):
             self._start()(layer, experts, distance)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Predict nothing meanwhile."""
+        targets, self._targets = self._targets, [([], [])] * len(self._targets)
+        try:
+            yield
+        finally:
+            self._targets = targets
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if "after" in self.moments:
-            self._passes.observers.remove(self._observer)
+            self._passes.on_begin.remove(self._on_begin)
 
 
 def _keep_hidden(prefetcher: Prefetcher):
@@ -178,11 +188,11 @@ def _keep_hidden(prefetcher: Prefetcher):
 
 
 def _guess_from_embeds(prefetcher: Prefetcher):
-    def observer(current: Pass) -> None:
+    def on_begin(current: Pass) -> None:
         if current.embeds is not None:  # no embedding module is called, whose hook would guess
             prefetcher.after(-1, current.embeds)
 
-    return observer
+    return on_begin
 
 
 def _guess_after(prefetcher: Prefetcher, number: int):

@@ -61,6 +61,11 @@ class RamStore:
         for _ in checkpoint.read_experts(zip(self._row, self._slab)):
             progress(checkpoint.layout.n_bytes)
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its slab."""
+        return self._slab.nbytes
+
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._row
 
