@@ -264,13 +264,9 @@ def _attach(model: PreTrainedModel) -> None:
         offload.passes.on_begin.append(_refuse_untrainable(model))
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(
-            model,
-            offload.layers,
-            offload.prefetch,
-            options.prefetch,
-            options.look_ahead,
+            model, offload.layers, offload.prefetch, options.prefetch, options.look_ahead,
             passes=offload.passes,
-        )
+        )  # fmt: skip
 
 
 def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
@@ -303,8 +299,8 @@ def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
 
 
 def _lend_weights(module: nn.Module, cache: ExpertCache, layer: int) -> None:
-    """Make transformers' parameters `[experts, N, K]` of the cache's memory of one layer, where every expert is resident
-    and dequantized: matrices that share a parameter lie below each other in it."""
+    """Make transformers' parameters `[experts, N, K]` of the cache's memory of one layer, all of it resident and
+    dequantized. Matrices that share a parameter lie below each other in it."""
     rows = cache.resident_rows(layer)  # uint8 [experts, n_bytes]
     fields = {field.matrix: field for field in cache.layout.fields}
     for name, matrices in FUSED.items():

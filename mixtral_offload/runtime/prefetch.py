@@ -90,16 +90,13 @@ class Prefetcher:
         # weak, like the hooks' hold on this object: a dropped model frees its memory at once, without a collection
         self._start = weakref.WeakMethod(start)
         targets = [layers[n : n + look_ahead] for n in range(len(layers) + 1)]
-        self._targets = [
-            ([layer.number for layer in of], of) for of in targets
-        ]  # the layers from the n-th on
+        self._targets = [([layer.number for layer in of], of) for of in targets]  # from the n-th on
         self._number = {layer.number: n for n, layer in enumerate(layers)}
         self._hooks, self._passes = [], passes
         weak = weakref.proxy(self)
         if "before" in moments:
-            self._hooks += [
-                layer.router.norm.register_forward_pre_hook(_keep_hidden(weak)) for layer in layers
-            ]
+            norms = [layer.router.norm for layer in layers]
+            self._hooks += [norm.register_forward_pre_hook(_keep_hidden(weak)) for norm in norms]
         if "after" in moments:
             embeddings = model.get_input_embeddings()
             self._hooks.append(embeddings.register_forward_hook(_guess_after(weak, -1)))
