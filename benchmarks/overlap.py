@@ -54,7 +54,9 @@ def paced(costs: DeviceCosts, token_s: float, n_layers: int = 6, top_k: int = 2)
     scale = token_s / (costs.token_s + n_layers * (costs.attention_s + top_k * costs.expert_s))
     return replace(
         costs,
-        **{name: scale * getattr(costs, name) for name in ("token_s", "attention_s", "expert_s", "predict_s")},
+        **{
+            name: scale * getattr(costs, name) for name in ("token_s", "attention_s", "expert_s", "predict_s")
+        },
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from mixtral_offload import RoutingTrace, load_tokenizer, replay
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.batching import workload
-from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, dequantize
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -11,10 +11,10 @@ from mixtral_offload import from_pretrained
 from mixtral_offload.analysis.plots.memory import COLUMNS, LOOKS, plot_memory
 from mixtral_offload.core.placement import Sizes, make_plan
 from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.runtime import memory, options
 from mixtral_offload.runtime.memory import DEVICE_PARTS, MemoryUse, memory_use
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, device_needs, trunk_bytes
-from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.weights.safetensors_io import StoredTensor
 from mixtral_offload.weights.source import DEMO
 

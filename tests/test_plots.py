@@ -28,7 +28,6 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.trace_report import pictures, read_prompts, trace_prompts
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.prefetch import find_gates
 from mixtral_offload.weights.source import DEMO
 
 PROMPTS = [
@@ -153,20 +152,20 @@ def test_the_timeline_adds_up(run):
 
 def test_recall_by_its_definition(run):
     model, _, texts, _ = run
-    gates = find_gates(model, model.offload.modules)
-    states = collect_states(model, gates, texts)
-    recall = measure_recall(gates, states, (1, 2, 10), "after")
+    layers = model.offload.layers
+    states = collect_states(model, layers, texts)
+    recall = measure_recall(layers, states, (1, 2, 10), "after")
     assert recall.look_aheads == (1, 2, 5)  # as far as six layers allow
     assert recall.recall.shape == (3, 6, 9)
     assert np.isnan(recall.recall[2, :5]).all() and (recall.average()[:, -1] == 1).all()
     target, found, wanted = 3, 0, 0
     for hidden, chosen in zip(states.after[target - 1], states.chosen[target]):
-        likeliest = (gates[target].norm(hidden) @ gates[target].router.weight.T).topk(2).indices.tolist()
+        likeliest = layers[target].router(hidden).topk(2).indices.tolist()
         found += len({*likeliest} & {*chosen.tolist()})
         wanted += len(chosen)
     assert recall.recall[0, target, 2] == pytest.approx(found / wanted)
     assert recall.average()[0, 2] > 0.6 > recall.chance()[2]
-    assert first_layer_recall(gates, states)["router on the token's embedding"][2] > 0.5
+    assert first_layer_recall(layers, states)["router on the token's embedding"][2] > 0.5
 
 
 def test_the_trace_command_writes_every_picture(tmp_path, capsys):

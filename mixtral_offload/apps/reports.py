@@ -14,10 +14,10 @@ from mixtral_offload.analysis.planner import Answer, Request, answer, best_knobs
 from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, CheckpointError, DownloadError
+from mixtral_offload.models.checkpoint import Checkpoint, load_config, open_checkpoint
 from mixtral_offload.models.sizes import model_sizes
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, plan_for, trunk_bytes
 from mixtral_offload.units import gb, listed
-from mixtral_offload.weights.checkpoint import Checkpoint, load_config, open_checkpoint
 from mixtral_offload.weights.hub import fetch_file, plan_download
 from mixtral_offload.weights.source import local_folder, resolve
 

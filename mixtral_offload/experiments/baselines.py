@@ -22,12 +22,13 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.models.family import check_routers
 from mixtral_offload.runtime import forward
 from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.prefetch import Prefetcher, find_gates
+from mixtral_offload.runtime.prefetch import Prefetcher
 from mixtral_offload.weights.hqq import Quantization
 
 
@@ -121,8 +122,9 @@ def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator
             with offload.prefetcher.paused() if offload.prefetcher else nullcontext():
                 offload.cache, offload.prefetcher = cache, None
                 if guesses is not None:
-                    gates, passes = find_gates(model, offload.modules), offload.passes
-                    offload.prefetcher = Prefetcher(model, gates, offload.prefetch, passes=passes, **guesses)
+                    check_routers(offload.layers)
+                    layers, passes = offload.layers, offload.passes
+                    offload.prefetcher = Prefetcher(model, layers, offload.prefetch, passes=passes, **guesses)
                 yield
         finally:
             if offload.prefetcher not in (None, own[1]):

@@ -84,8 +84,8 @@ def _token_parts(marks: list[tuple[int, float]], n_layers: int) -> tuple[float, 
 def _marks(model, n_passes: int, inside: bool = True) -> list[tuple[int, float]]:
     """(what begins or ends, when), in order, over n_passes of generating. inside: more than where the layers begin."""
     marks: list[tuple[int, float]] = []
-    modules = [model.get_submodule(name) for name in model.offload.modules]
-    blocks = [model.get_submodule(name.rsplit(".", 2)[0]) for name in model.offload.modules]
+    modules = [model.get_submodule(layer.name) for layer in model.offload.layers]
+    blocks = [layer.block() for layer in model.offload.layers]
     hooks = [blocks[0].register_forward_pre_hook(_marker(model, marks, LAYERS, wait=inside))]
     if inside:
         hooks += [module.register_forward_pre_hook(_marker(model, marks, EXPERTS)) for module in modules]

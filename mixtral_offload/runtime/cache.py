@@ -21,10 +21,10 @@ from mixtral_offload.core.policies import LRU, Policy
 from mixtral_offload.core.residency import Action, Do, Load, Pool, Residency
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED
 from mixtral_offload.errors import CapacityError
+from mixtral_offload.models.checkpoint import ExpertId
 from mixtral_offload.runtime.engines import Copy, Engine
 from mixtral_offload.runtime.observer import Dropped, Observer, Observers, Use
 from mixtral_offload.runtime.store import Store, host_slab
-from mixtral_offload.weights.checkpoint import ExpertId
 from mixtral_offload.weights.hqq import Fields
 from mixtral_offload.weights.layout import ExpertLayout
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.weights.checkpoint import Checkpoint, ExpertId
+from mixtral_offload.models.checkpoint import Checkpoint, ExpertId
 from mixtral_offload.weights.safetensors_io import StoredTensor, Watch
 
 OPEN_FILES = 64  # at most, of a store on disk

@@ -62,7 +62,7 @@ MUTANTS = (
         "tests/reliability/test_detect.py",
     ),
     Mutant(
-        "w1 and w3 are swapped", "weights/keys.py",
+        "w1 and w3 are swapped", "models/family.py",
         '    "w1": "gate",', '    "w1": "up",',
         "tests/test_published_format.py",
     ),
@@ -121,9 +121,9 @@ MUTANTS = (
         "tests/test_families.py -k quantized_attention",
     ),
     Mutant(
-        "experts of another module are taken for the model's own", "weights/keys.py",
-        'module = self.module_name(match["module"])',
-        'module = re.sub(r"^.*?layers", "model.layers", self.module_name(match["module"]))',
+        "experts of another module are taken for the model's own", "models/keys.py",
+        'module = self.module_name(stored.module)',
+        'module = re.sub(r"^.*?layers", "model.layers", self.module_name(stored.module))',
         "tests/test_keys.py",
     ),
     Mutant(
