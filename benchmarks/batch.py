@@ -105,7 +105,7 @@ def ablations(arguments: argparse.Namespace, requests, model, resident, layer_s:
 def passes(arguments: argparse.Namespace, requests, resident) -> dict:
     """Single passes beside transformers' own experts, with all cores."""
     torch.set_num_threads(os.cpu_count())
-    unpacked = from_pretrained(unpack=True, device="cpu")
+    unpacked = from_pretrained(dequantize_on_load=True, device="cpu")
     found = compare_passes(resident, unpacked, requests, arguments.batch_sizes, arguments.passes)
     over = {name: {n: found.over_best(name, n) for n in found.seconds} for name in (PACKED, UNPACKED)}
     for name, of in over.items():

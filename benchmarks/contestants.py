@@ -180,8 +180,8 @@ def _forced_model(task: Task):
 
     from mixtral_offload.runtime.build import from_pretrained
 
-    home = "disk" if task.device.startswith("cpu") else "ram"
-    options = {"store": home, "ram": task.ram, "device": task.device} | task.options
+    place = "disk" if task.device.startswith("cpu") else "ram"
+    options = {"store": place, "ram": task.ram, "device": task.device} | task.options
     model = from_pretrained(task.checkpoint, **options)
     checkpoint = model.offload.checkpoint
     shape = len(checkpoint.layers), checkpoint.n_experts, checkpoint.top_k
@@ -226,12 +226,12 @@ def link_speed(offload, keys: list[tuple[int, int]]) -> float | None:
     None where nothing had to be moved."""
     import torch
 
-    if not keys or offload.plan.home is None:
+    if not keys or offload.plan.store is None:
         return None
     buffer = torch.empty(
         offload.layout.n_bytes + (1 << 20), dtype=torch.uint8
     )  # with room for a file's header
-    if offload.plan.home == "disk":
+    if offload.plan.store == "disk":
         of = offload.checkpoint.experts
         paths = [next(iter(of[key].values())).path for key in keys]
         began, n_bytes = time.perf_counter(), 0

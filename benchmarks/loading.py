@@ -1,4 +1,4 @@
-"""Peak memory and speed of building an offloaded model, for each home and cache size.
+"""Peak memory and speed of building an offloaded model, for each store and cache size.
 
     python benchmarks/loading.py [--gb 2.0] [--json FILE]
 
@@ -47,7 +47,7 @@ def build(folder: str, store: str, cache_size: int, n_touched: int) -> dict:
     import psutil
 
     from mixtral_offload.runtime.build import from_pretrained
-    from mixtral_offload.runtime.options import OffloadOptions
+    from mixtral_offload.runtime.options import parse_options
 
     from_pretrained(FIXTURE, device="cpu")  # pays for imports and first-use allocations
     touch(n_touched)
@@ -59,12 +59,12 @@ def build(folder: str, store: str, cache_size: int, n_touched: int) -> dict:
     build_s = time.perf_counter() - begin
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     plan, checkpoint = model.offload.plan, model.offload.checkpoint
-    item = OffloadOptions.parse({"device": "cpu"}).dtype.itemsize
-    trunk = sum(p.numel() * item for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    bound = plan.device_bytes + plan.ram_bytes + trunk + checkpoint.layout.n_bytes + ALLOWANCE_BYTES
+    item = parse_options({"device": "cpu"}).dtype.itemsize
+    dense = sum(p.numel() * item for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    bound = plan.device_bytes + plan.ram_bytes + dense + checkpoint.layout.n_bytes + ALLOWANCE_BYTES
     return {
-        "store": store, "cache_size": cache_size, "home": plan.home, "build_s": build_s,
-        "bytes": plan.ram_bytes + plan.n_resident * checkpoint.layout.n_bytes + checkpoint.trunk_bytes,
+        "asked": store, "cache_size": cache_size, "store": plan.store, "build_s": build_s,
+        "bytes": plan.ram_bytes + plan.n_resident * checkpoint.layout.n_bytes + checkpoint.dense_bytes,
         "peak_bytes": peak - before, "bound_bytes": bound,
     }  # fmt: skip
 
@@ -75,7 +75,7 @@ def read_plainly(folder: Path, n_bytes: int) -> float:
     touch(2 * n_bytes)
     is_kept = n_bytes <= half_of_free()
     begin, kept, left = time.perf_counter(), [], n_bytes
-    for path in sorted(folder.glob("*.safetensors"), reverse=True):  # the trunk comes last by name
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):  # the dense part comes last by name
         if left <= 0:
             break
         kept = [*(kept if is_kept else ()), path.read_bytes()]
@@ -136,7 +136,7 @@ def main() -> None:
     print(f"checkpoint {n_bytes / 1e9:.2f} GB, Mixtral-8x7B at 2 bits")
     for r in results:
         print(
-            f"home {r['home'] or 'device'!s:6} cache {r['cache_size']}: peak {r['peak_bytes'] / 1e6:6.0f} MB of {r['bound_bytes'] / 1e6:6.0f} MB allowed;"
+            f"store {r['store'] or 'device'!s:6} cache {r['cache_size']}: peak {r['peak_bytes'] / 1e6:6.0f} MB of {r['bound_bytes'] / 1e6:6.0f} MB allowed;"
             f" build {r['build_s']:.2f} s, reading {r['read_s']:.2f} s, ratio of speeds {r['speed_ratio']:.2f}"
         )
     if arguments.json:

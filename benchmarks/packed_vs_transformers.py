@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.batching import BATCH_SIZES
-from mixtral_offload.generation.batch import Request
+from mixtral_offload.generation.batch import GenerationRequest
 from mixtral_offload.models.experts import FUSED
 from mixtral_offload.weights.hqq import QuantizedLinear, dequantize
 
@@ -47,23 +47,23 @@ class Passes:
 
 @torch.inference_mode()
 def compare_passes(
-    packed: PreTrainedModel, unpacked: PreTrainedModel, requests: Sequence[Request],
+    packed: PreTrainedModel, unpacked: PreTrainedModel, requests: Sequence[GenerationRequest],
     batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 15, context: int = 32,
 ) -> Passes:  # fmt: skip
     """Time our experts, packed and unpacked, against transformers' own with the same weights, taking turns.
 
     Args:
         packed: A model with every expert on the device.
-        unpacked: The same model, with `unpack`.
+        unpacked: The same model, with `dequantize_on_load`.
         context: Tokens of the requests before the passes, each of which adds one token to each row.
 
     Raises:
         OptionError: The models are not so.
     """
     if (
-        packed.offload.plan.home is not None
-        or packed.offload.options.unpack
-        or not unpacked.offload.options.unpack
+        packed.offload.plan.store is not None
+        or packed.offload.options.dequantize_on_load
+        or not unpacked.offload.options.dequantize_on_load
     ):
         raise OptionError("these models cannot be compared",
                           expected="every expert on the device, packed and unpacked",

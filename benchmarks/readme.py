@@ -127,13 +127,13 @@ def t4() -> str:
     found = load("t4-projection")
     rows = [
         [f"{row['bits']} bits, {row['vram']}, {row['link']}, {row['look_ahead']} ahead", f"{row['tokens_per_s']:.1f}", f"{row['link_bound_tokens_per_s']:.1f}",
-         f"{row['first_token_s']:.1f}", f"{row['experts_per_layer']:.1f} of 8", {"ram": "RAM", "disk": "disk"}[row["home"]]]
+         f"{row['first_token_s']:.1f}", f"{row['experts_per_layer']:.1f} of 8", {"ram": "RAM", "disk": "disk"}[row["store"]]]
         for row in found["rows"]
     ]  # fmt: skip
     return (
         "**A T4, projected, not measured** (`python benchmarks/t4.py`): Mixtral-8x7B's byte counts, the plan of `mixtral-offload plan`, "
         f"kernels at half of 320 GB/s, {1e3 * found['host_s']:.1f} ms of host time per layer as measured here.\n\n"
-        + table(["", "tokens/s", "link alone", "first token of 500, s", "experts on the device", "home of the others"], rows)
+        + table(["", "tokens/s", "link alone", "first token of 500, s", "experts on the device", "where the others are"], rows)
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def batch() -> str:
         + f"\n\nEach optimization taken away alone, at batch {found['settings']['ablation_batch']}, answers of {new[0]} to {new[-1]} tokens: throughput as a share of all of them.\n\n"
         + table(["", *variants], shares)
         + "\n\nOne pass with everything on the device, speed over the best of transformers' own experts implementations on the same weights dequantized, by "
-        "batch size (`unpack=True` is our way to have them so):\n\n"
+        "batch size (`dequantize_on_load=True` is our way to have them so):\n\n"
         + table(["", *n_sizes], beside)
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ import psutil
 import torch
 from contestants import MemoryPeak, Task, drop_page_cache, log, timed_generate
 from forced_routing import ForcedRouting, sticky_experts
-from unpacked import trunk_bytes_16bit
+from unpacked import dense_bytes_16bit
 
 from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.units import parse_size
@@ -140,7 +140,7 @@ def scaled(task: Task, source: Checkpoint, seconds: list[float], rows: list[list
         2 * sum(n * k for n, k in source.layout.shapes.values()),
     )
     layer_bytes = source.n_experts * expert_bytes
-    room = memory_budget(task) - trunk_bytes_16bit(source)
+    room = memory_budget(task) - dense_bytes_16bit(source)
     if torch.device(task.device).type == "cuda":
         room -= layer_bytes  # the layer that runs is copied there whole
     n_resident = max(0, min(room // layer_bytes, n_layers))
@@ -155,7 +155,7 @@ def scaled(task: Task, source: Checkpoint, seconds: list[float], rows: list[list
         "prompt_tokens": task.prompt, "measured_seconds_per_token": seconds[1:],
         "resident_layers": n_resident, "layer_s": {"resident": middle[0], "offloaded": middle[1:]},
         "offloaded_bytes": (n_layers - n_resident) * layer_bytes,
-        "full_size_bytes": trunk_bytes_16bit(source) + n_resident * layer_bytes,
+        "full_size_bytes": dense_bytes_16bit(source) + n_resident * layer_bytes,
     }  # fmt: skip
 
 

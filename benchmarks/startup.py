@@ -8,8 +8,8 @@ Writes benchmarks/results/startup.json; seconds are medians, parts:
 
     import       of this package, torch and transformers
     skeleton     the model without any weights
-    trunk        all weights but the experts
-    experts      the cache and the experts' home
+    dense part   all weights but the experts
+    experts      the cache and the experts' store
     the rest     of `from_pretrained`: opening the checkpoint, the plan, hooks
     first token  `generate` for one token after a prompt of 8
 """
@@ -27,7 +27,7 @@ import loading
 import psutil
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("import", "skeleton", "trunk", "experts", "the rest", "first token")
+PARTS = ("import", "skeleton", "dense part", "experts", "the rest", "first token")
 PROMPT = 8
 
 
@@ -40,7 +40,7 @@ def start(folder: str | None, options: dict) -> dict:
     from mixtral_offload.weights.source import DEMO
 
     seconds = {"import": time.perf_counter() - began}
-    functions = {"build_skeleton": "skeleton", "load_trunk": "trunk", "_build_cache": "experts"}
+    functions = {"build_skeleton": "skeleton", "load_dense": "dense part", "_build_cache": "experts"}
     for function, part in functions.items():
         setattr(offload, function, timed(getattr(offload, function), seconds, part))
     touched = sum(path.stat().st_size for path in Path(folder or DEMO).glob("*.safetensors"))
@@ -59,10 +59,15 @@ def start(folder: str | None, options: dict) -> dict:
     )
     seconds["first token"] = time.perf_counter() - began
     plan, checkpoint = model.offload.plan, model.offload.checkpoint
-    n_bytes = plan.ram_bytes + plan.n_resident * checkpoint.layout.n_bytes + checkpoint.trunk_bytes
-    moved = model.offload.stats.bytes_moved if plan.home == "disk" else 0
+    n_bytes = plan.ram_bytes + plan.n_resident * checkpoint.layout.n_bytes + checkpoint.dense_bytes
+    moved = model.offload.stats.bytes_moved if plan.store == "disk" else 0
     model.offload.cache.close()
-    return {"seconds": seconds, "bytes": n_bytes + moved, "home": plan.home, "model": checkpoint.folder.name}
+    return {
+        "seconds": seconds,
+        "bytes": n_bytes + moved,
+        "store": plan.store,
+        "model": checkpoint.folder.name,
+    }
 
 
 def timed(function, seconds: dict, part: str):

@@ -42,7 +42,7 @@ def random_fields(shape: tuple[int, int], quantization: Quantization, generator:
 def write_checkpoint(
     folder: Path, config: dict, experts: Quantization, attention: Quantization, seed: int = 0
 ) -> int:
-    """Write one file per expert and a trunk; returns the bytes written."""
+    """Write one file per expert and a dense part; returns the bytes written."""
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
@@ -62,7 +62,7 @@ def write_checkpoint(
             number + 1,
             {f"{prefix}.{m}.{name}": value for m, of in fields.items() for name, value in of.items()},
         )
-    save(n_files, trunk_tensors(config, attention, generator))
+    save(n_files, dense_tensors(config, attention, generator))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
@@ -70,7 +70,7 @@ def write_checkpoint(
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def trunk_tensors(config: dict, attention: Quantization, generator: torch.Generator) -> dict:
+def dense_tensors(config: dict, attention: Quantization, generator: torch.Generator) -> dict:
     """Embeddings, head, norms and routers in fp16; attention quantized."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]

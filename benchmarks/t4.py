@@ -20,7 +20,7 @@ from synthetic import mixtral_config
 from transformers import AutoConfig
 
 from mixtral_offload import from_pretrained
-from mixtral_offload.analysis.planner import Request, _expected_trace, answer
+from mixtral_offload.analysis.planner import PlanRequest, _expected_trace, answer
 from mixtral_offload.analysis.plots.timeline import plot_time_over_slots
 from mixtral_offload.errors import CapacityError
 from mixtral_offload.experiments.baselines import layer_seconds
@@ -31,11 +31,11 @@ VRAM, RAM = ("15GB", "15.8GB"), "10GB"
 LOOK_AHEADS = (1, 3)
 
 
-def row(request: Request) -> dict:
+def row(request: PlanRequest) -> dict:
     found = answer(request)
     projection, plan = found.projection, found.plan
     return {
-        "tokens_per_s": projection.tokens_per_s, "first_token_s": projection.first_token_s, "home": plan.home,
+        "tokens_per_s": projection.tokens_per_s, "first_token_s": projection.first_token_s, "store": plan.store,
         "experts_per_layer": (plan.n_resident + sum(plan.slots.values())) / len(plan.slots), "hit_rate": projection.hit_rate,
         "copies_per_token": projection.misses_per_token, "copy_s": projection.costs.copy_s, "compute_s": projection.compute_s,
         "link_bound_tokens_per_s": 1 / (projection.misses_per_token * projection.costs.copy_s), "over_floor": projection.over_floor,
@@ -51,7 +51,7 @@ def main() -> None:
     rows = []
     for bits, vram, link, ahead in product((2, 3), VRAM, ("12GB/s", "6GB/s"), LOOK_AHEADS):
         setting = {"bits": bits, "vram": vram, "link": link, "look_ahead": ahead}
-        request = Request.parse(sizes.at(bits, 4), vram=vram, ram=RAM, link=link, look_ahead=ahead)
+        request = PlanRequest.parse(sizes.at(bits, 4), vram=vram, ram=RAM, link=link, look_ahead=ahead)
         try:
             found = row(replace(request, host_s=host_s))
         except CapacityError as error:
@@ -62,10 +62,10 @@ def main() -> None:
         print(
             f"{bits} bits, {vram:6} {link:6} {ahead} ahead: {found['tokens_per_s']:5.1f} tokens/s (link alone "
             f"{found['link_bound_tokens_per_s']:.1f}), first token {found['first_token_s']:.1f} s, {found['experts_per_layer']:.1f} of 8 "
-            f"experts per layer, home {found['home']}, {found['copies_per_token']:.1f} copies of {1e3 * found['copy_s']:.1f} ms a token",
+            f"experts per layer, store {found['store']}, {found['copies_per_token']:.1f} copies of {1e3 * found['copy_s']:.1f} ms a token",
             flush=True,
         )
-    best = Request.parse(sizes.at(2, 4), vram=VRAM[1], ram=RAM, link="12GB/s", look_ahead=3)
+    best = PlanRequest.parse(sizes.at(2, 4), vram=VRAM[1], ram=RAM, link="12GB/s", look_ahead=3)
     figure, _ = plot_time_over_slots(
         _expected_trace(best), answer(replace(best, host_s=host_s)).projection.card
     )

@@ -33,7 +33,7 @@ def write_16bit(task: Task) -> dict:
     folder.mkdir(parents=True)
     config = json.loads((source.folder / "config.json").read_text())
     config |= {"num_hidden_layers": task.scaled_layers, "torch_dtype": str(dtype).removeprefix("torch.")}
-    files = {"trunk.safetensors": trunk_tensors(source, task.scaled_layers, dtype)}
+    files = {"dense.safetensors": dense_tensors(source, task.scaled_layers, dtype)}
     files |= {
         f"layer-{layer}.safetensors": expert_tensors(source, layer, dtype)
         for layer in range(task.scaled_layers)
@@ -63,10 +63,10 @@ def faster_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
     return min(times, key=times.__getitem__)
 
 
-def trunk_tensors(source: Checkpoint, n_layers: int, dtype: torch.dtype) -> Tensors:
+def dense_tensors(source: Checkpoint, n_layers: int, dtype: torch.dtype) -> Tensors:
     """Everything but the experts, attention dequantized, of the first layers."""
     plain, quantized = {}, {}
-    for key, stored in source.trunk.items():
+    for key, stored in source.dense.items():
         place = source.places[key]
         name = place.name
         if ".layers." in name and int(name.split(".layers.")[1].split(".")[0]) >= n_layers:
@@ -137,9 +137,9 @@ def write_safetensors(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
             )
 
 
-def trunk_bytes_16bit(source: Checkpoint) -> int:
+def dense_bytes_16bit(source: Checkpoint) -> int:
     """All layers' attention, norms and routers, the embeddings and the head, in 16 bits."""
     return sum(
         2 * torch.Size(shape).numel()
-        for shape, _ in trunk_tensors(source, len(source.layers), torch.float16).values()
+        for shape, _ in dense_tensors(source, len(source.layers), torch.float16).values()
     )

@@ -159,15 +159,15 @@ def api_pages() -> list[tuple[str, str]]:
 def public_names() -> str:
     """Describe what `mixtral_offload` exports, in the order of `__all__`."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    homes = {
+    modules = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mixtral_offload.")
         for alias in node.names
     }
     text = "# Public names\n\nWhat `from mixtral_offload import ...` gives. The next pages have the other modules, by folder.\n"
-    for name in sorted(homes, key=str.lower):
-        text += f"\n::: {homes[name]}\n    options: {{skip_local_inventory: true}}\n"
+    for name in sorted(modules, key=str.lower):
+        text += f"\n::: {modules[name]}\n    options: {{skip_local_inventory: true}}\n"
     return text
 
 

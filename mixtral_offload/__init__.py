@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mixtral_offload.analysis.recorder import record
     from mixtral_offload.analysis.replay import replay
+    from mixtral_offload.analysis.reports import inspect, plan
+    from mixtral_offload.core.costs import DeviceCosts
     from mixtral_offload.core.trace import RoutingTrace
-    from mixtral_offload.errors import OffloadError
-    from mixtral_offload.generation.batch import Request, generate_batch
+    from mixtral_offload.errors import (
+        CapacityError,
+        CheckpointError,
+        ConversationError,
+        DownloadError,
+        GenerationError,
+        JobError,
+        OffloadError,
+        OptionError,
+        TemplateError,
+    )
+    from mixtral_offload.generation.batch import GenerationRequest, generate_batch
     from mixtral_offload.generation.chat import ChatSession
     from mixtral_offload.generation.tokenizer import load_tokenizer
     from mixtral_offload.runtime.build import from_pretrained
@@ -20,31 +32,53 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "from_pretrained": "runtime.build",
     "load_tokenizer": "generation.tokenizer",
     "ChatSession": "generation.chat",
     "generate_batch": "generation.batch",
-    "Request": "generation.batch",
+    "GenerationRequest": "generation.batch",
     "memory_use": "runtime.memory",
     "record": "analysis.recorder",
     "RoutingTrace": "core.trace",
+    "DeviceCosts": "core.costs",
+    "inspect": "analysis.reports",
+    "plan": "analysis.reports",
     "replay": "analysis.replay",
     "convert_checkpoint": "runtime.convert",
     "Quantization": "weights.hqq",
     "OffloadError": "errors",
+    "CapacityError": "errors",
+    "CheckpointError": "errors",
+    "ConversationError": "errors",
+    "DownloadError": "errors",
+    "GenerationError": "errors",
+    "JobError": "errors",
+    "OptionError": "errors",
+    "TemplateError": "errors",
 }
 __all__ = [
+    "CapacityError",
     "ChatSession",
+    "CheckpointError",
+    "ConversationError",
+    "DeviceCosts",
+    "DownloadError",
+    "GenerationError",
+    "GenerationRequest",
+    "JobError",
     "OffloadError",
+    "OptionError",
     "Quantization",
-    "Request",
     "RoutingTrace",
+    "TemplateError",
     "convert_checkpoint",
     "from_pretrained",
     "generate_batch",
+    "inspect",
     "load_tokenizer",
     "memory_use",
+    "plan",
     "record",
     "replay",
 ]
@@ -52,10 +86,10 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # torch and transformers take seconds to import: only those who use them wait
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})

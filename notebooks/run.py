@@ -109,7 +109,7 @@ def shorten(text: str, folder: str) -> str:
         (os.path.realpath(folder), "."),
         (folder, "."),
         (package + os.sep, ""),
-        (str(Path.home()), "~"),
+        (str(Path.store()), "~"),
     ):
         text = text.replace(long, short)
     return re.sub(r" at 0x[0-9a-f]+", "", text)

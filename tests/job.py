@@ -8,7 +8,7 @@ from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.generation.batch import Answer
 from mixtral_offload.generation.jobs import Job, JobOptions
 from mixtral_offload.generation.tokenizer import load_tokenizer
-from mixtral_offload.runtime.options import OffloadOptions
+from mixtral_offload.runtime.options import parse_options
 from mixtral_offload.weights.source import DEMO
 
 MODEL = SimpleNamespace(
@@ -51,7 +51,7 @@ def run(monkeypatch, folder, engine=None, *, model=MODEL, offload=None, **option
     with monkeypatch.context() as patch, Job(JobOptions(**options)) as job:
         if engine is not None:
             patch.setattr("mixtral_offload.generation.jobs.generate_batch", engine)
-        offload = OffloadOptions.parse({"device": "cpu", **(offload or {})})
+        offload = parse_options({"device": "cpu", **(offload or {})})
         job.prepare(load_tokenizer(DEMO), DEMO, offload)
         job.answer(model)
         job.finish()

@@ -11,19 +11,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixtral_offload import ChatSession, load_tokenizer, record
 from mixtral_offload.errors import OptionError
-from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.generation.batch import GenerationRequest, generate_batch
 from mixtral_offload.runtime.options import device_needs
 from mixtral_offload.weights.source import DEMO
 
 
 @pytest.fixture(scope="module")
-def requests() -> list[Request]:
+def requests() -> list[GenerationRequest]:
     """32 prompts of 8 to some 60 tokens; answers end by themselves, after 1 token, or after up to 64."""
     rng, tokenizer = random.Random(0), load_tokenizer()
     lines = (DEMO.parent / "heldout.jsonl").read_text().splitlines()
     questions = [message for line in lines for message in json.loads(line)["messages"][::2]]
-    ids = [Request.chat(tokenizer, message["content"]).ids for message in rng.sample(questions, 32)]
-    return [Request(of, rng.choice((1, 3, 16, 64))) for of in ids]
+    ids = [GenerationRequest.chat(tokenizer, message["content"]).ids for message in rng.sample(questions, 32)]
+    return [GenerationRequest(of, rng.choice((1, 3, 16, 64))) for of in ids]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def alone(requests) -> list[list[int]]:
     return [greedy(model, request) for request in requests]
 
 
-def greedy(model, request: Request) -> list[int]:
+def greedy(model, request: GenerationRequest) -> list[int]:
     ids = torch.tensor([request.ids])
     return model.generate(ids, max_new_tokens=request.max_new_tokens, do_sample=False)[
         0, ids.shape[1] :
@@ -107,7 +107,7 @@ def test_sequences_leave_and_others_are_admitted(offloaded, requests, monkeypatc
     model = offloaded(cache_size=8, batch_size=8)
     seen = passes(model, monkeypatch)
     limits = [2, 4, 8, 16] * 4
-    some = [Request(request.ids, limit) for request, limit in zip(requests, limits)]
+    some = [GenerationRequest(request.ids, limit) for request, limit in zip(requests, limits)]
     answers = list(generate_batch(model, some, batch_size=8))
     rows = [n for n, _ in seen]
     assert max(rows) == 8 and sum(rows) == sum(
@@ -122,7 +122,11 @@ def test_the_longest_sequence_takes_its_columns_with_it(offloaded, requests, alo
     story = next(request for request, answer in zip(requests, alone) if len(answer) > 6)
     model = offloaded(cache_size=8, batch_size=2)
     seen = passes(model, monkeypatch)
-    list(generate_batch(model, [Request([7] * 100, 2), Request(story.ids, 6)], batch_size=2))
+    list(
+        generate_batch(
+            model, [GenerationRequest([7] * 100, 2), GenerationRequest(story.ids, 6)], batch_size=2
+        )
+    )
     n = len(story.ids)
     assert [columns for _, columns in seen] == [100, 101, n + 2, n + 3, n + 4, n + 5]
 
@@ -133,7 +137,7 @@ def test_requests_are_taken_as_places_become_free(offloaded, requests):
     def lazily():
         for request in requests:
             taken.append(request)
-            yield Request(request.ids, 4)
+            yield GenerationRequest(request.ids, 4)
 
     answers = generate_batch(offloaded(cache_size=8, batch_size=4), lazily(), batch_size=4)
     next(answers)
@@ -156,7 +160,11 @@ def test_why_an_answer_ended(offloaded, requests, alone):
     model = offloaded(cache_size=8, context_length=64)
     eos = model.generation_config.eos_token_id
     fits = next(n for n, of in enumerate(alone) if of[-1] == eos and len(requests[n].ids) + len(of) < 64)
-    wanted = [Request(requests[fits].ids, 64), Request([5] * 10, 1), Request([5] * 60, 64)]
+    wanted = [
+        GenerationRequest(requests[fits].ids, 64),
+        GenerationRequest([5] * 10, 1),
+        GenerationRequest([5] * 60, 64),
+    ]
     answers = {answer.number: answer for answer in generate_batch(model, wanted, batch_size=1)}
     assert [answers[n].ended for n in range(3)] == ["complete", "max_new_tokens", "context"]
     assert answers[0].ids == alone[fits] and len(answers[2].ids) == 4
@@ -164,21 +172,23 @@ def test_why_an_answer_ended(offloaded, requests, alone):
 
 def test_sampling_depends_on_the_seed_alone(offloaded, requests):
     model = offloaded(cache_size=4, batch_size=8)
-    some = [Request(request.ids, 24, seed=number) for number, request in enumerate(requests[:8])]
+    some = [GenerationRequest(request.ids, 24, seed=number) for number, request in enumerate(requests[:8])]
     sampled = {"temperature": 1.5, "top_p": 0.95}
     together = by_number(generate_batch(model, some, batch_size=8, **sampled))
     assert together == by_number(generate_batch(model, some, batch_size=3, **sampled))
-    other = [Request(request.ids, 24, seed=request.seed + 100) for request in some]
+    other = [GenerationRequest(request.ids, 24, seed=request.seed + 100) for request in some]
     assert together != by_number(generate_batch(model, other, batch_size=8, **sampled))
 
 
 @pytest.mark.parametrize(
-    "request_", [Request([]), Request([1] * 64), Request([1], 0)], ids=["empty", "long", "none"]
+    "request_",
+    [GenerationRequest([]), GenerationRequest([1] * 64), GenerationRequest([1], 0)],
+    ids=["empty", "long", "none"],
 )
 def test_what_cannot_be_answered_is_named(offloaded, request_):
     model = offloaded(cache_size=8, context_length=64)
     with pytest.raises(OptionError, match="request 1 cannot be answered"):
-        list(generate_batch(model, [Request([5], 1), request_]))
+        list(generate_batch(model, [GenerationRequest([5], 1), request_]))
 
 
 def test_an_impossible_batch_size_is_refused(offloaded):
@@ -229,7 +239,11 @@ def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_p
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path)
     model = offloaded(tmp_path, cache_size=2, context_length=64)
-    some = [Request([7, 8, 9], 3), Request([9, 8, 7, 6, 5, 4, 3], 4), Request([20, 21, 5, 7], 2)]
+    some = [
+        GenerationRequest([7, 8, 9], 3),
+        GenerationRequest([9, 8, 7, 6, 5, 4, 3], 4),
+        GenerationRequest([20, 21, 5, 7], 2),
+    ]
     expected = [greedy(model, request) for request in some]
     joins = model_type in ("mixtral", "gemma4_text")
     with warnings.catch_warnings(record=True) as caught:
@@ -259,7 +273,7 @@ def test_positions_that_depend_on_the_length(offloaded, by_length):
         "What is 12 + 30?",
         "Once upon a time there was a little dog who liked to run. " * 5,
     ]
-    requests = [Request(tokenizer(text)["input_ids"][:90], 12) for text in texts]
+    requests = [GenerationRequest(tokenizer(text)["input_ids"][:90], 12) for text in texts]
     assert len(requests[-1].ids) > 60
     alone = []
     for request in requests:

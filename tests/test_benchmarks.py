@@ -61,7 +61,7 @@ def test_fullsize_writes_down_what_it_measured(result):
     assert result["ratios"] == {
         "ours over accelerate": pytest.approx(ours["tokens_per_s"] / accelerate["tokens_per_s"])
     }
-    assert ours["run"]["home"] == "disk" and ours["link_bytes_per_s"] > 0
+    assert ours["run"]["store"] == "disk" and ours["link_bytes_per_s"] > 0
     assert set(accelerate["by_page_cache"]) == {"kept", "dropped before each token"}
     assert accelerate["layers_measured"] == 2
 
@@ -198,11 +198,11 @@ def _drawn_again(stay: float) -> float:
 def test_scaling_counts_resident_and_offloaded_layers(published):
     from contestants import Task
     from rivals import scaled
-    from unpacked import trunk_bytes_16bit
+    from unpacked import dense_bytes_16bit
 
     source = open_checkpoint(published)  # 3 layers
     layer_bytes = 8 * 2 * sum(n * k for n, k in source.layout.shapes.values())
-    ram = trunk_bytes_16bit(source) + layer_bytes + 1  # room for one of them
+    ram = dense_bytes_16bit(source) + layer_bytes + 1  # room for one of them
     task = Task(str(published), **TASK | {"ram": ram, "scaled_layers": 2})
     found = scaled(task, source, [10.0, 6.0, 7.0], [[1.0, 3.0], [1.0, 2.0], [1.0, 4.0]])
     assert found["resident_layers"] == 1
@@ -229,7 +229,7 @@ def test_startup_names_its_parts(tmp_path):
     ended = run("startup.py", "--repeats", 1, "--out", tmp_path / "startup.json")
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "startup.json").read_text())
-    assert [*found["seconds"]] == ["import", "skeleton", "trunk", "experts", "the rest", "first token"]
+    assert [*found["seconds"]] == ["import", "skeleton", "dense part", "experts", "the rest", "first token"]
     assert all(seconds > 0 for seconds in found["seconds"].values())
     assert found["over_read"] * found["read_s"] == pytest.approx(
         found["total_s"] - found["seconds"]["import"]
@@ -239,7 +239,7 @@ def test_startup_names_its_parts(tmp_path):
 def test_passes_are_compared_on_the_same_logits(offloaded):
     from packed_vs_transformers import PACKED, UNPACKED, compare_passes
 
-    packed, unpacked = offloaded(cache_size=8), offloaded(unpack=True)
+    packed, unpacked = offloaded(cache_size=8), offloaded(dequantize_on_load=True)
     requests = workload(load_tokenizer(), 6, lengths=(2, 4, 9))
     found = compare_passes(packed, unpacked, requests, (1, 3), repeats=2, context=8)
     assert set(found.seconds[3]) == {PACKED, UNPACKED, "eager", "batched_mm", "grouped_mm"}

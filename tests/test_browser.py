@@ -20,7 +20,7 @@ SCREENSHOTS = os.environ.get("SCREENSHOTS")
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 BUILD = """from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.apps.widget import ChatWidget
-model = from_pretrained(cache_size=3, prefetch=2, device="cpu", link={link!r})
+model = from_pretrained(cache_size=3, prefetch=2, device="cpu", throttle={link!r})
 chat = ChatWidget(model, load_tokenizer())"""
 STORY = "Tell me a story about a fox."
 
@@ -63,7 +63,7 @@ def chat_notebook(link: str):
     """The one we ship, over a slow link, so that there is time to see an answer come."""
     notebook = nbformat.read(NOTEBOOKS / "3_chat.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if "from_pretrained(source" in cell.source)
-    cell.source = cell.source.replace("cache_size=3", f"cache_size=3, link={link!r}")
+    cell.source = cell.source.replace("cache_size=3", f"cache_size=3, throttle={link!r}")
     assert link in cell.source
     return notebook
 
@@ -224,7 +224,7 @@ chat"""
 def test_screenshots(page, lab):
     folder = Path(SCREENSHOTS).absolute()
     folder.mkdir(exist_ok=True)
-    run(page, lab, BUILD.format(link="3MB"), "chat")
+    run(page, lab, BUILD.format(throttle="3MB"), "chat")
     chat = Chat(page)
     for text in ("My name is Ana.", "What is 47 + 38?"):
         chat.ask(text)

@@ -36,7 +36,7 @@ FAST = LAYOUT.n_bytes / 1e-5  # bytes per second, of a link in an experiment
 ENGINE = ThreadEngine(CPU, LAYOUT.n_bytes)  # for tests that make thousands of caches
 
 
-class Home:
+class FakeStore:
     """A store whose experts are filled with their own number."""
 
     pinned = False
@@ -85,12 +85,12 @@ class UnorderedEngine:
 
 
 def make_cache(n_slots=2, n_layers=2, resident=(), link=None, engine=None, **options):
-    home, engine = Home(), engine or make_engine(CPU, False, LAYOUT.n_bytes, link)
+    store, engine = FakeStore(), engine or make_engine(CPU, False, LAYOUT.n_bytes, link)
     layers = dict.fromkeys(range(n_layers), (n_slots, resident))
-    cache = ExpertCache(LAYOUT, layers, home, engine, CPU, **options)
+    cache = ExpertCache(LAYOUT, layers, store, engine, CPU, **options)
     for (layer, expert), slot in cache.resident_slots():
         slot.fill_(layer * N_EXPERTS + expert)
-    return cache, home
+    return cache, store
 
 
 def is_right(layer, expert, views) -> bool:
@@ -150,7 +150,7 @@ def rows_in_use(cache):
 @settings(max_examples=10_000, deadline=None)
 def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots, n_staging):
     """Guesses, right, wrong or dropped, change neither hits nor contents, and no row is ever used twice or lost."""
-    cache, home = make_cache(n_slots, engine=ENGINE, n_staging=n_staging)
+    cache, store = make_cache(n_slots, engine=ENGINE, n_staging=n_staging)
     naive = [NaiveLRU(n_slots), NaiveLRU(n_slots)]
     for action, layer, experts in sequence:
         experts = sorted(experts)
@@ -180,19 +180,19 @@ def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots,
         assert cache.stats.hits == sum(n.hits for n in naive)
         assert cache.stats.misses == sum(n.misses for n in naive)
         assert (
-            len(home.asked) == cache.stats.misses - cache.stats.prefetched + cache.stats.predictions
+            len(store.asked) == cache.stats.misses - cache.stats.prefetched + cache.stats.predictions
         )  # nothing twice
     cache.drain()
     assert rows_in_use(cache) == []
 
 
 def test_a_guess_that_comes_true_is_not_copied_again_and_the_evicted_row_serves_the_next_guess():
-    cache, home = make_cache(n_slots=2, n_layers=2, n_staging=1)
+    cache, store = make_cache(n_slots=2, n_layers=2, n_staging=1)
     serve(cache, 1, [0, 1])
     for expert in (2, 3, 4, 5):
         cache.prefetch(1, [expert])
         serve(cache, 1, [expert])
-    assert home.asked == [(1, expert) for expert in range(6)]
+    assert store.asked == [(1, expert) for expert in range(6)]
     assert cache.stats.prefetched == 4 and cache.stats.wasted_bytes == 0
     cache.close()
 
@@ -229,7 +229,7 @@ def test_one_pool_for_all_layers_is_one_lru_over_all_experts(sequence, n_slots):
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
 def test_more_experts_than_slots_pass_through_in_waves(passes, n_slots, n_resident):
-    cache, home = make_cache(n_slots, 1, tuple(range(n_resident)))
+    cache, store = make_cache(n_slots, 1, tuple(range(n_resident)))
     for experts in passes:
         before = set(cache.contents(0))
         order = serve(cache, 0, experts)
@@ -237,30 +237,30 @@ def test_more_experts_than_slots_pass_through_in_waves(passes, n_slots, n_reside
         hits = [expert for expert in experts if expert in before]
         assert order[: len(hits)] == hits  # what is there goes first
         assert len(cache.contents(0)) <= n_slots + n_resident
-    assert not any(expert < n_resident for _, expert in home.asked)
+    assert not any(expert < n_resident for _, expert in store.asked)
     cache.close()
 
 
 def test_all_copies_that_fit_are_under_way_before_the_first_expert_is_served():
-    cache, home = make_cache(n_slots=4, n_layers=1, link=LAYOUT.n_bytes / 0.01)
+    cache, store = make_cache(n_slots=4, n_layers=1, link=LAYOUT.n_bytes / 0.01)
     serve(cache, 0, [0])
-    home.asked.clear()
+    store.asked.clear()
     served = cache.fetch(0, [0, 1, 2])
     assert next(served)[0] == 0
-    assert home.asked == [(0, 1), (0, 2)]
+    assert store.asked == [(0, 1), (0, 2)]
     assert [expert for expert, _ in served] == [1, 2]
     cache.close()
 
 
-def test_a_failing_home_is_reported_and_the_cache_goes_on():
-    cache, home = make_cache()
-    good = home.pieces
-    home.pieces = lambda expert: [
+def test_a_failing_store_is_reported_and_the_cache_goes_on():
+    cache, store = make_cache()
+    good = store.pieces
+    store.pieces = lambda expert: [
         (LAYOUT.n_bytes - 1, torch.zeros(8, dtype=torch.uint8))
     ]  # does not fit the slot
     with pytest.raises(ValueError):
         serve(cache, 0, [1])
-    home.pieces = good
+    store.pieces = good
     assert serve(cache, 0, [1]) == [1]
     cache.close()
 

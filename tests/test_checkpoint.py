@@ -14,14 +14,14 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CapacityError, CheckpointError, OffloadError, OptionError
 from mixtral_offload.models.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.models.config_check import stated_experts
-from mixtral_offload.runtime.options import OffloadOptions, trunk_bytes
+from mixtral_offload.runtime.options import dense_bytes, parse_options
 from mixtral_offload.weights import safetensors_io as headers
 from mixtral_offload.weights.hqq import PAPER, Quantization
 from mixtral_offload.weights.safetensors_io import read_header
 from mixtral_offload.weights.source import DEMO
 
 EXPERT = "model-00002-of-00025.safetensors"  # layer 0, expert 1
-TRUNK = "model-00025-of-00025.safetensors"
+DENSE = "model-00025-of-00025.safetensors"
 
 
 @pytest.fixture
@@ -115,9 +115,9 @@ def test_first_expert_that_fits_no_format(folder):
 )  # fmt: skip
 def test_packed_matrices_that_fit_no_format_are_one_message(folder, lost, key):
     name = "model.layers.1.self_attn.o_proj"
-    change(folder / TRUNK, lambda tensors: tensors.pop(f"{name}.{lost}"))
+    change(folder / DENSE, lambda tensors: tensors.pop(f"{name}.{lost}"))
     change_index(folder, lambda weights: weights.pop(f"{name}.{lost}"))
-    one_of_each(error_of(folder), TRUNK, f"{name}.{key}")
+    one_of_each(error_of(folder), DENSE, f"{name}.{key}")
 
 
 def test_plain_experts_of_the_wrong_size_are_one_message(tmp_path):
@@ -183,25 +183,25 @@ def test_missing_index_entry_of_the_trunk(folder):
 def test_an_index_that_names_what_the_file_does_not_hold(folder):
     change(folder / EXPERT, lambda tensors: tensors.pop("w3.meta.zero_q"))
     has(error_of(folder), EXPERT, "experts.1.w3.meta.zero_q", "next step:")
-    change(folder / TRUNK, lambda tensors: tensors.pop("lm_head.weight"))
+    change(folder / DENSE, lambda tensors: tensors.pop("lm_head.weight"))
     has(error_of(folder), "next step:")
 
 
 def test_wrong_shape_in_the_trunk(folder):
-    change(folder / TRUNK, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7).half()}))
-    has(error_of(folder), TRUNK, "model.norm.weight", "(256,)", "(7,)")
+    change(folder / DENSE, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7).half()}))
+    has(error_of(folder), DENSE, "model.norm.weight", "(256,)", "(7,)")
 
 
 def test_wrong_attention_in_the_trunk(folder):
     name = "model.layers.0.self_attn.q_proj.W_q"
-    change(folder / TRUNK, lambda tensors: tensors.update({name: tensors[name][:1].contiguous()}))
-    has(error_of(folder), TRUNK, "self_attn.q_proj", "W_q")
+    change(folder / DENSE, lambda tensors: tensors.update({name: tensors[name][:1].contiguous()}))
+    has(error_of(folder), DENSE, "self_attn.q_proj", "W_q")
 
 
 def test_a_tensor_that_the_model_has_no_place_for(folder):
-    change(folder / TRUNK, lambda tensors: tensors.update({"model.extra.weight": torch.ones(7).half()}))
-    change_index(folder, lambda weights: weights.update({"model.extra.weight": TRUNK}))
-    has(error_of(folder), "MixtralForCausalLM has no place", "model.extra.weight", TRUNK)
+    change(folder / DENSE, lambda tensors: tensors.update({"model.extra.weight": torch.ones(7).half()}))
+    change_index(folder, lambda weights: weights.update({"model.extra.weight": DENSE}))
+    has(error_of(folder), "MixtralForCausalLM has no place", "model.extra.weight", DENSE)
 
 
 def test_no_folder_no_config_no_weights(tmp_path, folder):
@@ -346,7 +346,7 @@ def test_family_whose_experts_are_of_another_kind(folder):
 def test_cache_and_memory_limits(folder):
     has(error_of(folder, cache_size=1), "impossible cache_size", "2 (each token uses 2 experts", "found: 1")
     checkpoint = open_checkpoint(folder)
-    rest = trunk_bytes(checkpoint, OffloadOptions.parse({"device": "cpu"}))
+    rest = dense_bytes(checkpoint, parse_options({"device": "cpu"}))
     slots = len(checkpoint.layers) * checkpoint.layout.n_bytes  # one in each layer
     error = error_of(folder, cache_size=4, store="disk", vram=rest + int(3.5 * slots))
     has(error, "largest cache_size that fits is 3", "next step")
@@ -367,7 +367,7 @@ def test_unknown_options(folder):
 
 def test_convert_leaves_nothing_half_made(folder, published, tmp_path):
     target = tmp_path / "target"
-    (folder / TRUNK).write_bytes((folder / TRUNK).read_bytes()[:-1])
+    (folder / DENSE).write_bytes((folder / DENSE).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="truncated"):
         convert_checkpoint(folder, target)
     with pytest.raises(OptionError, match="does not divide"):
@@ -407,15 +407,15 @@ def test_weights_that_are_not_finite(tmp_path):
 
 def test_the_trunk_is_kept_as_stored(published, tmp_path):
     rewritten = convert_checkpoint(published, tmp_path / "ours", PAPER[8])
-    before, after = open_checkpoint(published).trunk, open_checkpoint(rewritten).trunk
+    before, after = open_checkpoint(published).dense, open_checkpoint(rewritten).dense
     assert before.keys() == after.keys()
     for key, stored in before.items():
         assert stored.dtype == after[key].dtype and torch.equal(stored.read(), after[key].read()), key
 
 
 def test_headers_are_read_without_the_data(published):
-    header = read_header(published / TRUNK)
-    for key, value in load_file(published / TRUNK).items():
+    header = read_header(published / DENSE)
+    for key, value in load_file(published / DENSE).items():
         assert torch.equal(header[key].read(), value)
     checkpoint = open_checkpoint(published)
     assert checkpoint.layers == (0, 1, 2) and checkpoint.n_experts == 8 and checkpoint.top_k == 2

@@ -23,7 +23,7 @@ from mixtral_offload.weights.hub import Record
 from mixtral_offload.weights.safetensors_io import NOT_FINITE, Watch, header_bytes, is_finite, read_header
 from mixtral_offload.weights.source import DEMO
 
-EXPERT, TRUNK = "model-00002-of-00049.safetensors", "model-00049-of-00049.safetensors"  # layer 0, expert 1
+EXPERT, DENSE = "model-00002-of-00049.safetensors", "model-00049-of-00049.safetensors"  # layer 0, expert 1
 PUBLISHED_EXPERT, PUBLISHED_TRUNK = "model-00002-of-00025.safetensors", "model-00025-of-00025.safetensors"
 IDS = torch.arange(40, 72)[None]
 
@@ -53,9 +53,9 @@ def use(folder, **options):
 STORES = {
     "ram": {"store": "ram", "cache_size": 2},
     "disk": {"store": "disk", "cache_size": 2},
-    "slow": {"store": "disk", "cache_size": 2, "link": 1e12},
+    "slow": {"store": "disk", "cache_size": 2, "throttle": 1e12},
     "resident": {"cache_size": 8},
-    "unpacked": {"unpack": True},
+    "unpacked": {"dequantize_on_load": True},
 }
 
 
@@ -72,14 +72,14 @@ def test_one_bit_of_an_expert(demo, options, key):
     "key", ["lm_head.weight", "model.norm.weight", "model.layers.3.self_attn.k_proj.W_q"]
 )
 def test_one_bit_of_the_trunk(demo, key):
-    flip(demo / TRUNK, key)
-    with pytest.raises(CheckpointError, match=f"damaged: its checksum(?s:.*){TRUNK}"):
+    flip(demo / DENSE, key)
+    with pytest.raises(CheckpointError, match=f"damaged: its checksum(?s:.*){DENSE}"):
         from_pretrained(demo, device="cpu", store="disk")
 
 
 def test_a_name_in_the_header_is_covered_too(demo):
     """A file with two experts' keys exchanged has the same bytes of data."""
-    path = demo / TRUNK
+    path = demo / DENSE
     data = path.read_bytes()
     names = b"model.layers.0.input_layernorm.weight", b"model.layers.1.input_layernorm.weight"
     first, second = (data.index(name) for name in names)
@@ -115,9 +115,9 @@ def test_a_disk_store_finds_a_fault_each_time_and_good_experts_are_hashed_once(d
 
 
 def test_the_checksum_follows_from_tensors_in_any_order(demo):
-    path = demo / TRUNK
+    path = demo / DENSE
     header, expected = read_header(path), checksum_of(path)
-    assert stated(demo / INDEX)[TRUNK] == expected == checksum_of_tensors(path, load_file(path))
+    assert stated(demo / INDEX)[DENSE] == expected == checksum_of_tensors(path, load_file(path))
     for seed in range(5):
         ledger, tensors = Ledger(path, expected, header.values()), list(header.values())
         random.Random(seed).shuffle(tensors)
@@ -133,13 +133,13 @@ def test_the_checksum_follows_from_tensors_in_any_order(demo):
 
 def test_a_file_that_nobody_reads_whole_is_read_to_the_end(demo):
     checkpoint = open_checkpoint(demo)
-    first = next(iter(checkpoint.trunk.values()))
+    first = next(iter(checkpoint.dense.values()))
     first.read()
     assert not first.check.is_done
     first.check.finish()
     assert first.check.is_done
-    flip(demo / TRUNK, "lm_head.weight")
-    ledger = next(iter(open_checkpoint(demo).trunk.values())).check
+    flip(demo / DENSE, "lm_head.weight")
+    ledger = next(iter(open_checkpoint(demo).dense.values())).check
     with pytest.raises(CheckpointError, match="damaged"):
         ledger.finish()
     for _ in range(2):  # and it stays wrong
@@ -150,7 +150,7 @@ def test_a_file_that_nobody_reads_whole_is_read_to_the_end(demo):
 def test_a_checkpoint_can_be_copied(demo):
     checkpoint = open_checkpoint(demo)
     for other in (copy.deepcopy(checkpoint), pickle.loads(pickle.dumps(checkpoint))):
-        assert other.trunk["lm_head.weight"].check.expected == stated(demo / INDEX)[TRUNK]
+        assert other.dense["lm_head.weight"].check.expected == stated(demo / INDEX)[DENSE]
 
 
 def test_an_index_with_checksums_of_some_files(demo):
@@ -217,13 +217,13 @@ def test_a_number_that_is_not_finite(published, tmp_path, kind, value):
 def test_numbers_of_a_folder_with_checksums(demo, finite):
     """Where `convert` has looked at the numbers, the checksum proves them; where it has not, they are looked at."""
     key = "model.layers.3.input_layernorm.weight"
-    spoil(demo, TRUNK, key, torch.nan)
+    spoil(demo, DENSE, key, torch.nan)
     with pytest.raises(CheckpointError, match="damaged: its checksum"):
         from_pretrained(demo, device="cpu")
     index = json.loads((demo / INDEX).read_text())
     entry = index["metadata"]["checksums"]
     assert entry["finite"] is True
-    entry["finite"], entry["files"][TRUNK] = finite, checksum_of(demo / TRUNK)
+    entry["finite"], entry["files"][DENSE] = finite, checksum_of(demo / DENSE)
     (demo / INDEX).write_text(json.dumps(index))
     for read in (verify, *([] if finite else [lambda folder: from_pretrained(folder, device="cpu")])):
         with pytest.raises(CheckpointError, match=f"not finite(?s:.*){key}|{key} is not finite"):
@@ -276,11 +276,11 @@ def test_verify_of_what_ships(capsys):
 
 def test_verify_names_every_damaged_file(demo, capsys):
     flip(demo / EXPERT, "model.layers.0.block_sparse_moe.experts.1.w1.W_q")
-    flip(demo / TRUNK, "lm_head.weight")
+    flip(demo / DENSE, "lm_head.weight")
     assert main(["verify", str(demo)]) == 1
     error = capsys.readouterr().err
     assert (
-        "2 faults" in error and f"{EXPERT}: its checksum is" in error and f"{TRUNK}: its checksum is" in error
+        "2 faults" in error and f"{EXPERT}: its checksum is" in error and f"{DENSE}: its checksum is" in error
     )
 
 
@@ -321,7 +321,7 @@ def test_verify_names_a_small_file_that_was_edited(demo, capsys, name):
 
 
 def test_verify_names_all_small_files_with_the_weights(demo):
-    flip(demo / TRUNK, "lm_head.weight")
+    flip(demo / DENSE, "lm_head.weight")
     (demo / "tokenizer.json").unlink()
     (demo / "generation_config.json").unlink()
     (demo / "generation_config.json").mkdir()
@@ -329,7 +329,7 @@ def test_verify_names_all_small_files_with_the_weights(demo):
     with pytest.raises(CheckpointError, match="4 faults") as caught:
         verify(demo)
     for fault in (
-        f"{TRUNK}: its checksum is", "tokenizer.json: is missing", "generation_config.json: cannot be read: not a regular",
+        f"{DENSE}: its checksum is", "tokenizer.json: is missing", "generation_config.json: cannot be read: not a regular",
         "tokenizer_config.json: was changed",
     ):  # fmt: skip
         assert fault in str(caught.value)

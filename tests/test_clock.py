@@ -32,9 +32,9 @@ def merged(trace, passes) -> RoutingTrace:
         np.int32
     )
     last = np.append(np.flatnonzero(np.diff(passes)), len(passes) - 1)
-    kept = np.isin(trace.guess_pass, last)
-    columns = {name: getattr(trace, name)[kept] for name in vars(trace) if name.startswith("guess_")}
-    columns["guess_pass"] = passes[columns["guess_pass"]]
+    kept = np.isin(trace.predicted_pass, last)
+    columns = {name: getattr(trace, name)[kept] for name in vars(trace) if name.startswith("predicted_")}
+    columns["predicted_pass"] = passes[columns["predicted_pass"]]
     spans = np.zeros((len(last), trace.n_layers, 2))
     return replace(trace, passes=passes, use_pass=uses[:, 0], use_layer=uses[:, 1], use_expert=uses[:, 2], spans=spans,
                    **columns)  # fmt: skip
@@ -166,7 +166,13 @@ def test_impossible_plays_are_refused():
 
 def test_guesses_that_reach_back_beyond_the_embeddings_are_not_in_the_trace():
     trace = routed([[[0], [1]]], [[[[0], [2]], [[1], [3]]]])
-    columns = (trace.guess_pass, trace.guess_from, trace.guess_layer, trace.guess_expert, trace.guess_rank)
+    columns = (
+        trace.predicted_pass,
+        trace.predicted_from,
+        trace.predicted_layer,
+        trace.predicted_expert,
+        trace.predicted_rank,
+    )
     assert np.stack(columns, 1).tolist() == [[0, -1, 0, 0, 0], [0, -1, 1, 3, 0], [0, 0, 1, 1, 0]]
 
 
@@ -192,17 +198,17 @@ def test_a_trace_keeps_every_guess_that_was_asked_for(recorded, tmp_path):
     trace, calls = recorded
     asked = [(layer, expert, rank, layer - distance) for layer, experts, distance in calls
              for rank, expert in enumerate(experts)]  # fmt: skip
-    columns = (trace.guess_layer, trace.guess_expert, trace.guess_rank, trace.guess_from)
+    columns = (trace.predicted_layer, trace.predicted_expert, trace.predicted_rank, trace.predicted_from)
     assert list(zip(*(column.tolist() for column in columns))) == asked
     prompts = np.bincount(trace.passes) >= 8  # two experts from the embeddings, then all of each layer
     expected = np.where(prompts, 2 * 2 + 5 * 8, (6 + 5) * 2)
-    assert prompts.any() and np.bincount(trace.guess_pass).tolist() == expected.tolist()
+    assert prompts.any() and np.bincount(trace.predicted_pass).tolist() == expected.tolist()
     trace.save(tmp_path / "trace.safetensors")
     again = RoutingTrace.load(tmp_path / "trace.safetensors")
     assert all(
         (getattr(again, name) == value).all()
         for name, value in vars(trace).items()
-        if name.startswith("guess_")
+        if name.startswith("predicted_")
     )
 
 
@@ -214,9 +220,14 @@ def test_it_counts_what_the_run_counted(recorded):
     # over a link that nothing waits for, a miss was foreseen if any guess named it, whenever: here and in the run
     fast = timed_replay(trace, DeviceCosts(1e-3, 1.0, 1.0), prefetch=2)
     # (of a prompt, as far as the rows for guesses went)
-    one, missed = trace.guess_layer - trace.guess_from == 1, ~replay(trace).hit
+    one, missed = trace.predicted_layer - trace.predicted_from == 1, ~replay(trace).hit
     guessed = set(
-        zip(*(of[one].tolist() for of in (trace.guess_pass, trace.guess_layer, trace.guess_expert)))
+        zip(
+            *(
+                of[one].tolist()
+                for of in (trace.predicted_pass, trace.predicted_layer, trace.predicted_expert)
+            )
+        )
     )
     needed = set(zip(*(of[missed].tolist() for of in (trace.use_pass, trace.use_layer, trace.use_expert))))
     of_prompts = {use for use in guessed & needed if (trace.passes == use[0]).sum() >= 8}

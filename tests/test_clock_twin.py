@@ -113,10 +113,14 @@ def guess(trace, cache, number, made_after, prefetch, look_ahead):
     streamed = made_after >= 0 and (trace.passes == number).sum() >= trace.n_experts
     for distance in range(1, (trace.n_layers if streamed else look_ahead) + 1) if prefetch else ():
         layer = made_after + distance
-        asked = (trace.guess_pass == number) & (trace.guess_from == made_after) & (trace.guess_layer == layer)
+        asked = (
+            (trace.predicted_pass == number)
+            & (trace.predicted_from == made_after)
+            & (trace.predicted_layer == layer)
+        )
         if asked.any():
-            asked &= streamed | (trace.guess_rank < prefetch)
-            cache.prefetch(layer, trace.guess_expert[asked].tolist(), distance)
+            asked &= streamed | (trace.predicted_rank < prefetch)
+            cache.prefetch(layer, trace.predicted_expert[asked].tolist(), distance)
 
 
 @st.composite

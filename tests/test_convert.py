@@ -334,7 +334,7 @@ def test_each_file_has_a_checksum(tmp_path, undisturbed, published):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits on file sizes")
 def test_a_full_disk_says_what_is_kept(tmp_path, undisturbed):
-    """The trunk is larger than an expert."""
+    """The dense part is larger than an expert."""
     import resource
 
     target, limits = tmp_path / "target", resource.getrlimit(resource.RLIMIT_FSIZE)

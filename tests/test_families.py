@@ -17,10 +17,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mixtral_offload import Request, convert_checkpoint, generate_batch
+from mixtral_offload import GenerationRequest, convert_checkpoint, generate_batch
 from mixtral_offload.models.checkpoint import open_checkpoint
-from mixtral_offload.runtime import dense as trunk
-from mixtral_offload.runtime.options import OffloadOptions, device_needs
+from mixtral_offload.runtime import dense
+from mixtral_offload.runtime.options import device_needs, parse_options
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear, dequantize, quantize
 from mixtral_offload.weights.safetensors_io import read_header
 
@@ -86,14 +86,14 @@ def test_a_batch_and_unpacked_experts_give_the_same(plain, offloaded):
     folder, model = plain
     draw = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 96, (n,), generator=draw).tolist() for n in (9, 3, 17, 5, 11)]
-    requests = [Request(prompt, limit) for prompt, limit in zip(prompts, (8, 14, 2, 20, 6))]
+    requests = [GenerationRequest(prompt, limit) for prompt, limit in zip(prompts, (8, 14, 2, 20, 6))]
     wanted = [
         model.generate(torch.tensor([of.ids]), max_new_tokens=of.max_new_tokens, do_sample=False)[
             0, len(of.ids) :
         ]
         for of in requests
     ]
-    for options in ({"cache_size": 2}, {"unpack": True}):
+    for options in ({"cache_size": 2}, {"dequantize_on_load": True}):
         ours = offloaded(folder, batch_size=3, **options)
         found = {answer.number: answer.ids for answer in generate_batch(ours, requests, batch_size=3)}
         assert [found[number] for number in range(5)] == [of.tolist() for of in wanted]
@@ -118,7 +118,7 @@ def test_8_bit_experts_and_attention_stay_near(plain, offloaded):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("product", [None, "unpack"])
+@pytest.mark.parametrize("product", [None, "dequantize_on_load"])
 def test_quantized_attention_keeps_all_but_the_weight(product, tmp_path, offloaded):
     """Everything else is bit for bit the source's, and the answers are those of the dequantized weights."""
     for name in ("qwen2_moe", "glm4_moe"):
@@ -127,7 +127,7 @@ def test_quantized_attention_keeps_all_but_the_weight(product, tmp_path, offload
             tmp_path / name / "plain", tmp_path / name / "ours", None, Quantization(4, 32)
         )
         twin = AutoModelForCausalLM.from_pretrained(tmp_path / name / "plain", dtype=torch.float32).eval()
-        ours = offloaded(folder, cache_size="auto", unpack=product == "unpack")
+        ours = offloaded(folder, cache_size="auto", dequantize_on_load=product == "unpack")
         n_biases = 0
         for place, module in ours.named_modules():
             if isinstance(module, QuantizedLinear):
@@ -139,7 +139,7 @@ def test_quantized_attention_keeps_all_but_the_weight(product, tmp_path, offload
                 fields = {field: getattr(module, buffer) for field, buffer in module._names.items()}
                 shape = (module.out_features, module.in_features)
                 twin.get_parameter(f"{place}.weight").copy_(dequantize(fields, shape, module.quantization))
-        if product == "unpack":
+        if product == "dequantize_on_load":
             for place, parameter in ours.named_parameters():
                 if place.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
                     twin.get_parameter(place).copy_(parameter)
@@ -170,7 +170,7 @@ def test_a_load_does_not_depend_on_which_tensor_is_read_first(order, tmp_path, o
         results = {number: tasks[number][0](*tasks[number][1:]) for number in numbers}
         return (results[number] for number in range(len(tasks)))
 
-    monkeypatch.setattr(trunk, "in_threads", one_by_one)
+    monkeypatch.setattr(dense, "in_threads", one_by_one)
     found = offloaded(folder, cache_size=3).state_dict()
     assert found.keys() == wanted.keys() and "model.layers.0.self_attn.q_proj.bias" in found
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
@@ -234,7 +234,7 @@ def test_all_experts_in_one_tensor_load_and_convert(name, dtype, tmp_path, offlo
 def test_the_kv_cache_is_as_large_as_planned(plain, context):
     """Exactly: a formula of heads and head sizes said 28 times too much for DeepSeek-V3."""
     folder, model = plain
-    options = OffloadOptions.parse({"device": "cpu", "context_length": context, "batch_size": 2})
+    options = parse_options({"device": "cpu", "context_length": context, "batch_size": 2})
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.ones(2, context, dtype=torch.long), past_key_values=cache)

@@ -8,7 +8,7 @@ from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.engines import StreamEngine, ThreadEngine
 from mixtral_offload.weights.source import DEMO
-from tests.test_cache import LAYOUT, N_EXPERTS, Home, serve
+from tests.test_cache import LAYOUT, N_EXPERTS, FakeStore, serve
 
 pytestmark = pytest.mark.gpu
 IDS = torch.arange(3, 60).unsqueeze(0)
@@ -74,7 +74,7 @@ def test_no_expert_is_read_before_it_has_arrived_in_1000_steps(kind):
         start(copy)
 
     engine.start = late
-    cache = ExpertCache(LAYOUT, {0: (3, ())}, Home(), engine, device)
+    cache = ExpertCache(LAYOUT, {0: (3, ())}, FakeStore(), engine, device)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
         serve(cache, 0, torch.randperm(N_EXPERTS, generator=generator)[:2].tolist())

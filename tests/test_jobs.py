@@ -205,7 +205,7 @@ def test_killed_again_and_again_a_job_ends_as_if_nothing_had_happened(tmp_path):
 def test_ctrl_c_keeps_what_is_finished_and_a_second_process_is_refused(tmp_path, capsys):
     write(tmp_path / "in.jsonl", *STORIES)
     options = ["--max-tokens", "8"]
-    process, journal = start(tmp_path, "out.jsonl", *options, "--link", "2MB")  # some 20 s in all
+    process, journal = start(tmp_path, "out.jsonl", *options, "--throttle", "2MB")  # some 20 s in all
     try:
         wait_for(process, journal, 3)
         paths = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]

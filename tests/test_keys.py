@@ -19,7 +19,7 @@ from transformers import (
 from mixtral_offload import convert_checkpoint, from_pretrained
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.models.checkpoint import open_checkpoint
-from mixtral_offload.runtime.options import OffloadOptions, device_needs
+from mixtral_offload.runtime.options import device_needs, parse_options
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear
 from mixtral_offload.weights.safetensors_io import StoredTensor
 
@@ -314,9 +314,9 @@ def test_what_transformers_keeps_in_fp32_stays_so(name, dtype, save, offloaded):
     assert kept and kept < state.keys()
     for key in state:
         assert torch.equal(state[key], model.state_dict()[key]), key
-    options = OffloadOptions.parse({"device": "cpu", "dtype": dtype})
+    options = parse_options({"device": "cpu", "dtype": dtype})
     n_bytes = {value.data_ptr(): value.nbytes for value in state.values()}  # tied ones are one
-    assert device_needs(open_checkpoint(folder), options)["trunk"] == sum(n_bytes.values())
+    assert device_needs(open_checkpoint(folder), options)["dense part"] == sum(n_bytes.values())
 
 
 def test_a_quantized_layer_that_cannot_keep_everything_is_refused():

@@ -7,7 +7,7 @@ import pytest
 from mixtral_offload import memory_use
 from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.notebook import show_versions
-from mixtral_offload.runtime.options import OffloadOptions, budgets
+from mixtral_offload.runtime.options import budgets, parse_options
 from mixtral_offload.system import machine
 from mixtral_offload.system.machine import free_memory, total_memory
 
@@ -116,7 +116,7 @@ def test_every_plan_respects_the_container(tmp_path, monkeypatch, capsys):
     root = tree(tmp_path, *IN_2, v2("", 50_000_000, 20_000_000, 10_000_000))
     monkeypatch.setattr(machine.free_memory, "__defaults__", (root,))
     monkeypatch.setattr(machine.total_memory, "__defaults__", (root,))
-    assert budgets(OffloadOptions.parse({"device": "cpu"})) == (36_000_000, 36_000_000)
+    assert budgets(parse_options({"device": "cpu"})) == (36_000_000, 36_000_000)
     use = memory_use(device="cpu")
     assert use.device_budget == use.ram_budget == 36_000_000
     assert use.device_bytes + use.ram_bytes <= 36_000_000

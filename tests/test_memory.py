@@ -23,8 +23,8 @@ def test_building_stays_within_its_bound(loading, tmp_path):
     cases = [
         loading.in_process(["--build", str(folder), store, str(size), "0"]) for store, size in loading.CASES
     ]
-    assert {case["home"] for case in cases} == {"ram", "disk", None}
+    assert {case["store"] for case in cases} == {"ram", "disk", None}
     for case in cases:
         assert case["peak_bytes"] <= case["bound_bytes"], case
-        if case["home"] != "disk":
+        if case["store"] != "disk":
             assert case["peak_bytes"] > 2e9  # the measurement sees what is there

@@ -14,13 +14,13 @@ from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.runtime import memory, options
 from mixtral_offload.runtime.memory import DEVICE_PARTS, MemoryUse, memory_use
-from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, device_needs, trunk_bytes
+from mixtral_offload.runtime.options import MARGIN_BYTES, dense_bytes, device_needs, parse_options
 from mixtral_offload.weights.safetensors_io import StoredTensor
 from mixtral_offload.weights.source import DEMO
 
 RAM = {"vram": "12MB", "context_length": 128, "cache_size": 4}
 DISK = {**RAM, "vram": "9MB"}
-GUESSES = {**RAM, "prefetch": 2, "look_ahead": 2, "link": "60MB"}
+GUESSES = {**RAM, "prefetch": 2, "look_ahead": 2, "throttle": "60MB"}
 RESIDENT = {"vram": "9MB", "context_length": 128, "cache_size": "auto", "prefetch": 2}
 MIXED = {**RAM, "cache_size": [2, 2, 3, 4, 5, 6], "shared_slots": True}
 CASES = {"ram": RAM, "disk": DISK, "guesses": GUESSES, "resident": RESIDENT, "mixed": MIXED}
@@ -33,30 +33,30 @@ def use_of(**options) -> MemoryUse:
 
 def mixtral_on_a_card(vram=15_000_000_000, ram=9_500_000_000) -> MemoryUse:
     """Mixtral-8x7B at 2 bits, by hand."""
-    needs = {"trunk": 1_550_000_000, "KV cache": 537_000_000, "scratch": 1_400_000_000}
+    needs = {"dense part": 1_550_000_000, "KV cache": 537_000_000, "scratch": 1_400_000_000}
     sizes = Sizes(range(32), 8, 2, 66_400_000)
     plan = make_plan(sizes, vram - sum(needs.values()) - 3 * sizes.expert_bytes, ram)
     rows = (plan.n_resident, sum(plan.slots.values()), 3)
     experts = dict(zip(DEVICE_PARTS[3:], (n * sizes.expert_bytes for n in rows)))
-    disk = {"experts": sizes.total * sizes.expert_bytes, "trunk": 1_550_000_000}
-    return MemoryUse(plan, {**needs, **experts}, {"experts at home": plan.ram_bytes}, disk, vram, ram)
+    disk = {"experts": sizes.total * sizes.expert_bytes, "dense part": 1_550_000_000}
+    return MemoryUse(plan, {**needs, **experts}, {"experts in RAM": plan.ram_bytes}, disk, vram, ram)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_parts_are_the_plan_s_and_stay_within_the_budget(name):
     use = use_of(**CASES[name])
-    assert use.plan.home == HOMES[name] and use.runs_from_disk == (name == "disk")
+    assert use.plan.store == HOMES[name] and use.runs_from_disk == (name == "disk")
     assert tuple(use.device) == DEVICE_PARTS
     assert use.device["resident experts"] + use.device["cache slots"] == use.plan.device_bytes
-    assert use.ram == ({"experts at home": use.plan.ram_bytes} if use.plan.home == "ram" else {})
+    assert use.ram == ({"experts in RAM": use.plan.ram_bytes} if use.plan.store == "ram" else {})
     assert use.device["staging"] == (5 * use.plan.sizes.expert_bytes if name == "guesses" else 0)
     asked = int(float(CASES[name]["vram"].removesuffix("MB")) * 1e6)
     assert use.shared_memory and use.device_budget == use.ram_budget == asked
     assert use.device_bytes + use.ram_bytes <= asked
     checkpoint = open_checkpoint(DEMO)
-    parsed = OffloadOptions.parse({"device": "cpu", **CASES[name]})
-    assert sum(device_needs(checkpoint, parsed).values()) == trunk_bytes(checkpoint, parsed)
-    assert use.device_bytes == trunk_bytes(checkpoint, parsed) + use.plan.device_bytes + use.device["staging"]
+    parsed = parse_options({"device": "cpu", **CASES[name]})
+    assert sum(device_needs(checkpoint, parsed).values()) == dense_bytes(checkpoint, parsed)
+    assert use.device_bytes == dense_bytes(checkpoint, parsed) + use.plan.device_bytes + use.device["staging"]
     files = sum(path.stat().st_size for path in DEMO.glob("*.safetensors"))
     assert 0.97 * files < use.disk_bytes < files  # but for the headers
 
@@ -69,7 +69,7 @@ def test_a_model_built_with_the_same_options_is_what_was_said(name, offloaded):
     assert cache.n_bytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
     assert (cache.store.n_bytes if use.ram else 0) == use.ram_bytes
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
-    assert sum(kept.values()) == use.device["trunk"]
+    assert sum(kept.values()) == use.device["dense part"]
 
 
 def test_other_checkpoints(published, offloaded):
@@ -91,7 +91,7 @@ def test_no_weights_are_read(monkeypatch):
 def test_a_card_has_a_margin_and_a_budget_of_its_own(monkeypatch):
     for module in (memory, options):
         monkeypatch.setattr(module, "budgets", lambda options: (options.vram, options.ram))
-    parsed = OffloadOptions.parse({"device": "cpu", "vram": "609MB", "ram": "2MB", "cache_size": "auto"})
+    parsed = parse_options({"device": "cpu", "vram": "609MB", "ram": "2MB", "cache_size": "auto"})
     card = replace(
         parsed, device=torch.device("cuda"), dtype=torch.float16, context_length=128
     ).with_prefetch()
@@ -137,12 +137,12 @@ def test_refusals_are_those_of_from_pretrained(tmp_path):
 def test_as_text():
     text = str(use_of(**GUESSES))
     assert text.startswith(str(use_of(**GUESSES).plan))
-    for words in ("staging 396 kB", "RAM 3.8 MB: experts at home 3.8 MB", "read at the start only"):
+    for words in ("staging 396 kB", "RAM 3.8 MB: experts in RAM 3.8 MB", "read at the start only"):
         assert words in text
     assert "device and RAM are one memory: 10.7 MB of 12.0 MB free" in text
     assert "experts are read while running" in str(use_of(**DISK))
     text = str(mixtral_on_a_card())
-    assert "device 14.97 GB of 15.00 GB free: trunk 1.55 GB" in text and "one memory" not in text
+    assert "device 14.97 GB of 15.00 GB free: dense part 1.55 GB" in text and "one memory" not in text
 
 
 def bars(axes) -> dict[int, list[tuple[float, float]]]:

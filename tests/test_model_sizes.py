@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from mixtral_offload.analysis.planner import Request
+from mixtral_offload.analysis.planner import PlanRequest
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.checkpoint import load_config, open_checkpoint
 from mixtral_offload.models.sizes import fitting, matrix_bytes, model_sizes
-from mixtral_offload.runtime.options import OffloadOptions, device_needs
+from mixtral_offload.runtime.options import device_needs, parse_options
 from mixtral_offload.weights.hqq import PAPER, quantize
 from mixtral_offload.weights.source import DEMO
 
@@ -45,7 +45,7 @@ def test_mixtral_8x7b(mixtral):
     assert mixtral.at(16).expert_bytes == 2 * 3 * 4096 * 14336
     assert mixtral.kv_bytes(1) == 2 * 32 * 8 * 128 * 2
     # 262 MB each for embedding and head; 4-bit attention of 1.34 billion weights
-    assert mixtral.trunk_bytes == pytest.approx(2 * 262.1e6 + 32 * 41.9e6 * 4.25 / 8, rel=0.01)
+    assert mixtral.dense_bytes == pytest.approx(2 * 262.1e6 + 32 * 41.9e6 * 4.25 / 8, rel=0.01)
     assert mixtral.notes == ()
 
 
@@ -69,15 +69,13 @@ def test_a_checkpoint_s_own_sizes(which, published):
     else:
         assert which == "demo"  # its groups are others than the paper's
     assert sum(map(prod, checkpoint.layout.shapes.values())) == sizes.expert_parameters
-    attention = [key for key in checkpoint.trunk if key.endswith("q_proj.W_q")]
-    options = OffloadOptions.parse(
-        {"device": "cpu", "dtype": "float16", "context_length": 100, "compile": True}
-    )
+    attention = [key for key in checkpoint.dense if key.endswith("q_proj.W_q")]
+    options = parse_options({"device": "cpu", "dtype": "float16", "context_length": 100, "compile": True})
     needs = device_needs(checkpoint, options)
-    ours = Request(sizes.at(bits, 4 if attention else 16), 10**9, 10**9, 10**9, context_length=100).needs
+    ours = PlanRequest(sizes.at(bits, 4 if attention else 16), 10**9, 10**9, 10**9, context_length=100).needs
     assert ours["KV cache"] == needs["KV cache"]
     if which == "published":  # in the paper's groups
-        assert (ours["trunk"], ours["scratch"]) == (needs["trunk"], needs["scratch"])
+        assert (ours["dense part"], ours["scratch"]) == (needs["dense part"], needs["scratch"])
 
 
 def test_every_parameter_is_counted_once_in_every_family():

@@ -74,7 +74,7 @@ def resident(prompts, batch):
     from mixtral_offload import from_pretrained
 
     model = from_pretrained(DEMO, device="cpu", cache_size=8)
-    assert model.offload.plan.home is None
+    assert model.offload.plan.store is None
     return (
         logits_of(model, prompts),
         [greedy_of(model, prompt) for prompt in prompts],
@@ -87,7 +87,7 @@ def test_every_cache_size_and_home_gives_the_same_bits(
     offloaded, prompts, batch, resident, cache_size, store
 ):
     model = offloaded(DEMO, cache_size=cache_size, store=store)
-    assert model.offload.plan.home == store
+    assert model.offload.plan.store == store
     assert all(torch.equal(a, b) for a, b in zip(logits_of(model, prompts), resident[0]))
     assert torch.equal(greedy_of(model, batch), resident[2])
     if (cache_size, store) in ONE_BY_ONE:
@@ -164,7 +164,7 @@ def test_half_precision_and_a_slow_link_change_no_bit_either(offloaded, prompts)
     outputs = []
     for options in (
         {"cache_size": 8},
-        {"cache_size": 2, "link": "500MB"},
+        {"cache_size": 2, "throttle": "500MB"},
         {"cache_size": 3, "store": "disk"},
     ):
         model = offloaded(DEMO, dtype="bfloat16", **options)

@@ -15,7 +15,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, StaticCache
 
-from mixtral_offload import ChatSession, OffloadError, Request, generate_batch, load_tokenizer, record
+from mixtral_offload import (
+    ChatSession,
+    GenerationRequest,
+    OffloadError,
+    generate_batch,
+    load_tokenizer,
+    record,
+)
 from mixtral_offload.analysis.recorder import Recorder
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights.source import DEMO
@@ -73,7 +80,7 @@ def at_once(*functions, repeats: int):
 
 @torch.no_grad()
 def test_padded_batches_in_several_threads_give_what_each_gives_alone(offloaded, reference, batches):
-    model = offloaded(cache_size=2, prefetch=2, link="2GB")
+    model = offloaded(cache_size=2, prefetch=2, throttle="2GB")
     alone = [model(**batch).logits for batch in batches]
     for batch, logits in zip(batches, alone):
         assert relative_error(logits, reference(**batch).logits) < SAME
@@ -99,7 +106,7 @@ def test_a_chat_beside_a_batch(offloaded, tokenizer):
         return "".join(ChatSession(model, tokenizer, max_new_tokens=20).send("Tell me a story about a fox."))
 
     def batch():
-        requests = [Request.chat(tokenizer, text, max_new_tokens=16) for text in texts]
+        requests = [GenerationRequest.chat(tokenizer, text, max_new_tokens=16) for text in texts]
         return {answer.number: answer.ids for answer in generate_batch(model, requests, batch_size=3)}
 
     expected = chat(), batch()
@@ -152,7 +159,7 @@ def test_no_lock_is_held_while_a_streamer_is_called(offloaded, tokenizer):
 
 @torch.no_grad()
 def test_an_interrupted_pass_leaves_nothing_behind(offloaded, batches, monkeypatch):
-    model, batch = offloaded(cache_size=2, prefetch=2, link="2GB"), batches[0]
+    model, batch = offloaded(cache_size=2, prefetch=2, throttle="2GB"), batches[0]
     expected = model(**batch).logits
 
     def interrupted(hidden):
@@ -174,7 +181,9 @@ def _logits(model, batch):
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("options", [{"cache_size": 2, "prefetch": 2, "link": "2GB"}, {"unpack": True}])
+@pytest.mark.parametrize(
+    "options", [{"cache_size": 2, "prefetch": 2, "throttle": "2GB"}, {"dequantize_on_load": True}]
+)
 @pytest.mark.parametrize("kind", ["int", "bool", "float"])
 @pytest.mark.parametrize("n_more", [3, 12])
 @pytest.mark.parametrize("skips", [False, True])
@@ -226,7 +235,7 @@ def test_a_second_pass_of_several_tokens_takes_its_own_columns(offloaded, refere
 
 @torch.no_grad()
 def test_other_masks_and_positions(offloaded, reference, batches):
-    model, ids = offloaded(cache_size=2, prefetch=2, link="2GB"), batches[0]["input_ids"]
+    model, ids = offloaded(cache_size=2, prefetch=2, throttle="2GB"), batches[0]["input_ids"]
     n, width = ids.shape
     causal = torch.full((width, width), torch.finfo(torch.float32).min).triu(1).expand(n, 1, width, width)
     dead = torch.ones(n, width, dtype=torch.long)
@@ -297,7 +306,7 @@ def test_what_a_pass_leaves_of_padding_is_the_twins(offloaded, reference, batche
 
 @torch.no_grad()
 def test_embeddings_in_place_of_ids(offloaded, reference, tokenizer, batches):
-    model = offloaded(cache_size=2, prefetch=2, link="2GB")
+    model = offloaded(cache_size=2, prefetch=2, throttle="2GB")
     for batch in batches:
         embeds, mask = model.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"]
         assert torch.equal(model(inputs_embeds=embeds, attention_mask=mask).logits, model(**batch).logits)
@@ -330,7 +339,7 @@ def test_embeddings_are_recorded_without_ids(offloaded, tokenizer):
 def test_a_recording_of_two_threads_replays_exactly(offloaded, batches):
     from mixtral_offload.analysis.replay import replay
 
-    model = offloaded(cache_size=3, prefetch=2, link="2GB")
+    model = offloaded(cache_size=3, prefetch=2, throttle="2GB")
     with record(model) as run:
         at_once(*(lambda batch=batch: _logits(model, batch) for batch in batches), repeats=4)
     trace, stats = run.trace, model.offload.stats
@@ -372,8 +381,8 @@ def gradients(model, ids_of: list[list[int]]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [
-    {"cache_size": 2}, {"cache_size": 2, "store": "disk"}, {"cache_size": 8}, {"unpack": True},
-    {"cache_size": 2, "prefetch": 2, "link": "2GB"}, {"cache_size": 2, "shared_slots": True, "policy": "lfu"},
+    {"cache_size": 2}, {"cache_size": 2, "store": "disk"}, {"cache_size": 8}, {"dequantize_on_load": True},
+    {"cache_size": 2, "prefetch": 2, "throttle": "2GB"}, {"cache_size": 2, "shared_slots": True, "policy": "lfu"},
 ])  # fmt: skip
 @pytest.mark.parametrize("ids_of", [[[300], [700], [900]], [[300, 700, 900, 5, 6], [17, 18]]])
 def test_gradients_are_the_twins(offloaded, reference, options, ids_of):
@@ -382,7 +391,7 @@ def test_gradients_are_the_twins(offloaded, reference, options, ids_of):
         assert relative_error(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize("options", [{"cache_size": 2}, {"cache_size": 8}, {"unpack": True}])
+@pytest.mark.parametrize("options", [{"cache_size": 2}, {"cache_size": 8}, {"dequantize_on_load": True}])
 @pytest.mark.parametrize("ids_of", [[[300]], [[300, 700, 900, 5, 6], [17]]])
 def test_gradients_under_autocast_are_the_twins(offloaded, reference, options, ids_of):
     """Autograd calls backward outside of the caller's autocast."""
@@ -515,7 +524,7 @@ def test_a_trace_that_no_replay_can_repeat_says_so(offloaded):
     _is_exact(run.trace, model)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefetch": 2, "link": "2GB"}, {"shared_slots": True}])
+@pytest.mark.parametrize("options", [{}, {"prefetch": 2, "throttle": "2GB"}, {"shared_slots": True}])
 def test_an_interrupted_pass_is_not_credited_to_the_next(offloaded, monkeypatch, options):
     model, ids = offloaded(cache_size=2, **options), torch.tensor([[300, 700, 900, 5]])
 
@@ -543,7 +552,7 @@ def test_an_interrupted_pass_is_not_credited_to_the_next(offloaded, monkeypatch,
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, pickle.dumps])
-@pytest.mark.parametrize("options", [{}, {"prefetch": 2, "link": "2GB"}])
+@pytest.mark.parametrize("options", [{}, {"prefetch": 2, "throttle": "2GB"}])
 def test_copies_are_refused_with_one_message(offloaded, copier, options):
     model = offloaded(cache_size=2, **options)
     for part in (model, model.model, model.offload):
@@ -563,7 +572,7 @@ def test_weights_that_are_not_there_say_so(offloaded, batches):
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 @pytest.mark.parametrize("options", [
-    {"cache_size": 2}, {"cache_size": 3, "store": "disk"}, {"cache_size": 2, "prefetch": 2, "link": "500MB"},
+    {"cache_size": 2}, {"cache_size": 3, "store": "disk"}, {"cache_size": 2, "prefetch": 2, "throttle": "500MB"},
 ])  # fmt: skip
 def test_a_forked_child_goes_on_and_disturbs_nobody(offloaded, tokenizer, options):
     model, context = offloaded(**options), multiprocessing.get_context("fork")

@@ -16,7 +16,7 @@ MIXTRAL = Sizes(range(32), 8, 2, EXPERT)
 
 def test_a_free_t4_keeps_on_the_device_what_its_small_ram_cannot_hold():
     plan = make_plan(MIXTRAL, 190 * EXPERT, int(9.5e9))
-    assert plan.home == "ram" and plan.n_resident == 113 and plan.n_roaming == 143
+    assert plan.store == "ram" and plan.n_resident == 113 and plan.n_stored == 143
     assert plan.n_resident + sum(plan.slots.values()) == 190
     assert plan.ram_bytes <= 9.5e9
     assert any("113 experts are resident" in reason for reason in plan.reasons)
@@ -24,19 +24,19 @@ def test_a_free_t4_keeps_on_the_device_what_its_small_ram_cannot_hold():
 
 def test_enough_ram_means_no_resident_experts():
     plan = make_plan(MIXTRAL, 190 * EXPERT, int(20e9))
-    assert plan.home == "ram" and plan.n_resident == 0
+    assert plan.store == "ram" and plan.n_resident == 0
     assert set(plan.slots.values()) == {5, 6} and sum(plan.slots.values()) == 190
 
 
 def test_too_little_of_both_goes_to_disk_with_the_reason():
     plan = make_plan(MIXTRAL, 100 * EXPERT, int(5e9))
-    assert plan.home == "disk" and plan.n_resident == 0 and sum(plan.slots.values()) == 100
+    assert plan.store == "disk" and plan.n_resident == 0 and sum(plan.slots.values()) == 100
     assert any("home on disk" in reason for reason in plan.reasons)
 
 
 def test_a_large_card_needs_no_home():
     plan = make_plan(MIXTRAL, 300 * EXPERT, 0)
-    assert plan.home is None and plan.n_resident == 256 and sum(plan.slots.values()) == 0
+    assert plan.store is None and plan.n_resident == 256 and sum(plan.slots.values()) == 0
 
 
 def test_as_many_as_asked():
@@ -45,10 +45,10 @@ def test_as_many_as_asked():
 
 
 def test_on_the_cpu_device_and_ram_are_one():
-    assert make_plan(MIXTRAL, 300 * EXPERT, 0, shared_memory=True).home is None
-    assert make_plan(MIXTRAL, 200 * EXPERT, 0, shared_memory=True).home == "disk"
-    assert make_plan(MIXTRAL, 390 * EXPERT, 0, cache_size=4, shared_memory=True).home == "ram"
-    assert make_plan(MIXTRAL, 380 * EXPERT, 0, cache_size=4, shared_memory=True).home == "disk"
+    assert make_plan(MIXTRAL, 300 * EXPERT, 0, shared_memory=True).store is None
+    assert make_plan(MIXTRAL, 200 * EXPERT, 0, shared_memory=True).store == "disk"
+    assert make_plan(MIXTRAL, 390 * EXPERT, 0, cache_size=4, shared_memory=True).store == "ram"
+    assert make_plan(MIXTRAL, 380 * EXPERT, 0, cache_size=4, shared_memory=True).store == "disk"
 
 
 def test_refusals_name_the_largest_cache_that_fits():
@@ -83,9 +83,9 @@ def test_every_plan_keeps_within_both_budgets(layers, n_experts, top_k, room, ra
     for layer in sizes.layers:
         n_here = len(plan.resident[layer]) + plan.slots[layer]
         assert sizes.top_k <= n_here <= n_experts  # a token's experts are all on the device at once
-        if asked != "auto" and plan.home:
+        if asked != "auto" and plan.store:
             assert plan.slots[layer] <= asked
-    if plan.home is None:
+    if plan.store is None:
         assert plan.n_resident == sizes.total
     assert plan.reasons and str(plan)
 
@@ -103,8 +103,8 @@ def test_sizes():
 def test_a_cache_size_for_each_layer():
     sizes = Sizes(range(4), 8, 2, EXPERT)
     plan = make_plan(sizes, 20 * EXPERT, 40 * EXPERT, cache_size=[2, 3, 8, 4])
-    assert plan.home == "ram" and list(plan.slots.values()) == [2, 3, 8, 4]
-    assert make_plan(sizes, 20 * EXPERT, 20 * EXPERT, cache_size=[2, 3, 8, 4]).home == "disk"
+    assert plan.store == "ram" and list(plan.slots.values()) == [2, 3, 8, 4]
+    assert make_plan(sizes, 20 * EXPERT, 20 * EXPERT, cache_size=[2, 3, 8, 4]).store == "disk"
     with pytest.raises(CapacityError, match="16 experts fit in all"):
         make_plan(sizes, 16 * EXPERT, 40 * EXPERT, cache_size=[2, 3, 8, 4])
     with pytest.raises(CapacityError, match="impossible cache_size"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from mixtral_offload.analysis.planner import Request, answer, best_knobs, knobs
+from mixtral_offload.analysis.planner import PlanRequest, answer, best_knobs, knobs
 from mixtral_offload.analysis.synthetic import sticky_trace
 from mixtral_offload.apps.cli import main
 from mixtral_offload.core.trace import RoutingTrace
@@ -41,9 +41,9 @@ def small(layers=4):
     return model_sizes(AutoConfig.for_model(config.pop("model_type"), **config))
 
 
-def room(sizes, n: int, **given) -> Request:
+def room(sizes, n: int, **given) -> PlanRequest:
     """A card with room for n experts, and RAM for all."""
-    request = Request.parse(sizes, **{"vram": 1, "ram": "100GB", "link": "1GB/s", "prefetch": 0, **given})
+    request = PlanRequest.parse(sizes, **{"vram": 1, "ram": "100GB", "link": "1GB/s", "prefetch": 0, **given})
     beside = sum(request.needs.values()) + MARGIN_BYTES + request.options.n_staging * sizes.expert_bytes
     return replace(request, vram=beside + n * sizes.expert_bytes)
 
@@ -53,7 +53,7 @@ def test_mixtral_on_a_free_colab(capsys, mixtral):
     assert main(["plan", str(mixtral), *CARD]) == 0
     text = capsys.readouterr().out
     assert "46.7 billion parameters, 12.9 per token" in text and "66.4 MB at 2 bits" in text
-    assert "106 resident, 150 at home in RAM" in text and "projection" in text and "not measured" in text
+    assert "106 resident, 150 in RAM" in text and "projection" in text and "not measured" in text
     assert 'routing like "mixtral"' in text and "measured on Mixtral-8x7B" in text
     rate = float(re.search(r"([\d.]+) tokens/s: ", text)[1])
     copies = float(re.search(r"([\d.]+) copies per token", text)[1])
@@ -85,7 +85,7 @@ def test_a_large_card_copies_nothing(capsys, mixtral):
 def test_small_ram_goes_to_disk_with_its_speed(capsys, mixtral):
     assert main(["plan", str(mixtral), *CARD, "--ram", "4GB", "--disk", "2GB/s"]) == 0
     text = capsys.readouterr().out
-    assert "256 at home on disk" in text and "33.2 ms at 2 GB/s (the disk)" in text
+    assert "256 on disk" in text and "33.2 ms at 2 GB/s (the disk)" in text
 
 
 def test_of_a_hub_repository_only_the_configuration_is_fetched(capsys, mixtral, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_trace_gives_each_layer_its_own_slots(capsys, tmp_path):
     even = answer(room(sizes, 16, trace=trace, cache_size=4))
     assert found.projection.hit_rate > even.projection.hit_rate
     few = answer(room(sizes, 16, trace=trace, ram=20 * sizes.expert_bytes))
-    assert few.plan.n_resident == 12 or few.plan.home == "disk"
+    assert few.plan.n_resident == 12 or few.plan.store == "disk"
 
 
 def test_a_trace_from_its_file_with_the_guesses_it_has(capsys, tmp_path, mixtral):
@@ -146,7 +146,7 @@ def test_a_trace_from_its_file_with_the_guesses_it_has(capsys, tmp_path, mixtral
 
 
 def test_knobs_are_what_they_say(sizes):
-    request = Request.parse(sizes.at(3), vram="15GB", ram="20GB", link="12GB/s")
+    request = PlanRequest.parse(sizes.at(3), vram="15GB", ram="20GB", link="12GB/s")
     base = answer(request)
     found = best_knobs(base, 10)
     speeds = [changed.projection.tokens_per_s for _, changed in found]
@@ -171,7 +171,7 @@ def test_knobs_are_what_they_say(sizes):
 
 
 def test_too_small_a_card_says_what_fits(sizes):
-    request = Request.parse(sizes.at(4), vram="9GB", ram="20GB", link="12GB/s", context_length=16384)
+    request = PlanRequest.parse(sizes.at(4), vram="9GB", ram="20GB", link="12GB/s", context_length=16384)
     with pytest.raises(CapacityError) as caught:
         answer(request)
     text = str(caught.value)
@@ -244,9 +244,9 @@ def test_a_trace_of_another_model(capsys, tmp_path, mixtral):
 def test_many_small_experts_are_planned_within_seconds(sizes):
     """Qwen3-30B-A3B: guesses are fewer than needed experts, and each is right as often as on Mixtral."""
     sizes = model_sizes(AutoConfig.for_model("qwen3_moe", **QWEN3_30B))
-    request = Request.parse(sizes.at(4), vram="12GB", ram="24GB", link="12GB/s")
+    request = PlanRequest.parse(sizes.at(4), vram="12GB", ram="24GB", link="12GB/s")
     found = answer(request)
-    assert found.plan.home == "ram" and 40 < np.mean(list(found.plan.slots.values())) < 128
+    assert found.plan.store == "ram" and 40 < np.mean(list(found.plan.slots.values())) < 128
     assert answer(replace(request, prefetch=0)).projection.tokens_per_s < found.projection.tokens_per_s
     with pytest.raises(OptionError, match="impossible prefetch"):
-        Request.parse(sizes, vram=1, ram=1, link=1, prefetch=-1)
+        PlanRequest.parse(sizes, vram=1, ram=1, link=1, prefetch=-1)

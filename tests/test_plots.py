@@ -41,7 +41,7 @@ PROMPTS = [
 def run():
     from mixtral_offload import from_pretrained
 
-    model = from_pretrained(cache_size=3, prefetch=2, link="60MB")
+    model = from_pretrained(cache_size=3, prefetch=2, throttle="60MB")
     return model, *trace_prompts(model, load_tokenizer(DEMO), PROMPTS, 32)
 
 
@@ -77,7 +77,7 @@ def test_cells_are_the_worst_of_a_token_s_uses(run):
     for token, layer in np.ndindex(50, 6):
         of = set(outcomes[token, layer].tolist())
         assert shown[layer, token] == (2 if MISS in of else 1 if PREFETCHED in of else 0)
-    assert wasted.sum() == len(trace.wrong_pass)
+    assert wasted.sum() == len(trace.wasted_pass)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [*CELLS, "wasted guess"]
 
 

@@ -72,7 +72,7 @@ def undisturbed(prompts):
     "options",
     [
         {"cache_size": 3, "prefetch": 3, "look_ahead": 3, "store": "disk"},
-        {"cache_size": 2, "prefetch": 8, "look_ahead": 5, "link": "50MB"},
+        {"cache_size": 2, "prefetch": 8, "look_ahead": 5, "throttle": "50MB"},
         {"cache_size": 2, "prefetch": 2, "shared_slots": True, "policy": "lrfu"},
     ],
 )

@@ -123,7 +123,7 @@ def test_guesses_and_a_faster_link_help(sizes):
 
 def test_from_disk_copies_are_no_faster_than_the_disk(sizes):
     trace, plan = sticky_trace(32, LAYERS, E, K, 0.2), plan_of(sizes, 4, 0)
-    assert plan.home == "disk"
+    assert plan.store == "disk"
     found = project(sizes, plan, trace, **CARD, disk_bytes_per_s=1e8)
     assert found.disk and found.costs.copy_s == sizes.expert_bytes / 1e8
     assert project(sizes, plan, trace, **CARD, disk_bytes_per_s=1e12).costs.copy_s == sizes.expert_bytes / 1e9

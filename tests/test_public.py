@@ -10,7 +10,7 @@ import mixtral_offload
 
 def test_every_name_is_there_for_everybody():
     names = set(mixtral_offload.__all__)
-    assert names == set(mixtral_offload._HOMES) and names <= set(dir(mixtral_offload))
+    assert names == set(mixtral_offload._MODULES) and names <= set(dir(mixtral_offload))
     assert all(getattr(mixtral_offload, name) is not None for name in names)
     tree = ast.parse(Path(mixtral_offload.__file__).read_text())
     (checked,) = (node for node in tree.body if isinstance(node, ast.If))  # if TYPE_CHECKING
@@ -19,7 +19,7 @@ def test_every_name_is_there_for_everybody():
         for node in checked.body
         for alias in node.names
     }
-    assert imported == mixtral_offload._HOMES
+    assert imported == mixtral_offload._MODULES
     assert Path(mixtral_offload.__file__).with_name("py.typed").is_file()
 
 

@@ -53,8 +53,8 @@ def test_our_writer_keeps_every_byte_under_whole_keys(published, tmp_path):
             key = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{names[matrix]}.{field}"
             with safe_open(ours.experts[layer, expert][matrix, field].path, "pt") as file:
                 assert torch.equal(file.get_tensor(key), stored.read())
-    for key, stored in theirs.trunk.items():
-        assert torch.equal(ours.trunk[key].read(), stored.read())
+    for key, stored in theirs.dense.items():
+        assert torch.equal(ours.dense[key].read(), stored.read())
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])

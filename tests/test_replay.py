@@ -77,10 +77,10 @@ def test_prefetch_changes_only_when_bytes_move(tokenizer):
     assert counters["prefetched"] == (live.use_outcome == PREFETCHED).sum() > 0
     assert counters["misses"] - counters["prefetched"] == (live.use_outcome == MISS).sum()
     assert (
-        0 <= counters["predictions"] - counters["prefetched"] - len(live.wrong_pass) <= 2
+        0 <= counters["predictions"] - counters["prefetched"] - len(live.wasted_pass) <= 2
     )  # for the token after the last
     assert live.use_bytes.sum() == counters["misses"] * live.expert_bytes
-    assert live.wrong_bytes.sum() >= counters["wasted_bytes"]  # a guess dropped last may still be moving
+    assert live.wasted_bytes.sum() >= counters["wasted_bytes"]  # a guess dropped last may still be moving
 
 
 def test_nobody_beats_belady(trace):

@@ -101,10 +101,12 @@ def test_a_trace_holds_its_guesses():
     """Those from the embeddings, before layer 0, are left out: nobody measured them."""
     trace = sticky_trace(500, 4, 8, 2, 0.2, recall=[0.9, 0.4], look_aheads=2, seed=2)
     assert (trace.experts == sticky_trace(500, 4, 8, 2, 0.2, seed=2).experts).all()
-    distance = trace.guess_layer - trace.guess_from
-    assert trace.guess_from.min() == 0 and set(distance) == {1, 2} and set(trace.guess_rank) == {0, 1}
+    distance = trace.predicted_layer - trace.predicted_from
+    assert trace.predicted_from.min() == 0 and set(distance) == {1, 2} and set(trace.predicted_rank) == {0, 1}
     assert len(distance) == 500 * 2 * (3 + 2)  # 3 layers have one before them, 2 have two
-    needed = (trace.experts[trace.guess_pass, trace.guess_layer] == trace.guess_expert[:, None]).any(-1)
+    needed = (
+        trace.experts[trace.predicted_pass, trace.predicted_layer] == trace.predicted_expert[:, None]
+    ).any(-1)
     assert needed[distance == 1].mean() == pytest.approx(0.9, abs=0.02)
     assert needed[distance == 2].mean() == pytest.approx(0.4, abs=0.03)
 

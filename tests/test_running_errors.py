@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mixtral_offload import ChatSession, Request, from_pretrained, generate_batch, load_tokenizer
+from mixtral_offload import ChatSession, GenerationRequest, from_pretrained, generate_batch, load_tokenizer
 from mixtral_offload.analysis.recall import measure_recall
 from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.trace_report import read_prompts
@@ -59,7 +59,7 @@ def test_files_that_change_under_a_running_model(on_disk, damage):
     model.offload.cache.clear()
     for ask in (
         lambda: list(session.send("Tell me a story.")),
-        lambda: list(generate_batch(model, [Request.chat(session.tokenizer, QUESTION)])),
+        lambda: list(generate_batch(model, [GenerationRequest.chat(session.tokenizer, QUESTION)])),
         lambda: model(torch.tensor([[1, 5, 7]])),
         lambda: model.generate(torch.tensor([[1, 5, 7]]), max_new_tokens=2),
     ):
@@ -116,7 +116,7 @@ def test_what_fails_inside_the_model_is_one_message(offloaded, monkeypatch):
     model, tokenizer = offloaded(DEMO, cache_size=8), load_tokenizer()
     monkeypatch.setattr(model.base_model.norm, "forward", lambda hidden: 1 / 0)
     session = ChatSession(model, tokenizer)
-    for ask in (session.send, lambda text: generate_batch(model, [Request.chat(tokenizer, text)])):
+    for ask in (session.send, lambda text: generate_batch(model, [GenerationRequest.chat(tokenizer, text)])):
         with pytest.raises(GenerationError, match=r"(?s)failed while computing.*ZeroDivisionError") as caught:
             list(ask(QUESTION))
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -126,12 +126,12 @@ def test_what_fails_inside_the_model_is_one_message(offloaded, monkeypatch):
 
 def test_a_link_that_would_take_hours_is_refused(capsys):
     with pytest.raises(OptionError, match=r"(?s)impossible link.*expected: \d+ bytes/s or more"):
-        from_pretrained(device="cpu", cache_size=2, link=1)
-    assert main(["generate", "Hi", "--device", "cpu", "--link", "1"]) == 1
+        from_pretrained(device="cpu", cache_size=2, throttle=1)
+    assert main(["generate", "Hi", "--device", "cpu", "--throttle", "1"]) == 1
 
 
 def test_a_reader_that_fails_during_an_answer_ends_it(offloaded):
-    session = ChatSession(offloaded(DEMO, cache_size=2, link="1MB"), load_tokenizer())
+    session = ChatSession(offloaded(DEMO, cache_size=2, throttle="1MB"), load_tokenizer())
     with pytest.raises(ZeroDivisionError):
         for _ in session.send("Tell me a story about a fox."):
             1 / 0  # noqa: B018

@@ -124,7 +124,7 @@ def test_state_dict_says_once_what_it_lacks(offloaded):
 
 
 def test_an_unpacked_model_is_saved_as_transformers_does(offloaded, tmp_path):
-    model = offloaded(unpack=True)
+    model = offloaded(dequantize_on_load=True)
     model.save_pretrained(tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from mixtral_offload import ChatSession, Request, from_pretrained, generate_batch, load_tokenizer
+from mixtral_offload import ChatSession, GenerationRequest, from_pretrained, generate_batch, load_tokenizer
 from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError, GenerationError, OptionError
 from mixtral_offload.runtime.settings import check_sampling, choose, generator, ignored_settings, model_ends
@@ -57,7 +57,7 @@ def answers(model, tokenizer, n_tokens=24, seed=None, temperature=0.0, system_pr
         system_prompt=system_prompt,
     )
     chat = "".join(session.send(QUESTION))
-    request = Request.chat(
+    request = GenerationRequest.chat(
         tokenizer, QUESTION, max_new_tokens=n_tokens, seed=seed, system_prompt=system_prompt
     )
     (batch,) = generate_batch(model, [request], temperature=temperature)
@@ -105,7 +105,7 @@ def test_the_file_itself_on_every_way_to_an_answer(folder, tmp_path, capsys):
 def test_transformers_own_generate_follows_the_file(folder, offloaded):
     (folder / "generation_config.json").write_text(json.dumps({**IDS, "min_new_tokens": 40}))
     model, tokenizer = offloaded(folder, cache_size=8), load_tokenizer(folder)
-    ids = torch.tensor([Request.chat(tokenizer, QUESTION).ids])
+    ids = torch.tensor([GenerationRequest.chat(tokenizer, QUESTION).ids])
     assert model.generate(ids, max_new_tokens=64).shape[1] >= ids.shape[1] + 40
     list(ChatSession(model, tokenizer).send(QUESTION))
     assert model.generation_config.min_new_tokens == 40
@@ -180,7 +180,7 @@ def test_a_token_that_only_the_template_knows_ends_an_answer(folder, offloaded, 
     session = ChatSession(model, tokenizer, max_new_tokens=60)
     text = "".join(session.send("What is 2 + 2?"))
     assert session.ended == "complete" and "4" in text and "<" not in text
-    (batch,) = generate_batch(model, [Request.chat(tokenizer, "What is 2 + 2?", max_new_tokens=60)])
+    (batch,) = generate_batch(model, [GenerationRequest.chat(tokenizer, "What is 2 + 2?", max_new_tokens=60)])
     assert batch.ended == "complete" and batch.ids[-1] == 1
     tokenizer.chat_template = "{{ bos_token }}" + CHATML.replace(
         "~ END", ""
@@ -207,7 +207,7 @@ def test_ends_of_configuration_and_tokenizer_count_together(folder, offloaded):
 )  # fmt: skip
 def test_a_damaged_generation_config_is_refused_before_the_weights_are_read(folder, text, monkeypatch):
     monkeypatch.setattr(
-        "mixtral_offload.runtime.build.load_trunk", lambda *a: pytest.fail("weights were read")
+        "mixtral_offload.runtime.build.load_dense", lambda *a: pytest.fail("weights were read")
     )
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
@@ -228,7 +228,9 @@ def test_logits_that_are_no_numbers_stop_an_answer(offloaded, value):
             list(session.send(QUESTION))
         assert session.messages == []
         with pytest.raises(GenerationError, match="new token 1 of request 0"):
-            list(generate_batch(model, [Request.chat(tokenizer, QUESTION)], temperature=temperature))
+            list(
+                generate_batch(model, [GenerationRequest.chat(tokenizer, QUESTION)], temperature=temperature)
+            )
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-10, 1e300])
@@ -275,4 +277,4 @@ def test_ids_that_the_model_does_not_have_never_reach_it(offloaded):
         list(ChatSession(model, tokenizer).send("Hello <|more|>"))
     for ids in ([5, 1536], [-1, 5]):
         with pytest.raises(OptionError, match="request 0 cannot be answered"):
-            list(generate_batch(model, [Request(ids)]))
+            list(generate_batch(model, [GenerationRequest(ids)]))

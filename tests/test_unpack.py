@@ -13,20 +13,22 @@ IDS = torch.arange(3, 43).view(1, 40)
 
 @pytest.mark.parametrize("n_tokens", [1, 5, 40])
 def test_unpacked_logits_are_those_of_packed_experts(offloaded, n_tokens):
-    packed, unpacked = offloaded(cache_size=2), offloaded(unpack=True)
+    packed, unpacked = offloaded(cache_size=2), offloaded(dequantize_on_load=True)
     with torch.inference_mode():
         assert torch.equal(packed(IDS[:, :n_tokens]).logits, unpacked(IDS[:, :n_tokens]).logits)
 
 
 def test_16_bits_become_the_dtype_of_the_products_once(offloaded):
-    stored, unpacked = (offloaded(DEMO.parent / "fp16", cache_size=8, **of) for of in ({}, {"unpack": True}))
+    stored, unpacked = (
+        offloaded(DEMO.parent / "fp16", cache_size=8, **of) for of in ({}, {"dequantize_on_load": True})
+    )
     with torch.inference_mode():
         assert torch.equal(stored(IDS).logits, unpacked(IDS).logits)
     assert next(iter(unpacked.offload.cache.resident_slots()))[1].numel() == 2 * stored.offload.layout.n_bytes
 
 
 def test_nothing_packed_is_left(offloaded, published, expected):
-    model = offloaded(published, unpack=True)
+    model = offloaded(published, dequantize_on_load=True)
     assert not [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     with torch.inference_mode():
         logits = model(expected["input_ids"]).logits
@@ -34,18 +36,21 @@ def test_nothing_packed_is_left(offloaded, published, expected):
 
 
 def test_the_plan_says_so_and_counts_it(offloaded):
-    plan = offloaded(unpack=True).offload.plan
+    plan = offloaded(dequantize_on_load=True).offload.plan
     n_weights = 3 * 192 * 256
-    assert plan.home is None and plan.device_bytes == 48 * 4 * n_weights
+    assert plan.store is None and plan.device_bytes == 48 * 4 * n_weights
     assert "dequantized once: an expert of 79 kB takes 590 kB" in str(plan)
-    packed, unpacked = memory_use(cache_size=8, device="cpu"), memory_use(unpack=True, device="cpu")
+    packed, unpacked = (
+        memory_use(cache_size=8, device="cpu"),
+        memory_use(dequantize_on_load=True, device="cpu"),
+    )
     assert unpacked.device["resident experts"] == plan.device_bytes
     more = 4 * 6 * (2 * 192 * 192 + 2 * 64 * 192)  # attention in fp32
-    assert unpacked.device["trunk"] >= packed.device["trunk"] + more - 6 * 1e5
+    assert unpacked.device["dense part"] >= packed.device["dense part"] + more - 6 * 1e5
 
 
 def test_traces_are_recorded_as_always(offloaded):
-    model = offloaded(unpack=True)
+    model = offloaded(dequantize_on_load=True)
     with record(model) as run, torch.inference_mode():
         model(IDS)
         model(IDS[:, :1])
@@ -55,12 +60,14 @@ def test_traces_are_recorded_as_always(offloaded):
 @pytest.mark.parametrize("options", [{"cache_size": 3}, {"vram": 20_000_000}], ids=["cache", "memory"])
 def test_what_does_not_fit_is_refused(offloaded, options):
     with pytest.raises(CapacityError, match=r"every expert on the device|too little memory"):
-        offloaded(unpack=True, **options)
+        offloaded(dequantize_on_load=True, **options)
 
 
 @pytest.mark.parametrize(
-    "options", [{"unpack": "yes"}, {"unpack": True, "compile": True}], ids=["word", "compile"]
+    "options",
+    [{"dequantize_on_load": "yes"}, {"dequantize_on_load": True, "compile": True}],
+    ids=["word", "compile"],
 )
 def test_what_means_nothing_is_refused(offloaded, options):
-    with pytest.raises(OptionError, match="unpack"):
+    with pytest.raises(OptionError, match="dequantize_on_load"):
         offloaded(**options)

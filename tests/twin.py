@@ -10,7 +10,7 @@ from mixtral_offload.runtime.build import from_pretrained
 
 def twin(*source, **options) -> PreTrainedModel:
     """Build the twin of `from_pretrained(*source, **options)`, with transformers' eager experts."""
-    unpacked = from_pretrained(*source, device="cpu", unpack=True, **options)
+    unpacked = from_pretrained(*source, device="cpu", dequantize_on_load=True, **options)
     config = copy.deepcopy(unpacked.config)
     config._experts_implementation = None
     model = MixtralForCausalLM(config).to(unpacked.dtype)

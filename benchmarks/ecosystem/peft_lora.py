@@ -156,7 +156,7 @@ def others(of) -> Iterator[Check]:
         ("LoRA on all linear layers, unpacked", {"target_modules": "all-linear"}, True),
         ("LoRA on attention and experts, unpacked", {"target_modules": linear}, True),
     ):
-        model = ours(unpack=True, cache_size=None) if unpack else ours()
+        model = ours(dequantize_on_load=True, cache_size=None) if unpack else ours()
         found, wanted = (logits_and_gradients(each, **options) for each in (model, twin()))
         yield close(f"{name}: logits", found[0], wanted[0], TOLERANCE)
         yield close(f"{name}: gradients", found[1], wanted[1], TOLERANCE)

@@ -36,7 +36,7 @@ def ours(folder: Path = DEMO, **options) -> PreTrainedModel:
 
 def twin(folder: Path = DEMO) -> PreTrainedModel:
     """transformers' own model on the same weights, dequantized: nothing of this package runs in it."""
-    unpacked = from_pretrained(folder, device="cpu", unpack=True)
+    unpacked = from_pretrained(folder, device="cpu", dequantize_on_load=True)
     config = copy.deepcopy(unpacked.config)
     config._experts_implementation = None
     model = MixtralForCausalLM(config).to(unpacked.dtype)

@@ -15,11 +15,12 @@ import torch
 from mixtral_offload.analysis.projection import HOST_S, Projection, project
 from mixtral_offload.analysis.replay import best_allocation, replay
 from mixtral_offload.analysis.synthetic import CURVES, MIXTRAL_RECALL, recall_by_layer, sticky_trace
+from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.sizes import ModelSizes
-from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, plan_within, scratch_bytes
+from mixtral_offload.runtime.options import MARGIN_BYTES, plan_within, scratch_bytes
 from mixtral_offload.units import check_whole, gb, listed, parse_size
 from mixtral_offload.weights.hqq import PAPER
 
@@ -31,7 +32,7 @@ MOST_STEPS = 3_000_000
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """A model (its bit widths among its sizes), a card, and the routing to expect: a recorded trace or a curve of
     `synthetic.CURVES`. vram, ram: bytes; link, bandwidth, disk: bytes per second; host_s: the host's seconds
     for a layer; the rest as in `OffloadOptions`."""
@@ -51,7 +52,7 @@ class Request:
     host_s: float = HOST_S
 
     @classmethod
-    def parse(cls, sizes: ModelSizes, **given) -> Request:
+    def parse(cls, sizes: ModelSizes, **given) -> PlanRequest:
         """Sizes and rates may be text, like "15GB" or "12GB/s"; None is the default. Raises OptionError."""
         given = {name: value for name, value in given.items() if value is not None}
         for name in {"vram", "ram", "link", "bandwidth", "disk"} & given.keys():
@@ -63,7 +64,7 @@ class Request:
             check_whole(name, getattr(request, name), least)
         if request.prefetch > sizes.n_experts or request.look_ahead >= len(sizes.layers):
             raise OptionError(
-                "impossible guesses", found=f"prefetch {request.prefetch}, look_ahead {request.look_ahead}",
+                "impossible predictions", found=f"prefetch {request.prefetch}, look_ahead {request.look_ahead}",
                 expected=f"at most {sizes.n_experts} experts, less than {len(sizes.layers)} layers ahead",
             )  # fmt: skip
         if request.curve not in CURVES:
@@ -79,7 +80,7 @@ class Request:
         """Device bytes beside experts and guesses, by name, as `options.device_needs` has them."""
         sizes = self.sizes
         activations = scratch_bytes(self.context, sizes.item, sizes.top_k, sizes.hidden, sizes.intermediate)
-        return {"trunk": sizes.trunk_bytes, "KV cache": sizes.kv_bytes(self.context),
+        return {"dense part": sizes.dense_bytes, "KV cache": sizes.kv_bytes(self.context),
                 "scratch": activations + sizes.dequantized_bytes}  # fmt: skip
 
     @property
@@ -94,13 +95,13 @@ class Request:
 class Answer:
     """routing: where the expected routing and guesses come from, in words."""
 
-    request: Request
+    request: PlanRequest
     plan: Plan
     projection: Projection
     routing: tuple[str, ...]
 
 
-def answer(request: Request) -> Answer:
+def answer(request: PlanRequest) -> Answer:
     """Plan and projection. Raises CapacityError, saying what would fit."""
     plan, routing = _plan(request), []
     trace = request.trace
@@ -119,7 +120,7 @@ def answer(request: Request) -> Answer:
 
 
 def _plan(
-    request: Request, cache_size: int | str | Sequence[int] | None = None, why: str = "as asked"
+    request: PlanRequest, cache_size: int | str | Sequence[int] | None = None, why: str = "as asked"
 ) -> Plan:
     needs, sizes = sum(request.needs.values()), request.sizes
     cache_size = request.cache_size if cache_size is None else cache_size
@@ -131,9 +132,9 @@ def _plan(
         raise _too_small(request) from error
 
 
-def _too_small(request: Request) -> CapacityError:
+def _too_small(request: PlanRequest) -> CapacityError:
     sizes, needs = request.sizes, request.needs
-    beside = {**needs, "margin": MARGIN_BYTES, "guesses": request.options.n_staging * sizes.expert_bytes,
+    beside = {**needs, "margin": MARGIN_BYTES, "predictions": request.options.n_staging * sizes.expert_bytes,
               f"{sizes.top_k} experts per layer": sizes.top_k * len(sizes.layers) * sizes.expert_bytes}  # fmt: skip
     least = sum(beside.values())
     return CapacityError(
@@ -143,7 +144,7 @@ def _too_small(request: Request) -> CapacityError:
     )  # fmt: skip
 
 
-def _what_fits(request: Request) -> list[str]:
+def _what_fits(request: PlanRequest) -> list[str]:
     """Single options that make room enough."""
 
     def fits(**changed) -> bool:
@@ -169,7 +170,7 @@ def _what_fits(request: Request) -> list[str]:
     return [*found, "--prefetch 0"] if request.prefetch and fits(prefetch=0) else found
 
 
-def _expected_trace(request: Request) -> RoutingTrace:
+def _expected_trace(request: PlanRequest) -> RoutingTrace:
     """Routing of the request's curve, long enough for a cache to warm up, short enough to be played in a second."""
     sizes = request.sizes
     n_layers, k = len(sizes.layers), sizes.top_k
@@ -188,7 +189,7 @@ def _made_up(numbers: tuple, prefetch: int, look_ahead: int) -> RoutingTrace:
     return sticky_trace(*numbers, recall=recall, n_guesses=prefetch, look_aheads=look_ahead)
 
 
-def _curve_words(request: Request) -> list[str]:
+def _curve_words(request: PlanRequest) -> list[str]:
     curve = CURVES[request.curve]
     words = [
         f'routing like "{request.curve}": a token keeps each expert of the one before with probability '
@@ -203,22 +204,24 @@ def _curve_words(request: Request) -> list[str]:
     return words
 
 
-def _within_trace(request: Request) -> tuple[Request, list[str]]:
+def _within_trace(request: PlanRequest) -> tuple[PlanRequest, list[str]]:
     """The request with as many guesses as its trace has, and what was changed."""
     trace = request.trace
     words = [f"routing as recorded: {trace.n_tokens} tokens of {trace.settings.get('model', 'a model')}"]
-    prefetch = min(request.prefetch, int(trace.guess_rank.max(initial=-1)) + 1)
-    look_ahead = min(request.look_ahead, max(1, int((trace.guess_layer - trace.guess_from).max(initial=0))))
+    prefetch = min(request.prefetch, int(trace.predicted_rank.max(initial=-1)) + 1)
+    look_ahead = min(
+        request.look_ahead, max(1, int((trace.predicted_layer - trace.predicted_from).max(initial=0)))
+    )
     if (prefetch, look_ahead) != (request.prefetch, request.look_ahead):
         words.append(f"prefetch {prefetch}, look-ahead {look_ahead}: the trace has no more guesses")
     return replace(request, prefetch=prefetch, look_ahead=look_ahead), words
 
 
-def _by_layer(request: Request, plan: Plan) -> tuple[Plan, list[str]]:
+def _by_layer(request: PlanRequest, plan: Plan) -> tuple[Plan, list[str]]:
     """The plan with another number of slots in each layer, where the trace says that this gives more hits."""
     trace, sizes = request.trace, request.sizes
     n_layers, n_experts = len(sizes.layers), sizes.n_experts
-    if request.cache_size != "auto" or plan.home is None or trace.n_layers != n_layers:
+    if request.cache_size != "auto" or plan.store is None or trace.n_layers != n_layers:
         return plan, []
     if plan.n_resident:
         return plan, ["slots even over the layers: some experts are resident"]
@@ -234,7 +237,7 @@ def _by_layer(request: Request, plan: Plan) -> tuple[Plan, list[str]]:
     return _plan(request, best, why), []
 
 
-def knobs(request: Request) -> list[tuple[str, Request]]:
+def knobs(request: PlanRequest) -> list[tuple[str, PlanRequest]]:
     """Changes of one thing each: (as it is written on the command line, the changed request)."""
     sizes, found = request.sizes, []
     lower = [bits for bits in BIT_WIDTHS if bits < sizes.bits]

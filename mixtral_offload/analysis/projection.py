@@ -57,14 +57,14 @@ def project(
     disk_bytes_per_s: float | None = None,
 ) -> Projection:  # fmt: skip
     """trace: of single tokens; its first half warms the cache up, and is not counted. context: tokens in the KV cache.
-    disk_bytes_per_s: where experts' home is the disk, copies are no faster. Raises OptionError for rates that are not
+    disk_bytes_per_s: where experts are on disk, copies are no faster. Raises OptionError for rates that are not
     more than 0, or a trace of another model."""
     if (trace.n_layers, trace.n_experts, trace.top_k) != (len(sizes.layers), sizes.n_experts, sizes.top_k):
         raise OptionError(
             "the trace is of another model", expected=_shape(len(sizes.layers), sizes.n_experts, sizes.top_k),
             found=_shape(trace.n_layers, trace.n_experts, trace.top_k),
         )  # fmt: skip
-    on_disk = plan.home == "disk"
+    on_disk = plan.store == "disk"
     rates = {"link": link_bytes_per_s, "bandwidth": bandwidth_bytes_per_s}
     if on_disk and disk_bytes_per_s is not None:
         rates["disk"] = disk_bytes_per_s
@@ -74,7 +74,7 @@ def project(
     link = min(rate for name, rate in rates.items() if name != "bandwidth")
     costs = estimate_costs(sizes, link, bandwidth_bytes_per_s, host_s, context)
     trace = with_plan(trace, plan)
-    played = timed_replay(trace, costs, prefetch=prefetch if plan.home else 0, look_ahead=look_ahead)
+    played = timed_replay(trace, costs, prefetch=prefetch if plan.store else 0, look_ahead=look_ahead)
     warm = played.decoding & (np.arange(trace.n_passes) >= trace.n_passes // 2)
     if not warm.any():
         raise OptionError(

@@ -185,7 +185,7 @@ class Recorder(Observer):
                     )
                 else:
                     wrong.append((number[entry.layer], entry.expert, *row))
-        return _columns("use", used, self._began_s) | _columns("wrong", wrong, self._began_s)
+        return _columns("use", used, self._began_s) | _columns("wasted", wrong, self._began_s)
 
     def _prediction_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
         """The columns guess_* of the trace. passes: those to keep -> their number in the trace."""
@@ -196,7 +196,7 @@ class Recorder(Observer):
         ]  # fmt: skip
         columns = np.array(rows, np.int32).reshape(-1, 5).T
         return {
-            f"guess_{name}": column
+            f"predicted_{name}": column
             for name, column in zip(("pass", "from", "layer", "expert", "rank"), columns)
         }
 

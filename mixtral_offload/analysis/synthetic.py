@@ -82,9 +82,9 @@ def _with_guesses(trace: RoutingTrace, guesses: np.ndarray) -> RoutingTrace:
     trace = RoutingTrace.from_routing(
         trace.experts, trace.weights, run["n_experts"], run["expert_bytes"], guesses=np.maximum(guesses, 0)
     )
-    distance = trace.guess_layer - trace.guess_from
-    there = guesses[trace.guess_pass, trace.guess_layer, distance - 1, trace.guess_rank] >= 0
-    names = [f"guess_{name}" for name in ("pass", "from", "layer", "expert", "rank")]
+    distance = trace.predicted_layer - trace.predicted_from
+    there = guesses[trace.predicted_pass, trace.predicted_layer, distance - 1, trace.predicted_rank] >= 0
+    names = [f"predicted_{name}" for name in ("pass", "from", "layer", "expert", "rank")]
     return replace(trace, **{name: getattr(trace, name)[there] for name in names})
 
 
@@ -94,7 +94,7 @@ def as_prompt(trace: RoutingTrace) -> RoutingTrace:
     layer_expert = np.unique(trace.use_layer.astype(np.int64) * trace.n_experts + trace.use_expert)
     layer, expert = (part.astype(np.int32) for part in divmod(layer_expert, trace.n_experts))
     n, zeros, none = len(expert), np.zeros(len(expert)), np.zeros(0, np.int32)
-    guesses = {field.name: none for field in fields(trace) if field.name.startswith("guess_")}
+    guesses = {field.name: none for field in fields(trace) if field.name.startswith("predicted_")}
     return replace(
         trace, passes=np.zeros_like(trace.passes), use_pass=np.zeros(n, np.int32), use_layer=layer, use_expert=expert,
         use_outcome=np.zeros(n, np.uint8), use_wait_s=zeros, use_at_s=zeros, use_bytes=np.zeros(n, np.int64),
@@ -105,7 +105,7 @@ def as_prompt(trace: RoutingTrace) -> RoutingTrace:
 def with_plan(trace: RoutingTrace, plan: Plan) -> RoutingTrace:
     """The trace as if it had been recorded under this plan: replays of it have the plan's slots and residents."""
     slots, resident = list(plan.slots.values()), [list(of) for of in plan.resident.values()]
-    run = {"slots": slots, "resident": resident, "home": plan.home, "expert_bytes": plan.sizes.expert_bytes}
+    run = {"slots": slots, "resident": resident, "store": plan.store, "expert_bytes": plan.sizes.expert_bytes}
     return replace(trace, settings={**trace.settings, **run, "policy": "lru", "shared_slots": False})
 
 

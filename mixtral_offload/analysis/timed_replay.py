@@ -183,8 +183,8 @@ def _check_predictions(trace: RoutingTrace, prefetch: int, look_ahead: int, perf
     if perfect or not prefetch or not trace.n_passes:
         return
     ranked = ~_streamed(trace)
-    most = {"prefetch": int(trace.guess_rank[ranked].max(initial=-1)) + 1,
-            "look_ahead": int((trace.guess_layer - trace.guess_from)[ranked].max(initial=0))}  # fmt: skip
+    most = {"prefetch": int(trace.predicted_rank[ranked].max(initial=-1)) + 1,
+            "look_ahead": int((trace.predicted_layer - trace.predicted_from)[ranked].max(initial=0))}  # fmt: skip
     for name, n in (("prefetch", prefetch), ("look_ahead", look_ahead)):
         if n > most[name]:
             raise OptionError(
@@ -197,12 +197,12 @@ def _recorded_predictions(
     trace: RoutingTrace, prefetch: int, look_ahead: int
 ) -> dict[tuple[int, int], list[Prediction]]:
     """(pass, layer after which) -> the predictions that a prefetcher of these settings would have asked for."""
-    distance = trace.guess_layer - trace.guess_from
-    asked = (trace.guess_rank < prefetch) & (distance <= look_ahead)
+    distance = trace.predicted_layer - trace.predicted_from
+    asked = (trace.predicted_rank < prefetch) & (distance <= look_ahead)
     chosen = np.flatnonzero(asked | _streamed(trace))
-    columns = (trace.guess_rank, trace.guess_layer, trace.guess_from, trace.guess_pass)
+    columns = (trace.predicted_rank, trace.predicted_layer, trace.predicted_from, trace.predicted_pass)
     chosen = chosen[np.lexsort([column[chosen] for column in columns])]
-    keys = trace.guess_layer[chosen] * trace.n_experts + trace.guess_expert[chosen]
+    keys = trace.predicted_layer[chosen] * trace.n_experts + trace.predicted_expert[chosen]
     rows = zip(*(column[chosen].tolist() for column in (*columns[::-1], distance)), keys.tolist())
     found: dict[tuple[int, int], list[Prediction]] = {}
     for number, made_after, layer, rank, ahead, key in rows:
@@ -220,7 +220,7 @@ def _prompts(trace: RoutingTrace) -> np.ndarray:
 
 def _streamed(trace: RoutingTrace) -> np.ndarray:
     """Which predictions were all of a layer's experts, asked for with the copies of the layer before: bool [G]."""
-    return _prompts(trace)[trace.guess_pass] & (trace.guess_from >= 0)
+    return _prompts(trace)[trace.predicted_pass] & (trace.predicted_from >= 0)
 
 
 class _Parts:

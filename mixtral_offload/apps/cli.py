@@ -60,9 +60,9 @@ def drop_output() -> None:
 def load(arguments):
     """(model, tokenizer) as the options ask; prints the plan to standard error."""
     from mixtral_offload.generation.tokenizer import load_tokenizer
-    from mixtral_offload.runtime.options import OffloadOptions
+    from mixtral_offload.runtime.options import parse_options
 
-    OffloadOptions.parse(given(arguments, OFFLOAD))  # before anything is fetched
+    parse_options(given(arguments, OFFLOAD))  # before anything is fetched
     source, hub = source_of(arguments)
     tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
     return load_model(arguments), tokenizer
@@ -153,13 +153,13 @@ def run_job(arguments) -> None:
 
     from mixtral_offload.generation.jobs import Job, JobOptions
     from mixtral_offload.generation.tokenizer import load_tokenizer
-    from mixtral_offload.runtime.options import OffloadOptions
+    from mixtral_offload.runtime.options import parse_options
     from mixtral_offload.weights.source import resolve
 
     asked = {field.name: getattr(arguments, field.name) for field in fields(JobOptions)}
     asked = {name: value for name, value in asked.items() if value is not None}
     asked |= {"input": Path(arguments.input), "output": Path(arguments.output)}
-    options = OffloadOptions.parse(given(arguments, OFFLOAD))
+    options = parse_options(given(arguments, OFFLOAD))
     with Job(JobOptions(**asked)) as job:
         source, hub = source_of(arguments)
         tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
@@ -216,15 +216,17 @@ def run_download(arguments) -> None:
 
 
 def run_info(arguments) -> None:
-    from mixtral_offload.apps.reports import describe_checkpoint
+    from mixtral_offload.analysis.reports import inspect
 
-    print(describe_checkpoint(arguments.model, arguments.revision, given(arguments, OFFLOAD)))
+    print(inspect(arguments.model, revision=arguments.revision, **given(arguments, OFFLOAD)))
 
 
 def run_plan(arguments) -> None:
-    from mixtral_offload.apps.reports import describe_plan
+    from mixtral_offload.analysis.reports import plan
 
-    print(describe_plan(**given(arguments, PLAN)))
+    options = given(arguments, PLAN)
+    source, link = options.pop("model"), options.pop("link")
+    print(plan(source, link_bandwidth=link, **options))
 
 
 def run_convert(arguments) -> None:

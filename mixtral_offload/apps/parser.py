@@ -6,10 +6,12 @@ Knows options and their help. Knows nothing of what they do.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from mixtral_offload import __version__
+from mixtral_offload.core.options import declared
 
 
 def build_parser(commands: dict[str, Callable]) -> argparse.ArgumentParser:
@@ -47,18 +49,22 @@ def _add(parser: argparse.ArgumentParser, group: Group) -> None:
         place.add_argument(name, help=help, **{key: of for key, of in settings.items() if key != "exclusive"})
 
 
-def _cache_size(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'expected "auto" or a number, found {text!r}') from None
+def _flag(option: dataclasses.Field) -> tuple[str, str, dict[str, Any]]:
+    """The command line's form of an option of `from_pretrained`: None where nothing was asked for."""
+    settings = {"default": None, **option.metadata["flag"]}
+    if option.name == "compile":
+        settings["action"] = argparse.BooleanOptionalAction
+    elif option.default is False:
+        settings["action"] = "store_true"
+    help = option.metadata["help"]
+    if option.default not in (None, False, "auto"):
+        help += f" Default: {option.default}."
+    return "--" + option.name.replace("_", "-"), help, settings
 
 
 #: (name, help, settings of argparse) of each option. "exclusive": at most one of these
 Group = tuple[tuple[str, str | None, dict[str, Any]], ...]
-INT, CACHE_SIZE, ONE = {"type": int}, {"type": _cache_size}, {"exclusive": True}
+INT, CACHE_SIZE, ONE = {"type": int}, declared()["cache_size"].metadata["flag"], {"exclusive": True}
 FLAG = {"action": "store_true", "default": None}
 WIDTHS = {"type": int, "choices": (16, 8, 4, 3, 2)}
 REVISION = ("--revision", "branch, tag or commit of a hub repository", {})
@@ -90,24 +96,7 @@ MODEL: Group = (
     ("--tokenizer", "folder or hub repository of the tokenizer, if not the model's own", {}),
     REVISION,
 )  # fmt: skip
-OFFLOAD: Group = (
-    ("--device", "cpu, cuda, cuda:1 ... (default: cuda where there is one)", {}),
-    ("--dtype", "of activations", {"choices": ("float16", "bfloat16", "float32")}),
-    ("--cache-size", 'experts per layer on the device, or "auto"', CACHE_SIZE),
-    ("--store", "home of the other experts", {"default": "auto", "choices": ("auto", "ram", "disk")}),
-    ("--vram", "device memory to use, like 15GB (default: what is free)", {}),
-    ("--ram", "host memory to use, like 12GB (default: what is free)", {}),
-    ("--context-length", "tokens to leave memory for (default: 4096)", {**INT, "default": 4096}),
-    ("--link", "slow copies down to this many bytes per second, like 12GB, for experiments", {}),
-    ("--prefetch", "experts of each coming layer to guess and copy ahead (default: 2 on CUDA, 0 on cpu)",
-     INT),
-    ("--look-ahead", "layers ahead to guess for (default: 1)", INT),
-    ("--policy", "which expert leaves the cache (default: lru)", {"choices": ("lru", "lfu", "lrfu")}),
-    ("--shared-slots", "one pool of slots for all layers", FLAG),
-    ("--compile", "products from packed bytes through torch.compile (default: where experts are large)",
-     {"action": argparse.BooleanOptionalAction, "default": None}),
-    ("--unpack", "everything on the device, dequantized once: fast and large", FLAG),
-)  # fmt: skip
+OFFLOAD: Group = tuple(_flag(field) for field in declared().values() if field.metadata["flag"] is not None)
 PLAN: Group = (
     ("model", 'folder, config.json or hub repository (only config.json is read), or "demo"', {}),
     REVISION,

@@ -18,7 +18,7 @@ from mixtral_offload.analysis.recall import collect_states, measure_recall
 from mixtral_offload.analysis.recorder import record
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import ConversationError, OptionError
-from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.generation.batch import GenerationRequest, generate_batch
 from mixtral_offload.runtime.settings import check_sampling
 from mixtral_offload.system.files import replacing
 
@@ -74,9 +74,9 @@ def trace_prompts(model, tokenizer, prompts: Sequence[tuple[str, str]], max_new_
     return recording.trace, texts, {name: np.array(numbers) for name, numbers in sets.items()}
 
 
-def _request(number: int, tokenizer, prompt: str, max_new_tokens: int) -> Request:
+def _request(number: int, tokenizer, prompt: str, max_new_tokens: int) -> GenerationRequest:
     try:
-        return Request.chat(tokenizer, prompt, max_new_tokens=max_new_tokens)
+        return GenerationRequest.chat(tokenizer, prompt, max_new_tokens=max_new_tokens)
     except ConversationError as error:
         raise ConversationError(f"prompt {number}: {error}") from error
 

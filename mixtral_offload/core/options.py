@@ -7,6 +7,7 @@ the `Args` of `from_pretrained` and the README's table. Needs no torch, so that 
 from __future__ import annotations
 
 import dataclasses
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,13 @@ def _option(default: Any, help: str, *, flag: dict[str, Any] | None = None) -> A
 
 
 def parse_cache_size(text: str) -> int | str:
-    """Read `--cache-size`. Raises ValueError."""
-    return text if text == "auto" else int(text)
+    """Read `--cache-size`; raise argparse's error."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f'expected "auto" or a number, found {text!r}') from None
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,3 @@ class OffloadOptions:
 def declared() -> dict[str, dataclasses.Field]:
     """The options by name; `field.metadata` has "help" and "flag", `field.type` the annotation's text."""
     return {field.name: field for field in dataclasses.fields(OffloadOptions)}
-
-
-def command_line_names() -> list[str]:
-    """The options that the command line has."""
-    return [name for name, field in declared().items() if field.metadata["flag"] is not None]

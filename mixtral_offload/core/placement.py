@@ -28,13 +28,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """slots: layer -> cache slots. resident: layer -> experts on the device for good. home: of all other experts,
+    """slots: layer -> cache slots. resident: layer -> experts permanently on the device. store: where all other experts are,
     "ram", "disk", or None where every expert is resident. reasons: one sentence for each choice."""
 
     sizes: Sizes
     slots: dict[int, int]
     resident: dict[int, tuple[int, ...]]
-    home: str | None
+    store: str | None
     reasons: tuple[str, ...]
 
     @property
@@ -42,7 +42,7 @@ class Plan:
         return sum(map(len, self.resident.values()))
 
     @property
-    def n_roaming(self) -> int:
+    def n_stored(self) -> int:
         return self.sizes.total - self.n_resident
 
     @property
@@ -51,18 +51,18 @@ class Plan:
 
     @property
     def ram_bytes(self) -> int:
-        return self.n_roaming * self.sizes.expert_bytes if self.home == "ram" else 0
+        return self.n_stored * self.sizes.expert_bytes if self.store == "ram" else 0
 
     def __str__(self) -> str:
-        where = {"ram": "in RAM", "disk": "on disk", None: ""}[self.home]
-        roaming = f", {self.n_roaming} at home {where}" if self.home else ""
+        where = {"ram": "in RAM", "disk": "on disk", None: ""}[self.store]
+        stored = f", {self.n_stored} {where}" if self.store else ""
         counts = sorted(set(self.slots.values()) - {0})
         slots = (
             f", {'-'.join(map(str, (counts[0], counts[-1])[: len(counts)]))} cache slots per layer"
             if counts
             else ""
         )
-        head = f"{self.sizes.total} experts of {gb(self.sizes.expert_bytes)}: {self.n_resident} resident{roaming}{slots}"
+        head = f"{self.sizes.total} experts of {gb(self.sizes.expert_bytes)}: {self.n_resident} resident{stored}{slots}"
         memory = f"device {gb(self.device_bytes)}, RAM {gb(self.ram_bytes)}"
         return "\n".join([f"{head} ({memory})", *(f"  - {reason}" for reason in self.reasons)])
 
@@ -74,7 +74,7 @@ def make_plan(
     """The plan that keeps most experts on the device.
 
     device_bytes, ram_bytes: free for experts. cache_size: experts of a layer on the device, one number for all layers
-    or one for each, or "auto" for as many as fit. store: home of roaming experts, "ram", "disk" or "auto".
+    or one for each, or "auto" for as many as fit. store: where the other experts are, "ram", "disk" or "auto".
     shared_memory: the device is the CPU, and the two budgets are one. why: the reason for a given cache_size. Raises
     CapacityError (naming the largest cache that fits) or OptionError.
     """
@@ -90,7 +90,13 @@ def make_plan(
     if cache_size == "auto":
         reason = f"cache of {room} experts over {len(sizes.layers)} layers: all that {gb(device_bytes)} of device memory holds"
     if store == "disk":
-        return _plan(sizes, 0, _slots(sizes, 0, room, wanted), "disk", [reason, "home on disk: as asked"])
+        return _plan(
+            sizes,
+            0,
+            _slots(sizes, 0, room, wanted),
+            "disk",
+            [reason, "the other experts are on disk: as asked"],
+        )
     must_stay = 0
     if shared_memory:
         ram_bytes = device_bytes - sum(_slots(sizes, 0, room, wanted).values()) * sizes.expert_bytes
@@ -106,14 +112,14 @@ def make_plan(
 
 
 def _in_ram(sizes: Sizes, must_stay: int, slots: dict[int, int], ram_bytes: int, reasons: list[str]) -> Plan:
-    roaming = sizes.total - must_stay
+    stored = sizes.total - must_stay
     if must_stay:
-        held = f"{gb(ram_bytes)} of RAM holds {roaming} of {sizes.total}"
+        held = f"{gb(ram_bytes)} of RAM holds {stored} of {sizes.total}"
         reasons = [*reasons, f"{must_stay} experts are resident: {held}"]
-    if not roaming:
+    if not stored:
         return _plan(sizes, must_stay, {}, None, reasons)
-    home = f"home in RAM: {gb(roaming * sizes.expert_bytes)} of {gb(ram_bytes)} free"
-    return _plan(sizes, must_stay, slots, "ram", [*reasons, home])
+    held = f"the other experts are in RAM: {gb(stored * sizes.expert_bytes)} of {gb(ram_bytes)} free"
+    return _plan(sizes, must_stay, slots, "ram", [*reasons, held])
 
 
 def _on_disk(sizes, slots, device_bytes, ram_bytes, store, shared_memory, reasons) -> Plan:
@@ -124,7 +130,7 @@ def _on_disk(sizes, slots, device_bytes, ram_bytes, store, shared_memory, reason
             found=f"{gb(ram_bytes)} of RAM beside {gb(device_bytes)} on the device", hint='use store="disk" or store="auto"',
         )  # fmt: skip
     beside = "beside the cache" if shared_memory else "that do not fit on the device"
-    reason = f"home on disk: {gb(ram_bytes)} of RAM cannot hold the experts {beside}"
+    reason = f"the other experts are on disk: {gb(ram_bytes)} of RAM cannot hold the experts {beside}"
     return _plan(sizes, 0, slots, "disk", [*reasons, reason])
 
 
@@ -148,7 +154,7 @@ def _plan_by_layer(
     reasons = [f"cache of {sum(wanted)} experts, by layer {wanted}: {why}"]
     slots = dict(zip(sizes.layers, wanted))
     if store == "disk":
-        return _plan(sizes, 0, slots, "disk", [*reasons, "home on disk: as asked"])
+        return _plan(sizes, 0, slots, "disk", [*reasons, "the other experts are on disk: as asked"])
     if sizes.total * sizes.expert_bytes <= ram_bytes:
         return _in_ram(sizes, 0, slots, ram_bytes, reasons)
     return _on_disk(sizes, slots, device_bytes, ram_bytes, store, shared_memory, reasons)
@@ -205,6 +211,8 @@ def _slots(sizes: Sizes, n_resident: int, room: int, wanted: int) -> dict[int, i
     return slots
 
 
-def _plan(sizes: Sizes, n_resident: int, slots: dict[int, int], home: str | None, reasons: list[str]) -> Plan:
+def _plan(
+    sizes: Sizes, n_resident: int, slots: dict[int, int], store: str | None, reasons: list[str]
+) -> Plan:
     slots = {layer: slots.get(layer, 0) for layer in sizes.layers}
-    return Plan(sizes, slots, _resident(sizes, n_resident), home, tuple(reasons))
+    return Plan(sizes, slots, _resident(sizes, n_resident), store, tuple(reasons))

@@ -18,7 +18,7 @@ from mixtral_offload.system.files import replace_file
 
 HIT, MISS, PREFETCHED = 0, 1, 2
 OUTCOMES = ("hit", "miss", "prefetched")
-FORMAT = "mixtral_offload.RoutingTrace/2"
+FORMAT = "mixtral_offload.RoutingTrace/3"
 
 
 @dataclass
@@ -31,10 +31,10 @@ class RoutingTrace:
     use_outcome: uint8 HIT, MISS or PREFETCHED (a guess had started its copy); use_wait_s: float64, how long the model
     stood still for it; use_at_s: float64, when it began to run; use_bytes: int64 copied; use_copy_s: float64 [., 2],
     begin and end of the copy, nan if none.
-    wrong_*: one entry per guess that was not used: wrong_pass, wrong_layer, wrong_expert, wrong_bytes, wrong_copy_s.
-    guess_*: int32 [G], one entry per guess that was asked for, whether or not a copy came of it: guess_pass, the pass in
-    (and for) which it was made; guess_from, the layer after which (-1: from the embeddings); guess_layer and guess_expert,
-    what was guessed; guess_rank, 0 for the likeliest. In the order in which they were made.
+    wrong_*: one entry per guess that was not used: wasted_pass, wasted_layer, wasted_expert, wasted_bytes, wasted_copy_s.
+    guess_*: int32 [G], one entry per guess that was asked for, whether or not a copy came of it: predicted_pass, the pass in
+    (and for) which it was made; predicted_from, the layer after which (-1: from the embeddings); predicted_layer and predicted_expert,
+    what was guessed; predicted_rank, 0 for the likeliest. In the order in which they were made.
     spans: float64 [P, L, 2], begin and end of the experts' part of each layer.
     Times are the host's: on CUDA with pinned memory, copies end when they are asked for, and nothing is waited for.
     settings: of the run (model, slots by layer, residents, policy, prefetch ...); counters: its CacheStats.
@@ -53,16 +53,16 @@ class RoutingTrace:
     use_at_s: np.ndarray
     use_bytes: np.ndarray
     use_copy_s: np.ndarray
-    wrong_pass: np.ndarray
-    wrong_layer: np.ndarray
-    wrong_expert: np.ndarray
-    wrong_bytes: np.ndarray
-    wrong_copy_s: np.ndarray
-    guess_pass: np.ndarray
-    guess_from: np.ndarray
-    guess_layer: np.ndarray
-    guess_expert: np.ndarray
-    guess_rank: np.ndarray
+    wasted_pass: np.ndarray
+    wasted_layer: np.ndarray
+    wasted_expert: np.ndarray
+    wasted_bytes: np.ndarray
+    wasted_copy_s: np.ndarray
+    predicted_pass: np.ndarray
+    predicted_from: np.ndarray
+    predicted_layer: np.ndarray
+    predicted_expert: np.ndarray
+    predicted_rank: np.ndarray
     spans: np.ndarray
     settings: dict = field(default_factory=dict)
     counters: dict = field(default_factory=dict)
@@ -148,9 +148,9 @@ class RoutingTrace:
             tokens=np.zeros(n, np.int64), passes=np.arange(n, dtype=np.int32), experts=experts.astype(np.int16),
             weights=weights.astype(np.float32), use_pass=number.astype(np.int32), use_layer=layer.astype(np.int32),
             use_expert=uses.astype(np.int32), use_outcome=np.zeros(len(uses), np.uint8), use_wait_s=zeros, use_at_s=zeros,
-            use_bytes=zeros.astype(np.int64), use_copy_s=none, wrong_pass=nothing, wrong_layer=nothing, wrong_expert=nothing,
-            wrong_bytes=nothing.astype(np.int64), wrong_copy_s=np.zeros((0, 2)),
-            **_guess_columns(guesses, experts.shape, n_experts), spans=np.zeros((n, n_layers, 2)), settings=run,
+            use_bytes=zeros.astype(np.int64), use_copy_s=none, wasted_pass=nothing, wasted_layer=nothing, wasted_expert=nothing,
+            wasted_bytes=nothing.astype(np.int64), wasted_copy_s=np.zeros((0, 2)),
+            **_predicted_columns(guesses, experts.shape, n_experts), spans=np.zeros((n, n_layers, 2)), settings=run,
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
@@ -181,7 +181,7 @@ class RoutingTrace:
         return cls(**arrays, **rest)
 
 
-def _guess_columns(
+def _predicted_columns(
     guesses: np.ndarray | None, routed: tuple[int, ...], n_experts: int
 ) -> dict[str, np.ndarray]:
     """The columns guess_* of guesses [N, L, D, n] (see `from_routing`); routed: the shape [N, L, k] of the experts."""
@@ -197,4 +197,4 @@ def _guess_columns(
     order = np.lexsort((rank, layer, made_after, number))
     order = order[made_after[order] >= -1]
     columns = {"pass": number, "from": made_after, "layer": layer, "expert": guesses.ravel(), "rank": rank}
-    return {f"guess_{name}": column[order].astype(np.int32) for name, column in columns.items()}
+    return {f"predicted_{name}": column[order].astype(np.int32) for name, column in columns.items()}

@@ -102,7 +102,7 @@ def ablate(
     cache_size: experts of each layer on the device. resident: the same model with every expert on the device, for one
     row more and for answers to compare with. tokens, naive_tokens: to generate for each prompt. ratio: slow the link
     down until one expert's copy takes so many times one layer's compute; None: the link as it is; "auto": T4_RATIO on
-    the CPU unless the model was built with `link`, else as it is. prefetch, look_ahead, moments: see `Prefetcher`.
+    the CPU unless the model was built with `throttle`, else as it is. prefetch, look_ahead, moments: see `Prefetcher`.
     Raises OptionError for what cannot be measured, CapacityError where the device is too small, and OffloadError if an
     answer depends on the variant.
     """
@@ -111,7 +111,7 @@ def ablate(
              "naive_tokens": naive_tokens, "repeats": repeats}  # fmt: skip
     _check(model, resident, texts, asked)
     if ratio == "auto":
-        as_it_is = model.device.type == "cuda" or model.offload.options.link is not None
+        as_it_is = model.device.type == "cuda" or model.offload.options.throttle is not None
         ratio = None if as_it_is else T4_RATIO
     encoded = [_encode(tokenizer, text).to(model.device) for text in texts]
     with slow_link(model, ratio):
@@ -129,7 +129,7 @@ def ablate(
 def _check(model, resident, texts: list[str], asked: dict[str, int]) -> None:
     offload = model.offload
     check_can_switch(model, "ablate", "there is nothing to ablate")
-    if resident is not None and not (resident.offload.plan.home is None and _is_same(resident, model)):
+    if resident is not None and not (resident.offload.plan.store is None and _is_same(resident, model)):
         raise OptionError("`resident` must be the same model with every expert on the device", found=resident.offload.plan,
                           hint=f"build it likewise, with cache_size={offload.checkpoint.n_experts}")  # fmt: skip
     if not texts:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from mixtral_offload.errors import OffloadError, OptionError
-from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.generation.batch import GenerationRequest, generate_batch
 from mixtral_offload.models.family import check_routers
 from mixtral_offload.runtime import forward
 from mixtral_offload.runtime.build import from_pretrained
@@ -46,8 +46,8 @@ class Naive(Forgetful):
     n_experts: int  # of a layer; `make_variants` says how many
 
     def fetch(self, layer, experts, meanwhile=None):
-        roaming = [expert for expert in range(self.n_experts) if (layer, expert) in self.store]
-        everything = dict(super().fetch(layer, sorted({*roaming, *experts}), meanwhile))
+        stored = [expert for expert in range(self.n_experts) if (layer, expert) in self.store]
+        everything = dict(super().fetch(layer, sorted({*stored, *experts}), meanwhile))
         for expert in experts:
             yield expert, everything[expert]
 
@@ -101,7 +101,7 @@ def check_can_switch(model: PreTrainedModel, verb: str, nothing: str) -> None:
     Raises:
         OptionError: Every expert is on the device, or the model is being recorded.
     """
-    if model.offload.plan.home is None:
+    if model.offload.plan.store is None:
         what = f"every expert of this model is on the device: {nothing}"
         hint = "build it with a smaller cache_size: from_pretrained(..., cache_size=2)"
         raise OptionError(what, hint=hint)
@@ -177,9 +177,9 @@ def copy_seconds(model, n_copies: int = 6) -> float:
     """One expert's copy in seconds, from asking for it to having it, with nothing else on the link."""
     offload = model.offload
     cache = offload.cache.lend(_one_layer(offload, 1), Forgetful, shared=True)
-    roaming, times = (key for key in sorted(offload.checkpoint.experts) if key in cache.store), []
+    stored, times = (key for key in sorted(offload.checkpoint.experts) if key in cache.store), []
     with switched(model, cache):
-        for layer, expert in islice(roaming, n_copies):
+        for layer, expert in islice(stored, n_copies):
             begin = device_time(model)
             next(cache.fetch(layer, [expert]))
             times.append(device_time(model) - begin)
@@ -221,13 +221,13 @@ def no_end(model: PreTrainedModel) -> Iterator[None]:
             config.eos_token_id = ends
 
 
-def continuous(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+def continuous(model, requests: Sequence[GenerationRequest], batch_size: int) -> list[list[int]]:
     """`generate_batch`: the new tokens of each request, in the order of the requests."""
     found = {answer.number: answer.ids for answer in generate_batch(model, requests, batch_size=batch_size)}
     return [found[number] for number in range(len(requests))]
 
 
-def in_groups(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+def in_groups(model, requests: Sequence[GenerationRequest], batch_size: int) -> list[list[int]]:
     """Ended sequences leave, and none is admitted before all of the group have ended."""
     groups = [requests[first : first + batch_size] for first in range(0, len(requests), batch_size)]
     return [answer for group in groups for answer in continuous(model, group, batch_size)]
@@ -244,7 +244,7 @@ class RowLimits(StoppingCriteria):
 
 
 @torch.inference_mode()
-def static_batches(model, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+def static_batches(model, requests: Sequence[GenerationRequest], batch_size: int) -> list[list[int]]:
     """Generate with transformers on batches padded on the left, in the order given, as plain PyTorch does it.
 
     What is computed for a row after its end is thrown away. Padding needs no experts, as in `generate_batch`.
@@ -262,7 +262,9 @@ def static_batches(model, requests: Sequence[Request], batch_size: int) -> list[
     return answers
 
 
-def _left_padded(requests: Sequence[Request], width: int) -> tuple[list[list[int]], list[list[int]]]:
+def _left_padded(
+    requests: Sequence[GenerationRequest], width: int
+) -> tuple[list[list[int]], list[list[int]]]:
     padding = [width - len(of.ids) for of in requests]
     ids = [[0] * n + of.ids for n, of in zip(padding, requests)]
     return ids, [[0] * n + [1] * (width - n) for n in padding]
@@ -303,7 +305,7 @@ def unquantized(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     same = {field.name: getattr(options, field.name) for field in fields(options)}
     with tempfile.TemporaryDirectory() as folder:
         target = convert_checkpoint(model.offload.checkpoint.folder, Path(folder) / "16bit", Quantization(16))
-        found = from_pretrained(target, **same | {"store": model.offload.plan.home or "auto"})
+        found = from_pretrained(target, **same | {"store": model.offload.plan.store or "auto"})
         try:
             yield found
         finally:

@@ -31,7 +31,7 @@ from mixtral_offload.experiments.baselines import (
     unsorted,
 )
 from mixtral_offload.experiments.bit_widths import held_out
-from mixtral_offload.generation.batch import ADMIT_AT, Request
+from mixtral_offload.generation.batch import ADMIT_AT, GenerationRequest
 from mixtral_offload.generation.templates import encode
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -89,7 +89,7 @@ class Throughput:
 
 def workload(
     tokenizer, n_requests: int, prompts: Sequence[str] | None = None, lengths: Sequence[int] = LENGTHS, seed: int = 0
-) -> list[Request]:  # fmt: skip
+) -> list[GenerationRequest]:  # fmt: skip
     """Requests with prompts of mixed length and answers of lengths drawn evenly, the same for the same seed.
 
     prompts: texts, taken again from the first where there are too few; default: the shipped model's held-out conversations,
@@ -102,7 +102,7 @@ def workload(
     requests = []
     for number in range(n_requests):
         talk = talks[number % len(talks)]
-        requests.append(Request(encode(tokenizer, talk), rng.choice(lengths)))
+        requests.append(GenerationRequest(encode(tokenizer, talk), rng.choice(lengths)))
     return requests
 
 
@@ -126,7 +126,7 @@ Answers = list[list[int]]
 
 
 def measure_batches(
-    model, requests: Sequence[Request], batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 1
+    model, requests: Sequence[GenerationRequest], batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 1
 ) -> Throughput:
     """`generate_batch` with each batch size, taking turns over the same requests; end-of-sequence is switched off.
 
@@ -139,7 +139,7 @@ def measure_batches(
 
 def ablate_batch(
     model,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     batch_size: int = 32,
     repeats: int = 1,
     ratio: float | None = None,
@@ -165,14 +165,14 @@ def ablate_batch(
         return take_turns(runs, requests, repeats)
 
 
-def _unsorted(model, requests: Sequence[Request], batch_size: int) -> Answers:
+def _unsorted(model, requests: Sequence[GenerationRequest], batch_size: int) -> Answers:
     with unsorted():
         return continuous(model, requests, batch_size)
 
 
 def take_turns(
-    runs: dict[int | str, tuple[object, Callable[[object, Sequence[Request]], Answers]]],
-    requests: Sequence[Request],
+    runs: dict[int | str, tuple[object, Callable[[object, Sequence[GenerationRequest]], Answers]]],
+    requests: Sequence[GenerationRequest],
     repeats: int,
 ) -> Throughput:
     """Each of `runs`, a model and how it answers, in turn with all requests, again and again.
@@ -196,7 +196,7 @@ def take_turns(
     return Throughput(n_tokens, seconds, {key: vars(of) for key, of in counters.items()})
 
 
-def measure_usage(model, requests: Sequence[Request], batch_size: int = 32) -> np.ndarray:
+def measure_usage(model, requests: Sequence[GenerationRequest], batch_size: int = 32) -> np.ndarray:
     """How often one generated token needs each expert: float64 [layers, experts], rows sum to the top-k."""
     with no_end(model), record(model) as recording:
         continuous(model, requests, batch_size)
@@ -205,7 +205,11 @@ def measure_usage(model, requests: Sequence[Request], batch_size: int = 32) -> n
 
 
 def expected_bytes(
-    usage: np.ndarray, cache_size: int, expert_bytes: int, requests: Sequence[Request], batch_size: int
+    usage: np.ndarray,
+    cache_size: int,
+    expert_bytes: int,
+    requests: Sequence[GenerationRequest],
+    batch_size: int,
 ) -> float:
     """Bytes per generated token if tokens chose their experts independently, with these frequencies, and every place of
     the batch were always taken.

@@ -44,9 +44,9 @@ ADMIT_AT = 1 / 4
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """ids: the prompt's tokens, at least one. seed: of a sampled answer, which depends on nothing else then. ends: tokens
-    that end the answer beside the model's own end tokens; `Request.chat` fills in the tokenizer's and the template's."""
+    that end the answer beside the model's own end tokens; `GenerationRequest.chat` fills in the tokenizer's and the template's."""
 
     ids: list[int]
     max_new_tokens: int = 512
@@ -54,7 +54,7 @@ class Request:
     ends: frozenset[int] = frozenset()
 
     @classmethod
-    def chat(cls, tokenizer, text: str, *, system_prompt: str | None = None, **options) -> Request:
+    def chat(cls, tokenizer, text: str, *, system_prompt: str | None = None, **options) -> GenerationRequest:
         """A user's message, put as a chat puts it. options: the other fields."""
         options = {"ends": turn_ends(tokenizer), **options}
         return cls(encode(tokenizer, [{"role": "user", "content": text}], system_prompt), **options)
@@ -75,7 +75,7 @@ class _Row:
     """A sequence in the batch. limit: new tokens it may have."""
 
     number: int
-    request: Request
+    request: GenerationRequest
     limit: int
     generator: torch.Generator
     new: list[int] = field(default_factory=list)
@@ -87,7 +87,12 @@ class _Row:
 
 
 def generate_batch(
-    model, requests: Iterable[Request], *, batch_size: int = 32, temperature: float = 0.0, top_p: float = 0.95
+    model,
+    requests: Iterable[GenerationRequest],
+    *,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 0.95,
 ) -> Iterator[Answer]:
     """Answers in the order in which they end; requests are taken only as places become free.
 
@@ -142,7 +147,7 @@ class _Batch:
         self._past = self._newest = None
         self._has_warned = False
 
-    def row(self, number: int, request: Request) -> _Row:
+    def row(self, number: int, request: GenerationRequest) -> _Row:
         """A request, ready to be admitted."""
         room = self._context - len(request.ids)
         if not request.ids or room < 1 or request.max_new_tokens < 1:

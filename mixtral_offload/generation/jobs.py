@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.errors import JobError, OptionError
-from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.generation.batch import GenerationRequest, generate_batch
 from mixtral_offload.generation.chat import TurnStats, context_length
 from mixtral_offload.generation.job_input import BadLine, Line, encode_lines, read_lines, tell
 from mixtral_offload.generation.journal import Journal, journal_of, ordered_of
 from mixtral_offload.generation.templates import answer_text, turn_ends
 from mixtral_offload.generation.tokenizer import RAW_TEMPLATE
 from mixtral_offload.models.checkpoint import INDEX, read_config
-from mixtral_offload.runtime.options import OffloadOptions
 from mixtral_offload.runtime.settings import check_sampling, ends_in, read_generation_config
 from mixtral_offload.units import check_whole
 
@@ -178,10 +178,10 @@ class Job:
             f"{n_answers} of {n_lines} answers are kept in {self.journal.path}; {command} goes on from there"
         )
 
-    def _requests(self, pending: list[Line]) -> Iterator[Request]:
+    def _requests(self, pending: list[Line]) -> Iterator[GenerationRequest]:
         for line in pending:
             n_tokens = line.max_tokens or self.options.max_tokens
-            yield Request(list(line.ids), n_tokens, self._seed_of(line), self.turn_ends)
+            yield GenerationRequest(list(line.ids), n_tokens, self._seed_of(line), self.turn_ends)
 
     def _seed_of(self, line: Line) -> int | None:
         """Of the job's seed and the line's number alone: no matter what runs beside it, or when."""
@@ -212,7 +212,7 @@ class Job:
             "device": offload.device.type,
             "dtype": str(offload.dtype).removeprefix("torch."),
             "compile": offload.compile,
-            "unpack": offload.unpack,
+            "dequantize_on_load": offload.dequantize_on_load,
             "sha256 of the prompts' tokens": tokens.hexdigest(),  # tokenizer and chat template
         }
 

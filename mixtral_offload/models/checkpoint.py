@@ -33,7 +33,7 @@ from mixtral_offload.models.config_check import (
 )
 from mixtral_offload.models.experts import FUSED, ExpertsShape
 from mixtral_offload.models.family import GENERIC, ExpertPlace
-from mixtral_offload.models.keys import FusedPlace, KeyMap, TrunkPlace
+from mixtral_offload.models.keys import DensePlace, FusedPlace, KeyMap
 from mixtral_offload.models.registry import family_of
 from mixtral_offload.models.skeleton import build_meta, check_experts, kept_in_fp32
 from mixtral_offload.weights.checksums import with_checks
@@ -58,8 +58,8 @@ class Checkpoint:
 
     experts: (layer, expert) -> (matrix, field) -> StoredTensor. prefixes: (layer, expert) -> matrix -> the stored keys
     without their fields, where each expert has its own; else what they are called when they are written.
-    trunk: key -> StoredTensor. places: key of the trunk -> its place in the model. linears: name of a quantized linear
-    layer in the model -> how its weight is stored, and its shape. kept: dtype to load in -> keys of the trunk that stay
+    dense: key -> StoredTensor. places: key of the dense part -> its place in the model. linears: name of a quantized linear
+    layer in the model -> how its weight is stored, and its shape. kept: dtype to load in -> keys of the dense part that stay
     in fp32. ignored: keys without a place. keys: all keys as stored. manifest: what config.json states of the matrices;
     None for the published format and plain checkpoints.
     """
@@ -69,8 +69,8 @@ class Checkpoint:
     layout: ExpertLayout
     experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]]
     prefixes: dict[ExpertId, dict[str, str]]
-    trunk: dict[str, StoredTensor]
-    places: dict[str, TrunkPlace]
+    dense: dict[str, StoredTensor]
+    places: dict[str, DensePlace]
     linears: dict[str, tuple[Quantization, tuple[int, int]]]
     kept: dict[torch.dtype, frozenset[str]]
     ignored: tuple[str, ...]
@@ -106,8 +106,8 @@ class Checkpoint:
         return asked.get("cache_size", "auto") if isinstance(asked, dict) else "auto"
 
     @property
-    def trunk_bytes(self) -> int:
-        return sum(tensor.n_bytes for tensor in self.trunk.values())
+    def dense_bytes(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.dense.values())
 
     def read_expert(self, expert: ExpertId, buffer: Tensor) -> None:
         """Read one expert's bytes into `buffer` (uint8 [layout.n_bytes], CPU) in the layout's order."""
@@ -154,7 +154,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     ignored = found.ignore()
     layout = _check_experts(folder, names, shape, found.experts, manifest)
     linears = found.check_trunk()
-    check_modules(manifest, {split[0] for key in found.trunk if (split := split_quantized(key)) is not None})
+    check_modules(manifest, {split[0] for key in found.dense if (split := split_quantized(key)) is not None})
     if ignored:
         some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
         warnings.warn(
@@ -163,7 +163,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         )
     kept = {dtype: kept_in_fp32(model, dtype) for dtype in (torch.float16, torch.bfloat16)}
     return Checkpoint(
-        folder, config, layout, found.experts, found.prefixes, found.trunk, found.places, linears,
+        folder, config, layout, found.experts, found.prefixes, found.dense, found.places, linears,
         {
             dtype: frozenset(key for key, place in found.places.items() if place.field is None and place.name in names)
             for dtype, names in kept.items()
@@ -187,8 +187,8 @@ class _Found:
         self.manifest = manifest
         self.experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]] = {}
         self.prefixes: dict[ExpertId, dict[str, str]] = {}
-        self.trunk: dict[str, StoredTensor] = {}
-        self.places: dict[str, TrunkPlace] = {}
+        self.dense: dict[str, StoredTensor] = {}
+        self.places: dict[str, DensePlace] = {}
         self._homeless: dict[str, Path] = {}
         self._owners: dict[Path, ExpertPlace] = {}  # of files of the published format
         self._filled: dict[object, str] = {}  # what a tensor is -> its key
@@ -206,7 +206,7 @@ class _Found:
             self._homeless[key] = path
         else:
             self._fill(place, key, path)
-            self.trunk[key], self.places[key] = header[key], place
+            self.dense[key], self.places[key] = header[key], place
 
     def _fill(self, what: object, key: str, path: Path) -> None:
         if (other := self._filled.setdefault(what, key)) != key:
@@ -268,9 +268,9 @@ class _Found:
         stored_names: dict[str, str] = {}
         for key, place in self.places.items():
             if place.field is None:
-                self._check_plain(key, self.trunk[key], self.key_map.tensors[place.name])
+                self._check_plain(key, self.dense[key], self.key_map.tensors[place.name])
             else:
-                packed.setdefault(place.name, {})[place.field] = self.trunk[key]
+                packed.setdefault(place.name, {})[place.field] = self.dense[key]
                 stored_names[place.name] = split_quantized(key)[0]
         linears = {name: self._check_packed(name, stored_names[name], of) for name, of in packed.items()}
         tensors = self.key_map.tensors
@@ -297,7 +297,7 @@ class _Found:
         self, name: str, stored_name: str, fields: dict[str, StoredTensor]
     ) -> tuple[Quantization, tuple[int, int]]:
         path = next(iter(fields.values())).path
-        if other := self._filled.get(TrunkPlace(f"{name}.weight")):
+        if other := self._filled.get(DensePlace(f"{name}.weight")):
             raise _twice(name, path, other)
         linear = self.key_map.model.get_submodule(name)
         check_replaceable(linear, path, name)

@@ -41,7 +41,7 @@ class FusedPlace:
 
 
 @dataclass(frozen=True)
-class TrunkPlace:
+class DensePlace:
     """A parameter or buffer of the model. field: None, or of a quantized linear layer the part of its weight; then
     `name` is the layer's."""
 
@@ -53,7 +53,7 @@ class TrunkPlace:
         return self.name if self.field is None else f"{self.name}.weight"
 
 
-Place = ExpertPlace | FusedPlace | TrunkPlace
+Place = ExpertPlace | FusedPlace | DensePlace
 
 
 class KeyMap:
@@ -102,9 +102,9 @@ class KeyMap:
         if name not in self.tensors:
             return None
         if split:
-            return TrunkPlace(name.removesuffix(".weight"), split[1])
+            return DensePlace(name.removesuffix(".weight"), split[1])
         module, _, parameter = name.rpartition(".")
-        return FusedPlace(module, FUSED[parameter], name) if module in self._experts else TrunkPlace(name)
+        return FusedPlace(module, FUSED[parameter], name) if module in self._experts else DensePlace(name)
 
     def _renamed(self, key: str) -> tuple[str, bool]:
         """(the name in the model, whether transformers would convert the tensor on its way there)"""

@@ -1,4 +1,4 @@
-"""What any MoE model weighs, from its configuration alone: experts, trunk, KV cache, at any bit width.
+"""What any MoE model weighs, from its configuration alone: experts, dense, KV cache, at any bit width.
 
 Knows transformers' modules on the meta device, where they hold shapes and no weights. Knows no cards, plans or speeds.
 """
@@ -31,7 +31,7 @@ class ModelSizes:
     """Shapes and counts of a model; its bytes at `bits` (experts) and `attention_bits`, in the published format.
 
     layers: the numbers of those with experts, of n_layers. expert_matrices: [N, K] of each matrix of one expert;
-    expert_vectors: its other parameters (biases). attention, linear: shape -> how many of the trunk's projections
+    expert_vectors: its other parameters (biases). attention, linear: shape -> how many of the dense part's projections
     (attention; shared experts and dense MLPs). embedding, head, rest: numbers of parameters; head 0 where tied.
     kv: for each layer with a KV cache (elements per token, sliding window or None). notes: what is only nearly right.
     """
@@ -90,13 +90,13 @@ class ModelSizes:
 
     @property
     def layer_bytes(self) -> int:
-        """The trunk's layers together: attention packed, as `convert` does; shared experts, dense MLPs, routers and norms in
+        """The dense part's layers together: attention packed, as `convert` does; shared experts, dense MLPs, routers and norms in
         16 bits."""
         attention = sum(matrix_bytes(shape, self.attention_bits) * n for shape, n in self.attention.items())
         return attention + self.item * (sum(prod(shape) * n for shape, n in self.linear.items()) + self.rest)
 
     @property
-    def trunk_bytes(self) -> int:
+    def dense_bytes(self) -> int:
         return self.layer_bytes + self.item * (self.embedding + self.head)
 
     def kv_bytes(self, context: int) -> int:
@@ -204,7 +204,7 @@ def _one_shape(config: PreTrainedConfig, model: nn.Module, layers: list[MoELayer
 def _linears(
     model: nn.Module, layers: list[MoELayer], n_experts: int
 ) -> tuple[dict[Shape, int], dict[Shape, int]]:
-    """Shapes of the trunk's projections: (attention, shared experts and dense MLPs); no routers, no head."""
+    """Shapes of the dense part's projections: (attention, shared experts and dense MLPs); no routers, no head."""
     attention, linear = Counter(), Counter()
     head = model.get_output_embeddings()
     for name, module in model.named_modules():

@@ -26,7 +26,7 @@ class AbsentWeight:
         raise OptionError(
             "this needs the experts' weights as parameters of the model", key=self._name,
             found="offloaded experts, which stay in the checkpoint and in the cache",
-            hint='keep experts_implementation="offloaded"; from_pretrained(..., unpack=True) makes them parameters where '
+            hint='keep experts_implementation="offloaded"; from_pretrained(..., dequantize_on_load=True) makes them parameters where '
             "all of them fit on the device",
         )  # fmt: skip
 

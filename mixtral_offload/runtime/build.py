@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mixtral_offload.core.counters import CacheStats
+from mixtral_offload.core.options import OffloadOptions, declared
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import POLICIES
 from mixtral_offload.errors import OptionError
@@ -31,10 +32,10 @@ from mixtral_offload.models.family import MoELayer
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import ExpertCache
-from mixtral_offload.runtime.dense import load_trunk
+from mixtral_offload.runtime.dense import load_dense
 from mixtral_offload.runtime.engines import make_engine
 from mixtral_offload.runtime.observer import Observers
-from mixtral_offload.runtime.options import OffloadOptions, compile_choice, device_layout, plan_for
+from mixtral_offload.runtime.options import compile_choice, device_layout, parse_options, plan_for
 from mixtral_offload.runtime.pass_state import Pass, Passes, track_passes
 from mixtral_offload.runtime.prefetch import Prefetcher
 from mixtral_offload.runtime.prepare import build_skeleton
@@ -102,6 +103,16 @@ class Offload:
     def layout(self) -> ExpertLayout:
         return self.cache.layout
 
+    def close(self) -> None:
+        """Wait for copies, end their thread, and release the store; the model must not be used afterwards."""
+        with self.passes.lock:
+            if self.prefetcher is not None:
+                self.prefetcher.close()
+                self.prefetcher = None
+            self.cache.close()
+            if self.cache.store is not None:
+                self.cache.store.close()
+
     def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
         """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
         with self.cache.lock:
@@ -113,8 +124,8 @@ class Offload:
         """What a trace keeps of how the model ran, in JSON's types."""
         checkpoint, options, plan = self.checkpoint, self.options, self.plan
         return {"model": checkpoint.folder.name, "layers": list(checkpoint.layers), "n_experts": checkpoint.n_experts,
-                "expert_bytes": self.layout.n_bytes if plan.home == "ram" else self.layout.stored_bytes,
-                "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "home": plan.home,
+                "expert_bytes": self.layout.n_bytes if plan.store == "ram" else self.layout.stored_bytes,
+                "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "store": plan.store,
                 "policy": options.policy, "shared_slots": options.shared_slots, "prefetch": options.prefetch,
                 "look_ahead": options.look_ahead, "device": str(options.device)}  # fmt: skip
 
@@ -148,34 +159,89 @@ if hasattr(os, "register_at_fork"):
 
 
 def from_pretrained(
-    path_or_repo_id: str | Path | None = None, *, hub: dict | None = None, **options
+    source: str | Path | None = "demo",
+    *,
+    # options: written by docs/options.py
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    cache_size: int | str | Sequence[int] | None = None,
+    store: str = "auto",
+    vram: int | str | None = None,
+    ram: int | str | None = None,
+    context_length: int = 4096,
+    batch_size: int = 1,
+    prefetch: int | None = None,
+    look_ahead: int = 1,
+    policy: str = "lru",
+    shared_slots: bool = False,
+    compile: bool | str = "auto",
+    dequantize_on_load: bool = False,
+    throttle: float | str | None = None,
+    progress: bool = False,
+    # end of options
+    hub: dict[str, Any] | None = None,
+    **others: Any,
 ) -> PreTrainedModel:
-    """An ordinary transformers model whose experts are offloaded.
+    """Load an ordinary transformers model whose experts are offloaded.
 
-    path_or_repo_id: a folder, a hub repository, or "demo" or None for the small model that ships with the package.
-    hub: arguments for `mixtral_offload.weights.hub.download` (revision, endpoint, token, local_dir, cache_dir).
-    options: see `OffloadOptions`. Arguments of transformers' own `from_pretrained` are understood where they make sense
-    here (torch_dtype, device_map for one device, attn_implementation, token, revision, cache_dir, local_files_only), and
-    otherwise refused with what to do instead. Raises OffloadError (DownloadError, CheckpointError, CapacityError, OptionError).
-    The model has `model.offload` with the plan, the cache and its counters.
+    Args:
+        source: A folder, a hub repository, or "demo" (also None) for the small model that ships with the package.
+        device: Where experts run: "cpu", "cuda", "cuda:1", ... Default: cuda where there is one.
+        dtype: Of activations and of the dense part: float16, bfloat16, float32, or "auto" for the
+            checkpoint's own. Default: float16 on CUDA, float32 on the CPU.
+        attn_implementation: As in transformers.
+        cache_size: Experts of each layer on the device: one number, one for each layer, or "auto" for all
+            that fit. Default: what the checkpoint recommends, or "auto".
+        store: Where the other experts are: "ram", "disk", or "auto" for RAM where it is large enough.
+            Default: auto.
+        vram: Device memory to use, in bytes or like "15GB". Default: what is free. On the CPU, vram and ram
+            are one memory and the smaller of those given counts.
+        ram: Host memory to use, in bytes or like "12GB". Default: what is free.
+        context_length: Tokens to reserve memory for; a chat goes no further. Default: 4096.
+        batch_size: How many such contexts to reserve memory for; `generate_batch` shares them among its
+            sequences. Default: 1.
+        prefetch: Experts of each coming layer to predict and copy ahead. Default: 2 on CUDA or with
+            `throttle`, else 0.
+        look_ahead: How many layers ahead to predict. Default: 1.
+        policy: Which expert is evicted: "lru" (least recently used), "lfu" (least often used) or "lrfu"
+            (between the two). Default: lru.
+        shared_slots: One pool of slots for all layers in place of one for each.
+        compile: Compute from packed weights with torch.compile: True, False, or "auto" where experts are
+            large enough and there is a compiler. Default: auto.
+        dequantize_on_load: Dequantize all experts once at load time: as fast as a model that never was
+            quantized, and as large. Requires that they all fit on the device.
+        throttle: Limit copies to the device to this rate (bytes/s, or like "12GB"), to emulate a slower link.
+        progress: Show progress bars.
+        hub: Arguments for `mixtral_offload.weights.hub.download` (revision, endpoint, token, local_dir, cache_dir).
+        others: Arguments of transformers' own `from_pretrained` that make sense here (torch_dtype, device_map for one
+            device, token, revision, cache_dir, local_files_only). Others are refused, with what to do instead.
+
+    Returns:
+        The model. `model.offload` has the plan, the cache, its counters (`stats`) and `close()`.
+
+    Raises:
+        OffloadError: DownloadError, CheckpointError, CapacityError or OptionError.
     """
-    options, hub = split_arguments(options, hub)
+    given = locals()
+    options = {name: given[name] for name in declared()}
+    options, hub = split_arguments({**options, **others}, hub)
     # whatever default device the caller has set: each tensor's own is in the options. What is made in inference_mode
     # could never be trained, nor be seen to change
     with torch.device("cpu"), torch.inference_mode(False):
-        return _build(path_or_repo_id, hub, OffloadOptions.parse(options))
+        return _build(source, hub, parse_options(options))
 
 
-def _build(path_or_repo_id: str | Path | None, hub: dict, options: OffloadOptions) -> PreTrainedModel:
-    folder = resolve(path_or_repo_id, **hub)
+def _build(source: str | Path | None, hub: dict, options: OffloadOptions) -> PreTrainedModel:
+    folder = resolve(source, **hub)
     checkpoint = open_checkpoint(folder)
     generation = read_generation_config(folder)
     model, layers, options = build_skeleton(checkpoint, options)
     plan = plan_for(checkpoint, options)
     compiled = compile_choice(checkpoint, options)
-    product = None if options.unpack else linear if compiled[0] else matmul
-    load_trunk(model, checkpoint, options.device, options.dtype, product)
-    finish_checks(checkpoint.trunk.values())
+    product = None if options.dequantize_on_load else linear if compiled[0] else matmul
+    load_dense(model, checkpoint, options.device, options.dtype, product)
+    finish_checks(checkpoint.dense.values())
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
     activate = activation(model.get_submodule(layers[0].name))
@@ -208,17 +274,17 @@ def _compile_now(model: PreTrainedModel) -> float:
 
 def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) -> ExpertCache:
     layout, device = device_layout(checkpoint, options), options.device
-    roaming = [expert for expert in sorted(checkpoint.experts) if expert[1] not in plan.resident[expert[0]]]
+    stored = [expert for expert in sorted(checkpoint.experts) if expert[1] not in plan.resident[expert[0]]]
     bar = tqdm(
         total=len(checkpoint.experts) * layout.n_bytes, unit="B", unit_scale=True, desc="experts",
-        disable=not options.progress or plan.home == "disk",
+        disable=not options.progress or plan.store == "disk",
     )  # fmt: skip
     store = None
-    if plan.home == "ram":
-        store = RamStore(checkpoint, roaming, pin=device.type == "cuda", progress=bar.update)
-    elif plan.home == "disk":
-        store = FileStore(checkpoint, roaming)
-    engine = make_engine(device, store.pinned, layout.n_bytes, options.link) if store else None
+    if plan.store == "ram":
+        store = RamStore(checkpoint, stored, pin=device.type == "cuda", progress=bar.update)
+    elif plan.store == "disk":
+        store = FileStore(checkpoint, stored)
+    engine = make_engine(device, store.pinned, layout.n_bytes, options.throttle) if store else None
     layers = {layer: (plan.slots[layer], plan.resident[layer]) for layer in checkpoint.layers}
     cache = ExpertCache(
         layout, layers, store, engine, device, policy=POLICIES[options.policy], shared=options.shared_slots,
@@ -252,16 +318,16 @@ def _attach(model: PreTrainedModel) -> None:
     for layer in offload.layers:
         module = model.get_submodule(layer.name)
         module.offload, module.layer = offload, layer.number
-        if options.unpack:
+        if options.dequantize_on_load:
             _lend_weights(module, offload.cache, layer.number)
     model.set_experts_implementation("offloaded")
     save_whole(model)
     for module in (model, model.base_model):
         module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
     track_passes(model.base_model, offload.passes)
-    if not options.unpack:  # then they are parameters
+    if not options.dequantize_on_load:  # then they are parameters
         offload.passes.on_begin.append(_refuse_untrainable(model))
-    if options.prefetch and offload.plan.home:
+    if options.prefetch and offload.plan.store:
         offload.prefetcher = Prefetcher(
             model, offload.layers, offload.prefetch, options.prefetch, options.look_ahead,
             passes=offload.passes,
@@ -285,13 +351,13 @@ def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
                     if target.rpartition(".")[2] in FUSED:
                         raise OptionError(
                             "this adapter changes experts, whose weights are no parameters here", key=f"adapter {name}", found=target,
-                            hint="train or load adapters of other layers (attention, router, head), or use unpack=True",
+                            hint="train or load adapters of other layers (attention, router, head), or use dequantize_on_load=True",
                         )  # fmt: skip
                 for target in getattr(config, "modules_to_save", None) or ():
                     if target.rpartition(".")[2] in packed:
                         raise OptionError(
                             "this adapter trains a layer as a whole, whose weight is quantized", key=f"adapter {name}", found=target,
-                            hint="give it LoRA (target_modules) in place of modules_to_save, or use unpack=True",
+                            hint="give it LoRA (target_modules) in place of modules_to_save, or use dequantize_on_load=True",
                         )  # fmt: skip
 
     return check

@@ -1,6 +1,6 @@
-"""Write checkpoints: one file per expert plus a trunk, readable by anyone with safetensors.
+"""Write checkpoints: one file per expert plus a dense, readable by anyone with safetensors.
 
-Knows how to read a checkpoint tensor by tensor and quantize it. One expert at most, or the trunk, is held in memory.
+Knows how to read a checkpoint tensor by tensor and quantize it. One expert at most, or the dense, is held in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from mixtral_offload import __version__
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.models.checkpoint import INDEX, Checkpoint, open_checkpoint
-from mixtral_offload.models.keys import TrunkPlace
+from mixtral_offload.models.keys import DensePlace
 from mixtral_offload.models.registry import family_of
 from mixtral_offload.runtime.preflight import check_loads
 from mixtral_offload.system.files import SMALL_SUFFIXES, read_small, replace_file, replacing, write_new
@@ -124,7 +124,7 @@ def convert_checkpoint(
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, folder: str | Path, trunk: dict[str, Tensor], small: dict[str, str] | None = None,
+    checkpoint: Checkpoint, folder: str | Path, dense: dict[str, Tensor], small: dict[str, str] | None = None,
     config_extra: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write a checkpoint of our format into a folder that may exist: experts as `checkpoint` has them, the rest as given.
@@ -135,14 +135,14 @@ def save_checkpoint(
     Args:
         checkpoint: Where the experts are read.
         folder: Is made where there is none. Other files in it stay.
-        trunk: The tensors of `checkpoint.trunk`, by the same keys, on the CPU.
+        dense: The tensors of `checkpoint.dense`, by the same keys, on the CPU.
         small: Other files to write: name -> text.
         config_extra: Entries of config.json in place of the checkpoint's own.
 
     Raises:
         CheckpointError: The folder cannot be written, an expert cannot be read, or a tensor is not finite.
     """
-    for key, value in trunk.items():
+    for key, value in dense.items():
         if value.is_floating_point() and not is_finite(value):
             raise CheckpointError(
                 "weights are not finite", key=key, expected="finite numbers", found="NaN or infinite",
@@ -157,7 +157,7 @@ def save_checkpoint(
         for number, expert in enumerate([*sorted(checkpoint.experts), None], 1):
             name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
             prefixes = None if expert is None else checkpoint.prefixes[expert]
-            tensors = trunk if expert is None else _expert_tensors(checkpoint, expert, prefixes, None, None)
+            tensors = dense if expert is None else _expert_tensors(checkpoint, expert, prefixes, None, None)
             checksums[name] = _save_tensors(folder / name, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
         total = sum((folder / name).stat().st_size for name in checksums)
@@ -199,7 +199,7 @@ def _check_before(checkpoint: Checkpoint, experts, attention) -> Manifest | None
     }
     for matrix in matrices.values():
         field_specs(matrix.shape, matrix.quantization)  # the groups must divide it
-    trunk, places, linears = dict(checkpoint.trunk), dict(checkpoint.places), dict(checkpoint.linears)
+    dense, places, linears = dict(checkpoint.dense), dict(checkpoint.places), dict(checkpoint.linears)
     modules = {}
     for module, fields in _modules_of(checkpoint).items():
         stored = _stored_matrix(checkpoint, module, fields)
@@ -210,20 +210,20 @@ def _check_before(checkpoint: Checkpoint, experts, attention) -> Manifest | None
             continue
         name, path = _name_in_model(checkpoint, module), next(iter(fields.values())).path
         for field in fields:
-            del trunk[f"{module}.{field}"], places[f"{module}.{field}"]
+            del dense[f"{module}.{field}"], places[f"{module}.{field}"]
         linears.pop(name, None)
         is_plain = wanted.quantization.bits == 16
         if not is_plain:
             linears[name] = wanted.quantization, wanted.shape
         for field, (dtype, dims) in field_specs(wanted.shape, wanted.quantization).items():
             key = f"{module}.{field}"
-            trunk[key] = StoredTensor(path, dtype, dims, 0, math.prod(dims) * dtype.itemsize, key)
-            places[key] = TrunkPlace(f"{name}.weight") if is_plain else TrunkPlace(name, field)
+            dense[key] = StoredTensor(path, dtype, dims, 0, math.prod(dims) * dtype.itemsize, key)
+            places[key] = DensePlace(f"{name}.weight") if is_plain else DensePlace(name, field)
     config = checkpoint.folder / "config.json"
     manifest = Manifest(config, matrices, by_pattern(modules))
     is_packed = bool(modules) or any(of.quantization.bits < 16 for of in matrices.values())
     manifest = manifest if is_packed else None  # else it is a plain checkpoint, which transformers reads too
-    check_loads(replace(checkpoint, manifest=manifest, trunk=trunk, places=places, linears=linears))
+    check_loads(replace(checkpoint, manifest=manifest, dense=dense, places=places, linears=linears))
     return manifest
 
 
@@ -288,7 +288,7 @@ def _write_weights(
 def _prove_source(checkpoint: Checkpoint, work: WorkFolder) -> None:
     """Prove the files of the source of which this run has read a part: an earlier one has read the rest."""
     experts = (of for fields in checkpoint.experts.values() for of in fields.values())
-    ledgers = {id(of.check): of.check for of in (*experts, *checkpoint.trunk.values())}
+    ledgers = {id(of.check): of.check for of in (*experts, *checkpoint.dense.values())}
     for ledger in ledgers.values():
         if isinstance(ledger, Ledger) and ledger.digests and not ledger.is_done:
             try:
@@ -346,22 +346,22 @@ def _quantize(key: str, weight: Tensor, quantization: Quantization) -> dict[str,
 
 
 def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, device) -> dict[str, Tensor]:
-    """The trunk as it is stored, attention matrices quantized where asked."""
-    trunk = dict(checkpoint.trunk)
+    """The dense part as it is stored, attention matrices quantized where asked."""
+    dense = dict(checkpoint.dense)
     tensors = {}
     for module, fields in _modules_of(checkpoint).items() if attention is not None else ():
         matrix = _stored_matrix(checkpoint, module, fields)
-        read = {name: trunk.pop(f"{module}.{name}").read() for name in fields}
+        read = {name: dense.pop(f"{module}.{name}").read() for name in fields}
         made = _requantized(f"{module}.", read, matrix.shape, matrix.quantization, attention, device)
         tensors |= {f"{module}.{name}": value for name, value in made.items()}
-    return {key: stored.read() for key, stored in trunk.items()} | tensors
+    return {key: stored.read() for key, stored in dense.items()} | tensors
 
 
 def _modules_of(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
     """Name of each projection of the attention, and of each packed matrix -> field -> tensor."""
     modules: dict[str, dict[str, StoredTensor]] = {}
     attention = family_of(checkpoint.config).attention
-    for key, stored in checkpoint.trunk.items():
+    for key, stored in checkpoint.dense.items():
         split = (key.removesuffix(".weight"), "weight") if key.endswith(attention) else split_quantized(key)
         if split is not None:
             modules.setdefault(split[0], {})[split[1]] = stored

@@ -1,4 +1,4 @@
-"""Everything but the experts: put a checkpoint's trunk into a transformers model without weights.
+"""Everything but the experts: put a checkpoint's dense part into a transformers model without weights.
 
 Knows parameter names and modules of a model on the meta device. Knows nothing of experts.
 """
@@ -18,7 +18,7 @@ from mixtral_offload.weights.hqq import Fields, Quantization, QuantizedLinear, d
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads
 
 
-def load_trunk(
+def load_dense(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     device: torch.device,
@@ -44,33 +44,33 @@ def load_trunk(
     kept, places = checkpoint.kept.get(dtype, frozenset()), checkpoint.places
     packed: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     plain: dict[str, tuple[StoredTensor, torch.dtype | None]] = {}
-    for key, stored in checkpoint.trunk.items():
+    for key, stored in checkpoint.dense.items():
         if places[key].field is not None:
             packed[places[key].name][places[key].field] = stored
         else:
             wanted = torch.float32 if key in kept else dtype
             plain[places[key].name] = stored, wanted if stored.dtype.is_floating_point else None
-    tasks, homes = [], []
+    tasks, places = [], []
     for name, (stored, wanted) in plain.items():
         tasks.append((stored.read, wanted, device))
-        homes.append(name)
+        places.append(name)
     for name, fields in packed.items():
         quantization, shape = checkpoint.linears[name]
         if product is None:
             tasks.append((_read_dequantized, fields, shape, quantization, dtype, device))
-            homes.append(f"{name}.weight")
+            places.append(f"{name}.weight")
             continue
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, child, QuantizedLinear.replacing(getattr(owner, child), quantization, product))
         for field, stored in fields.items():
             tasks.append((stored.read, None, device))
-            homes.append((name, field))
-    for home, value in zip(homes, in_threads(tasks), strict=True):
-        if isinstance(home, tuple):
-            model.get_submodule(home[0]).set_field(home[1], value)
+            places.append((name, field))
+    for place, value in zip(places, in_threads(tasks), strict=True):
+        if isinstance(place, tuple):
+            model.get_submodule(place[0]).set_field(place[1], value)
         else:
-            _put(model, home, value)
+            _put(model, place, value)
     model.tie_weights(missing_keys=missing)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:

@@ -371,7 +371,7 @@ class ThrottledEngine(Engine):
         super().__init__(device, n_bytes)
         if n_bytes / bytes_per_s > MOST_COPY_S:  # nothing can stop an answer before its token is there
             raise OptionError(
-                "impossible link: one expert would take too long", expected=f"{n_bytes / MOST_COPY_S:.0f} bytes/s or more",
+                "impossible throttle: one expert would take too long", expected=f"{n_bytes / MOST_COPY_S:.0f} bytes/s or more",
                 found=f"{bytes_per_s} bytes/s, {n_bytes / bytes_per_s:.0f} s for an expert of {n_bytes} bytes",
             )  # fmt: skip
         self.chunk_bytes, self.n_chunks = n_bytes // CHUNKS, CHUNKS

@@ -47,7 +47,7 @@ def offloaded_experts(
 
 
 def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    if module.offload.options.unpack:
+    if module.offload.options.dequantize_on_load:
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
     return _weighted_sum(run_experts(module, hidden_states, top_k_index, top_k_weights), top_k_weights)
 
@@ -71,7 +71,7 @@ def with_gradients(
     Raises:
         OptionError: Under `record`, whose replay could not repeat the experts that backward asks for.
     """
-    if module.offload.options.unpack:
+    if module.offload.options.dequantize_on_load:
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
     _refuse_recording(module.offload)
     y = _FrozenExperts.apply(hidden_states, module, top_k_index, top_k_weights.detach())

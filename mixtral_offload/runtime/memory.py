@@ -8,17 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.runtime.arguments import split_arguments
-from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, budgets, device_needs, plan_for
+from mixtral_offload.runtime.options import MARGIN_BYTES, budgets, device_needs, parse_options, plan_for
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.units import gb, listed
 from mixtral_offload.weights.source import resolve
 
-DEVICE_PARTS = ("trunk", "KV cache", "scratch", "resident experts", "cache slots", "staging")
-RAM_PARTS = ("experts at home",)
-DISK_PARTS = ("experts", "trunk")
+DEVICE_PARTS = ("dense part", "KV cache", "scratch", "resident experts", "cache slots", "staging")
+RAM_PARTS = ("experts in RAM",)
+DISK_PARTS = ("experts", "dense part")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MemoryUse:
     """What lies where, in bytes by part.
 
     device: by the names of DEVICE_PARTS; scratch is of the activations, one dequantized matrix and, on CUDA, a margin;
-    staging is of guesses. ram: by those of RAM_PARTS, empty where no expert's home is RAM. disk: the checkpoint's files,
+    staging is of predictions. ram: by those of RAM_PARTS, empty where no expert is in RAM. disk: the checkpoint's files,
     by those of DISK_PARTS. device_budget, ram_budget: what may be used. shared_memory: the device is the CPU, so both
     are one memory and one budget. Not counted: the process itself, and pages of files that the system keeps.
     """
@@ -54,7 +55,7 @@ class MemoryUse:
     @property
     def runs_from_disk(self) -> bool:
         """Whether experts are read from the files while the model runs, not only while it is built."""
-        return self.plan.home == "disk"
+        return self.plan.store == "disk"
 
     def __str__(self) -> str:
         device, ram = f" of {gb(self.device_budget)} free", f" of {gb(self.ram_budget)} free"
@@ -80,7 +81,7 @@ def memory_use(path_or_repo_id: str | Path | None = None, *, hub: dict | None = 
     DownloadError, CheckpointError, CapacityError, OptionError.
     """
     options, hub = split_arguments(options, hub)
-    parsed = OffloadOptions.parse(options)
+    parsed = parse_options(options)
     checkpoint = open_checkpoint(resolve(path_or_repo_id, **hub))
     *_, parsed = build_skeleton(checkpoint, parsed)  # what from_pretrained refuses is refused here too
     return _use(checkpoint, parsed)
@@ -92,11 +93,11 @@ def _use(checkpoint: Checkpoint, options: OffloadOptions) -> MemoryUse:
     plan = plan_for(checkpoint, replace(options, vram=device, ram=ram))  # free memory is asked for only once
     needs = device_needs(checkpoint, options)
     needs["scratch"] += 0 if on_cpu else MARGIN_BYTES
-    disk = (len(checkpoint.experts) * checkpoint.layout.stored_bytes, checkpoint.trunk_bytes)
+    disk = (len(checkpoint.experts) * checkpoint.layout.stored_bytes, checkpoint.dense_bytes)
     return MemoryUse(
         plan=plan,
-        device={**needs, **_experts(plan, options.n_staging if plan.home else 0)},
-        ram={RAM_PARTS[0]: plan.ram_bytes} if plan.home == "ram" else {},
+        device={**needs, **_experts(plan, options.n_staging if plan.store else 0)},
+        ram={RAM_PARTS[0]: plan.ram_bytes} if plan.store == "ram" else {},
         disk=dict(zip(DISK_PARTS, disk)),
         device_budget=device,
         ram_budget=ram,

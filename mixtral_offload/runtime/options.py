@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import difflib
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from mixtral_offload.core.options import OffloadOptions, declared
 from mixtral_offload.core.placement import Plan, Sizes, make_plan
-from mixtral_offload.core.policies import make_policy, staging_rows
+from mixtral_offload.core.policies import make_policy
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.checkpoint import Checkpoint
 from mixtral_offload.models.kv_cache import kv_bytes, kv_layout
@@ -30,96 +32,55 @@ MARGIN_BYTES = 600_000_000  # CUDA context and allocator rounding
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@dataclass(frozen=True)
-class OffloadOptions:
-    """How to offload.
+def parse_options(options: Mapping[str, Any]) -> OffloadOptions:
+    """Check what was given to `from_pretrained`: device and dtype are filled in, sizes are turned into bytes.
 
-    device: "cpu", "cuda", "cuda:1" ...; default: cuda where there is one. dtype: of activations and of the trunk;
-    default: float16 on CUDA, float32 on the CPU; "auto": the checkpoint's own. attn_implementation: as in transformers.
-    cache_size: experts per layer on the device (one number, or one for each layer),
-    or "auto" for all that fit; default: what the checkpoint asks for, or "auto". store: home of the other experts, "ram", "disk" or "auto".
-    vram, ram: bytes (or text like "15GB") that may be used; default: what is free. On the CPU both are one memory, and
-    the smaller of those given counts. context_length: tokens to leave room for; a chat goes no further. batch_size: how
-    many such contexts to leave room for (`generate_batch` shares them among its sequences). link: slow copies down to so many bytes (or "12GB") per second, for experiments. prefetch: experts of each coming layer to
-    copy ahead, guessed from the hidden state of now; default: 2 where there is a link to hide (CUDA, or `link`), else
-    0. look_ahead: how many layers ahead to guess. policy: which expert leaves, "lru", "lfu" or "lrfu". shared_slots:
-    one pool of slots for all layers instead of one for each. compile: products straight from packed bytes through
-    torch.compile; "auto": where experts are large enough and there is a compiler. unpack: everything on the device, and
-    dequantized once, while building: as fast as a model that never was quantized, and as large.
+    `prefetch` stays None where nothing was asked for: see `OffloadOptions.with_prefetch`.
+
+    Raises:
+        OptionError: For unknown names, with the nearest known one, and for impossible values.
     """
-
-    device: str | torch.device | None = None
-    dtype: torch.dtype | str | None = None
-    attn_implementation: str | None = None
-    cache_size: int | str | Sequence[int] | None = None
-    store: str = "auto"
-    vram: int | str | None = None
-    ram: int | str | None = None
-    context_length: int = 4096
-    batch_size: int = 1
-    link: float | str | None = None
-    prefetch: int | None = None
-    look_ahead: int = 1
-    policy: str = "lru"
-    shared_slots: bool = False
-    compile: bool | str = "auto"
-    unpack: bool = False
-    progress: bool = False
-
-    @classmethod
-    def parse(cls, options: dict) -> OffloadOptions:
-        """Refuses unknown names, with the nearest known one, and impossible values; fills in device and dtype, and
-        turns sizes into bytes. `prefetch` stays None where nothing was asked for: see `with_prefetch`."""
-        known = [option.name for option in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else None
-                raise OptionError("unknown option", found=name, expected=", ".join(known), hint=hint)
-        device = parse_device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = options.get("dtype") or (torch.float16 if device.type == "cuda" else torch.float32)
-        if dtype != "auto":  # the checkpoint's, see `for_checkpoint`
-            dtype = _parse_dtype(dtype)
-        parsed = cls(**{**options, "device": device, "dtype": dtype})
-        attention = parsed.attn_implementation
-        if attention is not None and not (isinstance(attention, str) and attention):
-            raise OptionError(
-                "impossible attn_implementation", expected='a name, such as "sdpa"', found=attention
-            )
-        for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1), ("batch_size", 1)):
-            if getattr(parsed, name) is not None:
-                check_whole(name, getattr(parsed, name), least)
-        if parsed.compile not in (True, False, "auto"):
-            raise OptionError("unknown compile", expected='True, False or "auto"', found=parsed.compile)
-        if parsed.unpack not in (True, False) or (parsed.unpack and parsed.compile is True):
-            found = f"unpack={parsed.unpack!r}, compile={parsed.compile!r}"
-            raise OptionError(
-                "unknown unpack", expected="True (and nothing to compile) or False", found=found
-            )
-        make_policy(parsed.policy)
-        return replace(
-            parsed, **{name: _size(name, getattr(parsed, name)) for name in ("vram", "ram", "link")}
+    known = list(declared())
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else None
+            raise OptionError("unknown option", found=name, expected=", ".join(known), hint=hint)
+    device = parse_device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = options.get("dtype") or (torch.float16 if device.type == "cuda" else torch.float32)
+    if dtype != "auto":  # the checkpoint's, see `for_checkpoint`
+        dtype = _parse_dtype(dtype)
+    parsed = OffloadOptions(**{**options, "device": device, "dtype": dtype})
+    attention = parsed.attn_implementation
+    if attention is not None and not (isinstance(attention, str) and attention):
+        raise OptionError(
+            "impossible attn_implementation", expected='a name, such as "sdpa"', found=attention
         )
+    for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1), ("batch_size", 1)):
+        if getattr(parsed, name) is not None:
+            check_whole(name, getattr(parsed, name), least)
+    if parsed.compile not in (True, False, "auto"):
+        raise OptionError("unknown compile", expected='True, False or "auto"', found=parsed.compile)
+    if parsed.dequantize_on_load not in (True, False) or (
+        parsed.dequantize_on_load and parsed.compile is True
+    ):
+        found = f"dequantize_on_load={parsed.dequantize_on_load!r}, compile={parsed.compile!r}"
+        raise OptionError(
+            "unknown dequantize_on_load", expected="True (and nothing to compile) or False", found=found
+        )
+    make_policy(parsed.policy)
+    return replace(
+        parsed, **{name: _size(name, getattr(parsed, name)) for name in ("vram", "ram", "throttle")}
+    )
 
-    def for_checkpoint(self, checkpoint: Checkpoint) -> OffloadOptions:
-        """With the checkpoint's dtype where "auto" was asked for: what config.json says, or its first floating tensor's."""
-        if self.dtype != "auto":
-            return self
-        plain = (of.dtype for key, of in checkpoint.trunk.items() if checkpoint.places[key].field is None)
-        stored = next((dtype for dtype in plain if dtype.is_floating_point), None)
-        return replace(self, dtype=_parse_dtype(getattr(checkpoint.config, "dtype", None) or stored))
 
-    def with_prefetch(self, possible: bool = True) -> OffloadOptions:
-        """With the default number of guesses where none was asked for; none where the model has no way to guess."""
-        if self.prefetch is not None:
-            return self
-        worth = possible and (self.device.type == "cuda" or self.link is not None)
-        return replace(self, prefetch=2 if worth else 0)
-
-    @property
-    def n_staging(self) -> int:
-        """Rows for guesses."""
-        return staging_rows(self.prefetch, self.look_ahead)
+def for_checkpoint(options: OffloadOptions, checkpoint: Checkpoint) -> OffloadOptions:
+    """Fill in the checkpoint's dtype for "auto": what config.json says, or its first floating tensor's."""
+    if options.dtype != "auto":
+        return options
+    plain = (of.dtype for key, of in checkpoint.dense.items() if checkpoint.places[key].field is None)
+    stored = next((dtype for dtype in plain if dtype.is_floating_point), None)
+    return replace(options, dtype=_parse_dtype(getattr(checkpoint.config, "dtype", None) or stored))
 
 
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -161,9 +122,9 @@ def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
     sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, n_bytes)
     cache_size = checkpoint.recommended_cache_size if options.cache_size is None else options.cache_size
     why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
-    if options.unpack:
+    if options.dequantize_on_load:
         return _unpacked_plan(sizes, checkpoint, options)
-    return plan_within(sizes, *budgets(options), trunk_bytes(checkpoint, options), options, cache_size, why)
+    return plan_within(sizes, *budgets(options), dense_bytes(checkpoint, options), options, cache_size, why)
 
 
 def _unpacked_plan(sizes: Sizes, checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
@@ -171,9 +132,9 @@ def _unpacked_plan(sizes: Sizes, checkpoint: Checkpoint, options: OffloadOptions
     if options.cache_size not in (None, "auto", sizes.n_experts):
         expected = f"cache_size={sizes.n_experts}, or none"
         raise CapacityError(
-            "unpack needs every expert on the device", expected=expected, found=options.cache_size
+            "dequantize_on_load needs every expert on the device", expected=expected, found=options.cache_size
         )
-    beside = trunk_bytes(checkpoint, options)
+    beside = dense_bytes(checkpoint, options)
     plan = plan_within(sizes, *budgets(options), beside, options, sizes.n_experts)
     packed = gb(checkpoint.layout.n_bytes)
     return replace(
@@ -184,7 +145,7 @@ def _unpacked_plan(sizes: Sizes, checkpoint: Checkpoint, options: OffloadOptions
 
 def device_layout(checkpoint: Checkpoint, options: OffloadOptions) -> ExpertLayout:
     """How an expert lies on the device: as it is stored, or dequantized."""
-    return checkpoint.layout.dequantized(options.dtype) if options.unpack else checkpoint.layout
+    return checkpoint.layout.dequantized(options.dtype) if options.dequantize_on_load else checkpoint.layout
 
 
 def plan_within(
@@ -196,7 +157,7 @@ def plan_within(
     device -= beside + (0 if on_cpu else MARGIN_BYTES)
     rest = {"cache_size": cache_size, "store": options.store, "shared_memory": on_cpu, "why": why}
     plan = make_plan(sizes, max(device, 0), ram, **rest)
-    if plan.home is None or not options.n_staging:
+    if plan.store is None or not options.n_staging:
         return plan
     return make_plan(sizes, max(device - options.n_staging * sizes.expert_bytes, 0), ram, **rest)
 
@@ -216,11 +177,11 @@ def budgets(options: OffloadOptions) -> tuple[int, int]:
 
 
 def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, int]:
-    """Device bytes beside the experts, by name: the "trunk"; for the context the "KV cache"; and as "scratch" the
+    """Device bytes beside the experts, by name: the "dense part"; for the context the "KV cache"; and as "scratch" the
     activations of one layer's experts and one dequantized matrix."""
     config, layout, item = checkpoint.config, checkpoint.layout, options.dtype.itemsize
     kept = checkpoint.kept.get(options.dtype, frozenset())
-    trunk = sum(_trunk_bytes(key, tensor, options, key in kept) for key, tensor in checkpoint.trunk.items())
+    dense = sum(_dense_bytes(key, tensor, options, key in kept) for key, tensor in checkpoint.dense.items())
     context = min(options.context_length, config.max_position_embeddings)
     model = build_meta(config, torch.float32)
     kv, _ = kv_layout(model, config.get_text_config(), check_experts(model)[0])
@@ -233,14 +194,18 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
         )
         + dequantized
     )
-    return {"trunk": trunk, "KV cache": kv_bytes(kv, context, item) * options.batch_size, "scratch": scratch}
+    return {
+        "dense part": dense,
+        "KV cache": kv_bytes(kv, context, item) * options.batch_size,
+        "scratch": scratch,
+    }
 
 
-def _trunk_bytes(key: str, stored: StoredTensor, options: OffloadOptions, is_kept: bool) -> int:
-    """Device bytes of one tensor beside the experts; of a packed one to be unpacked, as many as it could hold at most.
+def _dense_bytes(key: str, stored: StoredTensor, options: OffloadOptions, is_kept: bool) -> int:
+    """Device bytes of one tensor beside the experts; of a packed one that is dequantized on load, as many as it could hold at most.
     is_kept: in fp32."""
     item = 4 if is_kept else options.dtype.itemsize
-    if options.unpack and key.endswith(".W_q"):
+    if options.dequantize_on_load and key.endswith(".W_q"):
         return stored.n_elements * item * (4 if stored.dtype == torch.uint8 else 10)  # values in a word
     is_plain = stored.dtype.is_floating_point and ".meta." not in key
     return stored.n_elements * item if is_plain else stored.n_bytes
@@ -259,11 +224,11 @@ def scratch_bytes(context: int, item: int, top_k: int, hidden: int, intermediate
 
 def compile_choice(checkpoint: Checkpoint, options: OffloadOptions) -> tuple[bool, str]:
     """(whether to compile, why): see `kernels.choose`."""
-    if options.unpack:
-        return False, "unpacked: the library's products"
+    if options.dequantize_on_load:
+        return False, "dequantized on load: the library's products"
     return choose(options.compile, checkpoint.layout, options.device)
 
 
-def trunk_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
+def dense_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
     """Device bytes beside the experts, all `device_needs` together."""
     return sum(device_needs(checkpoint, options).values())

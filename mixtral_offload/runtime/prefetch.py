@@ -99,11 +99,11 @@ class Prefetcher:
             self._hooks += [norm.register_forward_pre_hook(_keep_hidden(weak)) for norm in norms]
         if "after" in moments:
             embeddings = model.get_input_embeddings()
-            self._hooks.append(embeddings.register_forward_hook(_guess_after(weak, -1)))
-            self._on_begin = _guess_from_embeds(weak)
+            self._hooks.append(embeddings.register_forward_hook(_predict_after(weak, -1)))
+            self._on_begin = _predict_from_embeds(weak)
             passes.on_begin.append(self._on_begin)
             self._hooks += [
-                layer.block().register_forward_hook(_guess_after(weak, n)) for n, layer in enumerate(layers)
+                layer.block().register_forward_hook(_predict_after(weak, n)) for n, layer in enumerate(layers)
             ]
 
     def number(self, layer: int) -> int:
@@ -184,7 +184,7 @@ def _keep_hidden(prefetcher: Prefetcher):
     return hook
 
 
-def _guess_from_embeds(prefetcher: Prefetcher):
+def _predict_from_embeds(prefetcher: Prefetcher):
     def on_begin(current: Pass) -> None:
         if current.embeds is not None:  # no embedding module is called, whose hook would guess
             prefetcher.after(-1, current.embeds)
@@ -192,7 +192,7 @@ def _guess_from_embeds(prefetcher: Prefetcher):
     return on_begin
 
 
-def _guess_after(prefetcher: Prefetcher, number: int):
+def _predict_after(prefetcher: Prefetcher, number: int):
     def hook(module: nn.Module, inputs: tuple, output) -> None:
         prefetcher.after(number, output[0] if isinstance(output, tuple) else output)
 

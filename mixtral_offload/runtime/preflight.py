@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mixtral_offload.errors import CheckpointError, OffloadError
 from mixtral_offload.models.checkpoint import Checkpoint
-from mixtral_offload.runtime.dense import load_trunk
-from mixtral_offload.runtime.options import OffloadOptions, device_needs
+from mixtral_offload.runtime.dense import load_dense
+from mixtral_offload.runtime.options import device_needs, parse_options
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.weights.safetensors_io import StoredTensor
 
@@ -36,12 +36,12 @@ def check_loads(checkpoint: Checkpoint) -> None:
     Raises:
         OffloadError: as `from_pretrained` raises it.
     """
-    emptied = replace(checkpoint, trunk={key: unread(stored) for key, stored in checkpoint.trunk.items()})
-    options = OffloadOptions.parse({"device": "cpu"})
+    emptied = replace(checkpoint, dense={key: unread(stored) for key, stored in checkpoint.dense.items()})
+    options = parse_options({"device": "cpu"})
     try:
         model = build_skeleton(emptied, options)[0]
         device_needs(emptied, options)
-        load_trunk(model, emptied, options.device, options.dtype)
+        load_dense(model, emptied, options.device, options.dtype)
     except OffloadError:
         raise
     except Exception as error:  # transformers and odd configurations raise many kinds

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.models.checkpoint import Checkpoint
 from mixtral_offload.models.family import MoELayer, check_routers
 from mixtral_offload.models.skeleton import build_meta, check_experts
 from mixtral_offload.runtime.absent import remove_weights
-from mixtral_offload.runtime.options import OffloadOptions
+from mixtral_offload.runtime.options import for_checkpoint
 
 
 def build_skeleton(
@@ -26,7 +27,7 @@ def build_skeleton(
         OffloadError: For whatever cannot be offloaded, before any weight is read. A family whose experts cannot be
             predicted is refused only if predictions were asked for.
     """
-    options = options.for_checkpoint(checkpoint)
+    options = for_checkpoint(options, checkpoint)
     model = build_meta(checkpoint.config, options.dtype, options.attn_implementation)
     layers, _ = check_experts(model)
     for layer in layers:

@@ -37,7 +37,7 @@ def save_whole(model: PreTrainedModel) -> None:
                 "the whole model that this base model is a part of has been freed", found="a base model alone",
                 hint="keep what from_pretrained has returned, not its base model alone",
             )  # fmt: skip
-        if model.offload.options.unpack:
+        if model.offload.options.dequantize_on_load:
             return _save_unpacked(model, save_directory, *args, **kwargs)
         if _stamps(model) != stamps:
             raise OptionError(
@@ -47,7 +47,7 @@ def save_whole(model: PreTrainedModel) -> None:
         save_model(model, save_directory, *args, config_as_built=config, **kwargs)
 
     model.save_pretrained = save_pretrained
-    if model.offload.options.unpack:
+    if model.offload.options.dequantize_on_load:
         return
 
     def save_base(
@@ -84,7 +84,7 @@ def _save_unpacked(
     model: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True,
     state_dict: dict[str, Tensor] | None = None, **others: Any,
 ) -> None:  # fmt: skip
-    """Save an unpacked model as transformers does: it holds all of its weights.
+    """Save a model dequantized on load as transformers does: it holds all of its weights.
 
     They lie in the cache's memory, an expert after the other with gaps, and have to be copied: transformers takes no
     others.
@@ -107,7 +107,7 @@ def save_model(
     checkpoint's dtype where that holds the values exactly, else in the model's.
 
     Args:
-        model: From `from_pretrained`, not unpacked.
+        model: From `from_pretrained`, not dequantized on load.
         save_directory: Is made where there is none; must not be the folder that the model reads.
         is_main_process: False writes nothing, as in transformers.
         state_dict: Values in place of the model's own, by its names.
@@ -151,8 +151,8 @@ def save_model(
     if changed:
         _check_changes(checkpoint, model.config, changed)
     with model.offload.passes.lock:  # a training step of another thread may be under way
-        trunk = _trunk_of(model, state_dict or {})
-    save_checkpoint(checkpoint, folder, trunk, small, changed)
+        dense = _dense_of(model, state_dict or {})
+    save_checkpoint(checkpoint, folder, dense, small, changed)
 
 
 #: of a configuration, what says how a model is run, by whom, or how its weights are stored: not what the model is
@@ -194,7 +194,7 @@ def _check_changes(checkpoint: Checkpoint, config: PretrainedConfig, changed: di
 
 
 @torch.no_grad()
-def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _dense_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Everything but the experts, by the checkpoint's keys, on the CPU and in memory of its own."""
     checkpoint = model.offload.checkpoint
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
@@ -205,10 +205,10 @@ def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Ten
     }
     _check_same_places(model)
     _check_same_tensors(model, tensors, packed)
-    trunk: dict[str, Tensor] = {}
+    dense: dict[str, Tensor] = {}
     left = dict(given)
     for key, place in checkpoint.places.items():
-        stored = checkpoint.trunk[key]
+        stored = checkpoint.dense[key]
         value = tensors[place.name] if place.field is None else packed[place.name][place.field]
         name = place.name if place.field is None else f"{place.name}.{place.field.replace('.', '__')}"
         if name in left:
@@ -221,7 +221,7 @@ def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Ten
         value = value.detach().cpu()
         exact = value.to(stored.dtype)
         same = exact.dtype == value.dtype or torch.equal(exact.to(value.dtype), value)
-        trunk[key] = (exact if same else value).reshape(stored.shape).clone().contiguous()
+        dense[key] = (exact if same else value).reshape(stored.shape).clone().contiguous()
     for name, value in left.items():  # harmless if it is the model's own, such as a tied tensor's second name
         own = tensors.get(name)
         if own is None or own.shape != value.shape or not torch.equal(own.cpu(), value.cpu()):
@@ -229,7 +229,7 @@ def _trunk_of(model: PreTrainedModel, given: dict[str, Tensor]) -> dict[str, Ten
                 "state_dict has a tensor that would not be saved", key=name, expected="names of model.state_dict()",
                 hint="experts are copied from the checkpoint; load other tensors into the model first",
             )  # fmt: skip
-    return trunk
+    return dense
 
 
 def _of_this_shape(name: str, value: Tensor, own: Tensor) -> Tensor:

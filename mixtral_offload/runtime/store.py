@@ -107,6 +107,11 @@ class FileStore:
         """In a forked child, where the reading threads do not run: others, which start with the next read."""
         self._pool = ThreadPoolExecutor(READERS - 1, "expert-reads")
 
+    def close(self) -> None:
+        """End the reading threads and close the files; the store must not be used afterwards."""
+        self._pool.shutdown()
+        self._open.cache_clear()
+
     def pieces(self, expert: ExpertId) -> Pieces:
         stored = [(field.offset, self._experts[expert][field.matrix, field.name]) for field in self._fields]
         pieces = [(at, self._piece(of)) for at, of in stored]

@@ -96,7 +96,7 @@ def verify(folder: str | Path, progress: Callable[[int], object] = lambda n_byte
     folder, began_s = Path(folder), time.perf_counter()
     checkpoint = open_checkpoint(folder)
     check_loads(checkpoint)
-    paths = sorted({of.path for of in checkpoint.trunk.values()} | _expert_files(checkpoint))
+    paths = sorted({of.path for of in checkpoint.dense.values()} | _expert_files(checkpoint))
     checksums, hub = stated(folder / INDEX), hub_hashes(folder)
     wrong: list[str] = []
     tasks = ((_faults, path, checksums.get(path.name), hub.get(path.name)) for path in paths)

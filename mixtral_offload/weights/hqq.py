@@ -372,7 +372,7 @@ class QuantizedWeight:
         raise OptionError(
             "this layer's weight is quantized: its values cannot be read or changed as a tensor",
             found=getattr(args[0], "__name__", args[0]) if args else None,
-            hint="keep changes beside it (an adapter that is not merged), or load the model with unpack=True",
+            hint="keep changes beside it (an adapter that is not merged), or load the model with dequantize_on_load=True",
         )
 
 
@@ -496,7 +496,7 @@ def refuse_second_order() -> None:
     if torch.is_grad_enabled():
         raise OptionError(
             "second-order gradients need the experts' weights as parameters of the model", found="create_graph=True",
-            hint="from_pretrained(..., unpack=True) has them, where all of them fit on the device",
+            hint="from_pretrained(..., dequantize_on_load=True) has them, where all of them fit on the device",
         )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def memory_after_each(n: int) -> list[int]:
     ways = (
         {"cache_size": 2},
         {"cache_size": 2, "store": "disk"},
-        {"cache_size": 2, "prefetch": 2, "link": "1GB"},
+        {"cache_size": 2, "prefetch": 2, "throttle": "1GB"},
     )
     held = []
     for number in range(n):

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from mixtral_offload.errors import OffloadError
 from mixtral_offload.models.checkpoint import INDEX, SINGLE, open_checkpoint
 from mixtral_offload.runtime.convert import convert_checkpoint
-from mixtral_offload.runtime.options import OffloadOptions
+from mixtral_offload.runtime.options import parse_options
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.weights.safetensors_io import read_header
 
@@ -97,7 +97,7 @@ def _checkpoints(folder: Path) -> tuple[Path, Path]:
 
 
 def _open_and_build(folder: Path) -> None:
-    build_skeleton(open_checkpoint(folder), OffloadOptions.parse({"device": "cpu"}))
+    build_skeleton(open_checkpoint(folder), parse_options({"device": "cpu"}))
 
 
 def _bounded(function: Callable[[], None]) -> str:

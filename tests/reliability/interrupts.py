@@ -27,7 +27,7 @@ def check_interrupts(n: int = 50, seed: int = 0, n_tokens: int = 24) -> Result:
     draw, tokenizer, wrong, hit = random.Random(seed), load_tokenizer(), 0, 0
     undisturbed = from_pretrained(device="cpu", cache_size=8)
     expected = [answer(undisturbed, tokenizer, text, n_tokens) for text in QUESTIONS]
-    model = from_pretrained(device="cpu", cache_size=2, prefetch=2, link="500MB")
+    model = from_pretrained(device="cpu", cache_size=2, prefetch=2, throttle="500MB")
     ids = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
     begin = time.perf_counter()
     answer(model, tokenizer, QUESTIONS[1], n_tokens)

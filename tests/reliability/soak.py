@@ -92,7 +92,7 @@ def _random_options(draw: random.Random) -> dict:
     return {
         "cache_size": draw.randint(2, 7), "prefetch": prefetch, "look_ahead": draw.randint(1, 3), "store": draw.choice(("ram", "disk")),
         "policy": draw.choice(("lru", "lfu", "lrfu")), "shared_slots": draw.random() < 0.3,
-        "link": draw.choice((None, "4GB")),
+        "throttle": draw.choice((None, "4GB")),
     }  # fmt: skip
 
 

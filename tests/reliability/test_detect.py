@@ -16,7 +16,7 @@ def reference():
 
 
 @pytest.mark.parametrize("options", [
-    {"cache_size": 2, "prefetch": 4, "look_ahead": 2, "link": "400MB"}, {"cache_size": 3, "store": "disk", "prefetch": 2},
+    {"cache_size": 2, "prefetch": 4, "look_ahead": 2, "throttle": "400MB"}, {"cache_size": 3, "store": "disk", "prefetch": 2},
     {"cache_size": 2},
 ])  # fmt: skip
 def test_logits_are_the_twins(offloaded, reference, options):

@@ -100,7 +100,7 @@ def plot_speculation(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
     count = trace.n_layers
     right = np.bincount(trace.use_layer[trace.use_outcome == PREFETCHED], minlength=count)
     missed = np.bincount(trace.use_layer[trace.use_outcome == MISS], minlength=count)
-    wrong = np.bincount(trace.wrong_layer, minlength=count)
+    wrong = np.bincount(trace.wasted_layer, minlength=count)
     shown = np.stack([right / np.maximum(right + wrong, 1), right / np.maximum(right + missed, 1)])
     figure = new_figure(6.4, 3.6, "Speculative loading by layer")
     axes = figure.subplots()

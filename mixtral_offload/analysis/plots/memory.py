@@ -27,7 +27,7 @@ COLUMNS = tuple(zip(
 ))  # fmt: skip
 HOME, ONCE = RAM_PARTS[0], "on disk, read at the start only"
 LOOKS = {  # face, line and hatch; in each bar, light parts lie beside dark ones
-    "trunk": ("0.3", "white", ""),
+    "dense part": ("0.3", "white", ""),
     "KV cache": (YELLOW, "white", ""),
     "scratch": ("0.74", "white", ".."),
     "resident experts": (GREEN, "white", ""),
@@ -147,7 +147,7 @@ def _draw(axes, piece: Piece, limit: float) -> bool:
     axes.text(
         piece.left + piece.n_bytes / 2, piece.row,
         f"{piece.part}\n{size}" if len(piece.part) <= n_letters else size,
-        ha="center", va="center", fontsize=7.5, color="white" if piece.look == "trunk" else BLACK,
+        ha="center", va="center", fontsize=7.5, color="white" if piece.look == "dense part" else BLACK,
         path_effects=[withStroke(linewidth=2.5, foreground=face)] if hatch else None,
     )  # fmt: skip
     return True

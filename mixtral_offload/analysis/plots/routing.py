@@ -102,7 +102,7 @@ def cells(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
     )
     wasted = np.zeros((trace.n_tokens, trace.n_layers), int)
     first = np.searchsorted(trace.passes, np.arange(trace.n_passes))
-    np.add.at(wasted, (first[trace.wrong_pass], trace.wrong_layer), 1)
+    np.add.at(wasted, (first[trace.wasted_pass], trace.wasted_layer), 1)
     return found, wasted
 
 

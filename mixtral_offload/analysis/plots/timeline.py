@@ -204,7 +204,7 @@ def _recorded_bars(
     kinds = [
         (3, trace.use_copy_s[trace.use_outcome == MISS]),
         (4, trace.use_copy_s[trace.use_outcome == PREFETCHED]),
-        (5, trace.wrong_copy_s),
+        (5, trace.wasted_copy_s),
     ]
     for row, copies in kinds:
         for start, stop in copies:
