@@ -17,8 +17,8 @@ from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.errors import CapacityError
 from mixtral_offload.experiments.ablation import PROMPTS, ablate, generate
 from mixtral_offload.experiments.baselines import slow_link
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.runtime.prefetch import MOMENTS
-from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.source import DEMO
 
 __all__ = ["PROMPTS", "RESULTS", "generate"]  # for the other benchmarks

@@ -145,7 +145,10 @@ def run_ours(task: Task) -> dict:
         offload, built_s = model.offload, time.perf_counter() - began
         log(f"built in {built_s:.1f} s\n{offload.plan}")
         began = time.perf_counter()
-        offload.cache._slab.zero_()  # a virtual machine's memory may have to be provided first: seconds per GB
+        for (
+            row
+        ) in offload.cache.memory:  # a virtual machine may have to provide its memory first: seconds per GB
+            row.zero_()
         log(f"touched its slots in {time.perf_counter() - began:.1f} s")
         timed_generate(model, 1, 0)
         routing.reset()
@@ -196,12 +199,12 @@ def _traffic(task: Task, model, experts, marks: list[dict], decode_s: float) -> 
     what the trace says: its hits must be those of the trace's replay. marks: counters before and after each pass."""
     from forced_routing import forced_trace
 
-    from mixtral_offload.analysis.replay import simulate
+    from mixtral_offload.analysis.replay import replay
 
     after_prompt, end = marks[1], marks[-1]
     hits, misses, moved = (end[k] - after_prompt[k] for k in ("hits", "misses", "bytes_moved"))
     trace = forced_trace(experts, task.prompt, model.offload.settings())
-    replay = simulate(trace)
+    replay = replay(trace)
     agrees = (replay.hits, replay.misses) == (end["hits"], end["misses"])
     if not agrees:
         log(f"THE CACHE DID NOT SERVE THE TRACE: {end['hits']} hits, its replay has {replay.hits}")

@@ -87,12 +87,12 @@ class ForcedGuesses:
         np.put_along_axis(logits, needed, np.take_along_axis(logits, needed, -1) + shift, -1)
         self._logits = torch.from_numpy(logits)
 
-    def __call__(self, hidden: Tensor, gates: Sequence) -> Tensor:
-        """`hidden [T, H]` -> `[gates, T, experts]` for the rows that the gates' layers will use next."""
+    def __call__(self, hidden: Tensor, layers: Sequence) -> Tensor:
+        """`hidden [T, H]` -> `[layers, T, experts]` for the rows that these layers will use next."""
         if self._logits.device != hidden.device:
             self._logits = self._logits.to(hidden.device)
         position = self._routing.position
-        return torch.stack([self._logits[g.layer, position[g.layer] :][: len(hidden)] for g in gates])
+        return torch.stack([self._logits[of.number, position[of.number] :][: len(hidden)] for of in layers])
 
 
 def forced_trace(experts: np.ndarray, n_prompt: int, settings: dict) -> RoutingTrace:

@@ -22,13 +22,12 @@ from matplotlib.figure import Figure
 
 from mixtral_offload import from_pretrained, load_tokenizer, record
 from mixtral_offload.analysis.plots.timeline import plot_replayed_pass
-from mixtral_offload.analysis.timed_replay import play
-from mixtral_offload.core.costs import Card
+from mixtral_offload.analysis.timed_replay import TimedReplay, timed_replay
+from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.policies import staging_rows
-from mixtral_offload.core.timed_result import Played
 from mixtral_offload.experiments.ablation import PROMPTS, _encode, generate
 from mixtral_offload.experiments.baselines import make_variants, slow_link, switched
-from mixtral_offload.experiments.calibration import measure_card
+from mixtral_offload.experiments.calibration import measure_costs
 
 RESULTS = Path(__file__).parent / "results"
 AHEAD = (0, 1, 2, 3)  # layers to guess for; 0: no guesses
@@ -50,16 +49,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def paced(card: Card, token_s: float, n_layers: int = 6, top_k: int = 2) -> Card:
-    """The card with its compute as fast as it was a moment ago: the machine's pace changes within minutes."""
-    scale = token_s / (card.token_s + n_layers * (card.attention_s + top_k * card.expert_s))
+def paced(costs: DeviceCosts, token_s: float, n_layers: int = 6, top_k: int = 2) -> DeviceCosts:
+    """The costs with its compute as fast as it was a moment ago: the machine's pace changes within minutes."""
+    scale = token_s / (costs.token_s + n_layers * (costs.attention_s + top_k * costs.expert_s))
     return replace(
-        card,
-        **{name: scale * getattr(card, name) for name in ("token_s", "attention_s", "expert_s", "guess_s")},
+        costs,
+        **{
+            name: scale * getattr(costs, name) for name in ("token_s", "attention_s", "expert_s", "predict_s")
+        },
     )
 
 
-def one_size(model, resident, prompts, k: int, card, arguments) -> tuple[dict, Played]:
+def one_size(model, resident, prompts, k: int, costs, arguments) -> tuple[dict, TimedReplay]:
     """Every look-ahead and the model with everything on the device, taking turns: its row of the result, and the last replay
     with guesses one layer ahead."""
     caches = make_variants(model, k, staging_rows(arguments.prefetch, max(AHEAD)))
@@ -69,7 +70,7 @@ def one_size(model, resident, prompts, k: int, card, arguments) -> tuple[dict, P
     for _ in range(arguments.repeats):
         for prompt in prompts:
             seconds["resident"].append(generate(resident, [prompt], arguments.tokens)[0])
-            now = paced(card, seconds["resident"][-1])
+            now = paced(costs, seconds["resident"][-1])
             with switched(model, caches["naive"]):
                 seconds["naive"].append(generate(model, [prompt], 8)[0])
             for ahead in AHEAD:
@@ -78,7 +79,7 @@ def one_size(model, resident, prompts, k: int, card, arguments) -> tuple[dict, P
                     with record(model) as recording:
                         seconds[ahead].append(generate(model, [prompt], arguments.tokens)[0])
                     again = {"prefetch": arguments.prefetch, "look_ahead": ahead} if ahead else {}
-                    replay = play(recording.trace, now, cache_size=k, keep_events=ahead == 1, **again)
+                    replay = timed_replay(recording.trace, now, cache_size=k, keep_events=ahead == 1, **again)
                     drawn = replay if ahead == 1 else drawn
                     n = replay.decoding.sum()
                     played[ahead].append(replay.time_per_token)
@@ -87,7 +88,7 @@ def one_size(model, resident, prompts, k: int, card, arguments) -> tuple[dict, P
                     wasted[ahead].append(stats.wasted_bytes / replay.pass_tokens.size)
                     moved[ahead].append(stats.bytes_moved / replay.pass_tokens.size)
     median = {name: statistics.median(of) for name, of in seconds.items()}
-    floor = max(median["resident"], statistics.mean(misses[0]) * card.copy_s)
+    floor = max(median["resident"], statistics.mean(misses[0]) * costs.copy_s)
     rows = {
         ahead: {"s": median[ahead], "replayed_s": statistics.median(played[ahead]),
                 "over_replay": statistics.median(a / b for a, b in zip(seconds[ahead], played[ahead])),
@@ -138,11 +139,11 @@ def main() -> None:
         # the ratio is to a layer's share of a token as users generate it, everything on the device
         layer_s = statistics.median(generate(resident, prompts, arguments.tokens)[0] for _ in range(3)) / 6
         stack.enter_context(slow_link(model, arguments.ratio, layer_s))
-        card = measure_card(model)
-        result |= {"card": vars(card), "layer_s": layer_s, "copy_over_layer": card.copy_s / layer_s}
-        print(f"{card}\none layer {1e3 * layer_s:.2f} ms, one copy {1e3 * card.copy_s:.2f} ms", flush=True)
+        costs = measure_costs(model)
+        result |= {"costs": vars(costs), "layer_s": layer_s, "copy_over_layer": costs.copy_s / layer_s}
+        print(f"{costs}\none layer {1e3 * layer_s:.2f} ms, one copy {1e3 * costs.copy_s:.2f} ms", flush=True)
         for k in arguments.cache_sizes:
-            of, drawn = one_size(model, resident, prompts, k, card, arguments)
+            of, drawn = one_size(model, resident, prompts, k, costs, arguments)
             result["sizes"][k] = of
             if k == DRAWN:
                 name = arguments.out.with_name(f"{arguments.out.stem}-timeline.png")

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.batching import BATCH_SIZES
 from mixtral_offload.generation.batch import Request
+from mixtral_offload.models.experts import FUSED
 from mixtral_offload.weights.hqq import QuantizedLinear, dequantize
-from mixtral_offload.weights.layout import MATRICES
 
 #: transformers' own ways to run experts
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -121,16 +121,17 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fill_experts(plain: PreTrainedModel, offload, dtype: torch.dtype) -> None:
-    """transformers' stacked experts: gate above up in one matrix."""
+    """transformers' stacked experts: matrices that share a parameter lie below each other."""
     checkpoint, layout = offload.checkpoint, offload.layout
     buffer = torch.empty(layout.n_bytes, dtype=torch.uint8)
     views = layout.views(buffer)
-    for name, layer in offload.modules.items():
-        module = plain.get_submodule(name)
+    for layer in offload.layers:
+        module = plain.get_submodule(layer.name)
         for expert in range(checkpoint.n_experts):
-            checkpoint.read_expert((layer, expert), buffer)
-            gate, up, down = (
-                dequantize(views[of], layout.shapes[of], layout.quantization[of], dtype) for of in MATRICES
-            )
-            module.gate_up_proj[expert].copy_(torch.cat((gate, up)))
-            module.down_proj[expert].copy_(down)
+            checkpoint.read_expert((layer.number, expert), buffer)
+            for parameter, matrices in FUSED.items():
+                parts = [
+                    dequantize(views[of], layout.shapes[of], layout.quantization[of], dtype)
+                    for of in matrices
+                ]
+                getattr(module, parameter)[expert].copy_(torch.cat(parts))

@@ -17,18 +17,17 @@ from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recall import SOURCES, collect_states, first_layer_recall, measure_recall
 from mixtral_offload.analysis.replay import hit_rate_curves
 from mixtral_offload.core.trace import RoutingTrace
-from mixtral_offload.runtime.prefetch import find_gates
 from mixtral_offload.weights.source import DEMO
 
 HERE = Path(__file__).parent
 TEXTS = HERE.parent / "training" / "heldout_text.jsonl"
 
 
-def recalls(gates, states) -> dict:
+def recalls(layers, states) -> dict:
     """Recall of two guesses by source and look-ahead; printed too, with that of three."""
     found = {}
     for source in SOURCES:
-        recall = measure_recall(gates, states, (1, 2, 3, 10), source)
+        recall = measure_recall(layers, states, (1, 2, 3, 10), source)
         average = recall.average()
         found[source] = dict(zip(map(str, recall.look_aheads), average[:, 2].tolist()))
         found[source]["by_layer"] = np.nan_to_num(recall.recall[0, :, 2], nan=-1).tolist()
@@ -63,17 +62,17 @@ def main():
         tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)["input_ids"][:1024]
         for line in lines
     ]
-    gates = find_gates(model, model.offload.modules)
-    states = collect_states(model, gates, texts)
+    layers = model.offload.layers
+    states = collect_states(model, layers, texts)
     n_experts = model.offload.checkpoint.n_experts
     chance = 2 / n_experts
     print(
         f"{len(states.first)} tokens. Recall of the two likeliest (chance {chance:.2f}); in brackets of three\n"
     )
     found = {"tokens": len(states.first), "texts": len(texts), "chance_of_two": chance}
-    found["recall_of_two"] = recalls(gates, states)
+    found["recall_of_two"] = recalls(layers, states)
     print("\nlayer 0:")
-    found["layer_0"] = {name: curve[2] for name, curve in first_layer_recall(gates, states).items()}
+    found["layer_0"] = {name: curve[2] for name, curve in first_layer_recall(layers, states).items()}
     print("\n".join(f"  {name}: {recall:.3f}" for name, recall in found["layer_0"].items()))
     found["hit_rate"] = hit_rates(states, n_experts)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")

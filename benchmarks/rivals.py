@@ -24,8 +24,8 @@ from contestants import MemoryPeak, Task, drop_page_cache, log, timed_generate
 from forced_routing import ForcedRouting, sticky_experts
 from unpacked import trunk_bytes_16bit
 
+from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.units import parse_size
-from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 
 
 class LayerTimes:

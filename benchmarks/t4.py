@@ -37,8 +37,8 @@ def row(request: Request) -> dict:
     return {
         "tokens_per_s": projection.tokens_per_s, "first_token_s": projection.first_token_s, "home": plan.home,
         "experts_per_layer": (plan.n_resident + sum(plan.slots.values())) / len(plan.slots), "hit_rate": projection.hit_rate,
-        "copies_per_token": projection.misses_per_token, "copy_s": projection.card.copy_s, "compute_s": projection.compute_s,
-        "link_bound_tokens_per_s": 1 / (projection.misses_per_token * projection.card.copy_s), "over_floor": projection.over_floor,
+        "copies_per_token": projection.misses_per_token, "copy_s": projection.costs.copy_s, "compute_s": projection.compute_s,
+        "link_bound_tokens_per_s": 1 / (projection.misses_per_token * projection.costs.copy_s), "over_floor": projection.over_floor,
     }  # fmt: skip
 
 

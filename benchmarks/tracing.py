@@ -18,7 +18,7 @@ import torch
 from ablation import PROMPTS, RESULTS, generate
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mixtral_offload import from_pretrained, load_tokenizer, record, simulate
+from mixtral_offload import from_pretrained, load_tokenizer, record, replay
 from mixtral_offload.analysis.recorder import Recorder
 from mixtral_offload.core.trace import RoutingTrace
 
@@ -84,7 +84,7 @@ def replaying(trace: RoutingTrace, repeats: int) -> dict:
             times = []
             for _ in range(repeats):
                 begin = time.perf_counter()
-                hit_rate = simulate(long, 4, policy, shared).hit_rate
+                hit_rate = replay(long, 4, policy, shared).hit_rate
                 times.append(time.perf_counter() - begin)
             name = f"{policy}, {'one pool' if shared else 'a pool for each layer'}"
             found[name] = {"seconds": times, "hit_rate": hit_rate}

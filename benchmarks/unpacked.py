@@ -15,7 +15,7 @@ from contestants import Task, log
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mixtral_offload.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
+from mixtral_offload.models.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mixtral_offload.weights.hqq import dequantize, infer
 
 SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mixtral_offload.analysis.recorder import record
-    from mixtral_offload.analysis.replay import simulate
+    from mixtral_offload.analysis.replay import replay
     from mixtral_offload.core.trace import RoutingTrace
     from mixtral_offload.errors import OffloadError
     from mixtral_offload.generation.batch import Request, generate_batch
@@ -29,7 +29,7 @@ _HOMES = {
     "memory_use": "runtime.memory",
     "record": "analysis.recorder",
     "RoutingTrace": "core.trace",
-    "simulate": "analysis.replay",
+    "replay": "analysis.replay",
     "convert_checkpoint": "runtime.convert",
     "Quantization": "weights.hqq",
     "OffloadError": "errors",
@@ -46,7 +46,7 @@ __all__ = [
     "load_tokenizer",
     "memory_use",
     "record",
-    "simulate",
+    "replay",
 ]
 
 

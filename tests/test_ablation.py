@@ -13,6 +13,7 @@ from mixtral_offload.experiments import baselines as variants
 from mixtral_offload.experiments.ablation import PAPER, RESIDENT, Ablation, ablate, generate
 from mixtral_offload.experiments.plots import plot_ablation
 from mixtral_offload.runtime import build as building
+from mixtral_offload.runtime import cache
 from mixtral_offload.weights.source import DEMO
 
 PROMPTS = ["Tell me a story about a fox.", "What is 12 + 30?"]
@@ -97,43 +98,43 @@ def test_the_model_is_as_it_was(offloaded, tokenizer, monkeypatch, after):
     assert hooks == [len(module._forward_hooks) for module in model.modules()]
     offload.stats.reset()
     assert answer(model) == expected
-    assert offload.stats.guesses > 0 and offload.stats.prefetched > 0
+    assert offload.stats.predictions > 0 and offload.stats.prefetched > 0
 
 
 @pytest.mark.parametrize("with_resident", [False, True])
 @pytest.mark.parametrize("kind", ["Forgetful", "Naive"])
 def test_a_changed_answer_is_an_error(offloaded, tokenizer, model, monkeypatch, kind, with_resident):
-    right = getattr(variants, kind).serve
+    right = getattr(variants, kind).fetch
 
     def wrong(cache, layer, experts, meanwhile=None):
         found = dict(right(cache, layer, experts, meanwhile))
         yield from zip(found, [*found.values()][::-1])
 
-    monkeypatch.setattr(getattr(variants, kind), "serve", wrong)
+    monkeypatch.setattr(getattr(variants, kind), "fetch", wrong)
     resident = offloaded(cache_size=8) if with_resident else None
     with pytest.raises(OffloadError, match="an answer depends on the variant"):
         ablate(model, tokenizer, PROMPTS, resident=resident, **QUICK)
 
 
 def test_variants_take_no_memory_that_the_model_has(offloaded, monkeypatch):
+    enough, few = offloaded(cache_size=4, store="ram", prefetch=2), offloaded(cache_size=2, store="ram")
     taken = []
     monkeypatch.setattr(
-        variants, "_allocate", lambda n, *rest: taken.append(n) or torch.empty(n, rest[0]).byte()
+        cache, "_allocate", lambda n, *rest: taken.append(n) or torch.empty(n, rest[0]).byte()
     )
-    enough = offloaded(cache_size=4, store="ram", prefetch=2)
     for size in (2, 3, 4):
         caches = variants.make_variants(enough, size, n_staging=3)
-        assert len(caches["naive"]._rows) == 8 and len(caches["without cache and prefetch"]._rows) == 2
-        assert len(caches["full"]._rows) == 6 * size + 3
-    variants.make_variants(offloaded(cache_size=2, store="ram"), 3, n_staging=3)
-    assert taken == [0, 0, 0, 6 * 3 + 3 - 6 * 2]
+        assert len(caches["naive"].memory) == 8 and len(caches["without cache and prefetch"].memory) == 2
+        assert len(caches["full"].memory) == 6 * size + 3
+    variants.make_variants(few, 3, n_staging=3)
+    assert [n for n in taken if n] == [6 * 3 + 3 - 6 * 2]
 
 
 def test_residents_stay_in_every_variant(tokenizer, partly_resident):
     model = partly_resident
     assert [len(of) for of in model.offload.plan.resident.values()] == [8, 4, 0, 0, 0, 0]
     full = variants.make_variants(model, 3, n_staging=3)["full"]
-    assert full._slots == model.offload.plan.slots
+    assert {layer: full.n_slots(layer) for layer in model.offload.plan.slots} == model.offload.plan.slots
     expected = answer(model)
     found = ablate(model, tokenizer, PROMPTS, **QUICK)
     assert found.counters["naive"]["bytes_moved"] == NAIVE_PASSES * 36 * model.offload.layout.n_bytes

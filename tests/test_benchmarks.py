@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mixtral_offload import RoutingTrace, load_tokenizer, simulate
+from mixtral_offload import RoutingTrace, load_tokenizer, replay
 from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.batching import workload
-from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, dequantize
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -71,9 +71,9 @@ def test_the_cache_served_the_forced_routing(result):
 
     ours = result["contestants"]["ours"]
     experts = sticky_experts(1 + TOKENS, LAYERS, 8, 2, STAY, result["settings"]["seed"])
-    replay = simulate(RoutingTrace.from_routing(experts, np.ones(experts.shape), 8), 3)
-    assert ours["hit_rate_with_prompt"] == pytest.approx(replay.hit_rate)
-    decoding = replay.hit[replay.trace.use_pass > 0]
+    replayed = replay(RoutingTrace.from_routing(experts, np.ones(experts.shape), 8), 3)
+    assert ours["hit_rate_with_prompt"] == pytest.approx(replayed.hit_rate)
+    decoding = replayed.hit[replayed.trace.use_pass > 0]
     assert ours["hit_rate"] == pytest.approx(decoding.mean())
     assert ours["bytes_per_token"] * TOKENS == (~decoding).sum() * ours["run"]["expert_bytes"]
     assert ours["replay_agrees"]
@@ -175,7 +175,7 @@ def test_a_prompt_is_one_pass_of_the_forced_trace():
     assert trace.passes.tolist() == [0] * 16 + [1, 2, 3, 4]
     of_prompt = trace.use_expert[(trace.use_pass == 0) & (trace.use_layer == 1)]
     assert of_prompt.tolist() == sorted(set(experts[:16, 1].ravel().tolist()))
-    assert simulate(trace).trace.n_passes == 5
+    assert replay(trace).trace.n_passes == 5
 
 
 def test_sticky_experts_stay_as_often_as_stated():

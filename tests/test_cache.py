@@ -27,11 +27,9 @@ INTERRUPTED = tuple(
     for name in (
         "runtime/cache",
         "runtime/engines",
-        "runtime/copies",
-        "runtime/worker",
-        "runtime/slow_link",
         "core/policies",
-        "core/link",
+        "core/residency",
+        "core/copy_order",
     )
 )
 FAST = LAYOUT.n_bytes / 1e-5  # bytes per second, of a link in an experiment
@@ -105,7 +103,7 @@ def is_right(layer, expert, views) -> bool:
 def serve(cache, layer, experts):
     """All experts served, each checked while it is valid; returns the order."""
     order = []
-    for expert, views in cache.serve(layer, experts):
+    for expert, views in cache.fetch(layer, experts):
         assert is_right(layer, expert, views)
         order.append(expert)
     return order
@@ -145,12 +143,7 @@ steps = st.one_of(
 
 
 def rows_in_use(cache):
-    """Of the slots: every row that something is in or on its way to."""
-    pools = {id(pool): pool for pool in cache._pools.values()}.values()
-    rows = [
-        row for pool in pools for row in (*pool.held.values(), *(row for row, _ in pool.loading.values()))
-    ]
-    return rows + [guess.row for guess in (*cache._staged.values(), *cache._dropped)]
+    return cache._residency.rows_in_use()
 
 
 @given(sequence=st.lists(steps, max_size=20), n_slots=st.integers(2, N_EXPERTS), n_staging=st.integers(0, 4))
@@ -166,7 +159,7 @@ def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots,
         elif (
             action == "go away"
         ):  # the first expert is served, the rest never asked for: held as far as it landed
-            served = cache.serve(layer, experts)
+            served = cache.fetch(layer, experts)
             expert, views = next(served)
             assert is_right(layer, expert, views)
             served.close()
@@ -174,7 +167,7 @@ def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots,
         else:
             guess = None if action == "serve" else partial(cache.prefetch, 1 - layer, experts)
             got = []
-            for expert, views in cache.serve(layer, experts, guess):
+            for expert, views in cache.fetch(layer, experts, guess):
                 assert is_right(layer, expert, views)
                 got.append(expert)
             assert sorted(got) == experts
@@ -182,17 +175,14 @@ def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots,
             assert cache.contents(layer) == list(naive[layer].held)
         rows = rows_in_use(cache)
         assert len(rows) == len(set(rows)) <= 2 * n_slots + n_staging
-        assert len(cache._staged) + len(cache._dropped) <= n_staging
+        assert len(cache._residency.staged) + len(cache._residency.dropped) <= n_staging
     if not any(action == "go away" for action, _, _ in sequence):
         assert cache.stats.hits == sum(n.hits for n in naive)
         assert cache.stats.misses == sum(n.misses for n in naive)
         assert (
-            len(home.asked) == cache.stats.misses - cache.stats.prefetched + cache.stats.guesses
+            len(home.asked) == cache.stats.misses - cache.stats.prefetched + cache.stats.predictions
         )  # nothing twice
-    cache.clear()
-    for guess in cache._dropped:
-        guess.copy.abandon()
-    cache.settle()
+    cache.drain()
     assert rows_in_use(cache) == []
 
 
@@ -255,7 +245,7 @@ def test_all_copies_that_fit_are_under_way_before_the_first_expert_is_served():
     cache, home = make_cache(n_slots=4, n_layers=1, link=LAYOUT.n_bytes / 0.01)
     serve(cache, 0, [0])
     home.asked.clear()
-    served = cache.serve(0, [0, 1, 2])
+    served = cache.fetch(0, [0, 1, 2])
     assert next(served)[0] == 0
     assert home.asked == [(0, 1), (0, 2)]
     assert [expert for expert, _ in served] == [1, 2]
@@ -278,7 +268,7 @@ def test_a_failing_home_is_reported_and_the_cache_goes_on():
 def test_a_reader_that_goes_away_leaves_nothing_behind():
     cache, _ = make_cache(n_slots=2, n_layers=1, link=LAYOUT.n_bytes / 0.002)
     for _ in range(5):
-        served = cache.serve(0, [0, 1, 2, 3])
+        served = cache.fetch(0, [0, 1, 2, 3])
         next(served)
         served.close()
         assert sorted(serve(cache, 0, [4, 5, 6, 7])) == [4, 5, 6, 7]
@@ -344,7 +334,7 @@ def test_an_interrupt_while_guessing_leaves_no_wrong_expert_and_no_lost_row(gues
 
     def run(cache):
         serve(cache, 0, [1, 2])
-        for expert, views in cache.serve(1, [0, 2], lambda: cache.prefetch(0, guesses)):
+        for expert, views in cache.fetch(1, [0, 2], lambda: cache.prefetch(0, guesses)):
             assert is_right(1, expert, views)
         serve(cache, 0, [0, 3])
 

@@ -14,7 +14,7 @@ from mixtral_offload.experiments.calibration import (
     LAYERS_END,
     _marks,
     _token_parts,
-    measure_card,
+    measure_costs,
 )
 
 
@@ -28,17 +28,17 @@ def test_a_token_is_taken_apart():
 def test_a_card_is_measured_on_the_live_model():
     model = from_pretrained(cache_size=2, prefetch=2)
     held, began = model.offload.prefetcher, time.perf_counter()
-    card = measure_card(model)
+    costs = measure_costs(model)
     took = time.perf_counter() - began
-    token_s = card.token_s + 6 * (card.attention_s + 2 * card.expert_s)
-    assert min(card.copy_s, card.attention_s, card.expert_s, card.token_s) > 0 and card.chunks == 1
+    token_s = costs.token_s + 6 * (costs.attention_s + 2 * costs.expert_s)
+    assert min(costs.copy_s, costs.attention_s, costs.expert_s, costs.token_s) > 0 and costs.chunks == 1
     assert 0.05 * took < token_s * 2 * 24 < 2 * took  # two runs of 24 tokens, and little else
     _marks(model, 8)
     assert (model.offload.stats.misses, model.offload.stats.hits) == (12, 7 * 12)  # it repeats itself
     assert model.offload.prefetcher is held and not model.model.layers[0]._forward_pre_hooks
     with record(model), pytest.raises(OptionError, match="being recorded"):
-        measure_card(model)
+        measure_costs(model)
     with pytest.raises(OptionError, match="n_passes"):
-        measure_card(model, 3)
+        measure_costs(model, 3)
     with pytest.raises(OptionError, match="copies nothing"):
-        measure_card(from_pretrained(cache_size=8))
+        measure_costs(from_pretrained(cache_size=8))

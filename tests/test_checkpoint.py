@@ -12,10 +12,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from mixtral_offload import convert_checkpoint, from_pretrained
 from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CapacityError, CheckpointError, OffloadError, OptionError
+from mixtral_offload.models.checkpoint import INDEX, open_checkpoint
+from mixtral_offload.models.config_check import stated_experts
 from mixtral_offload.runtime.options import OffloadOptions, trunk_bytes
 from mixtral_offload.weights import safetensors_io as headers
-from mixtral_offload.weights.checkpoint import INDEX, open_checkpoint
-from mixtral_offload.weights.config_check import stated_experts
 from mixtral_offload.weights.hqq import PAPER, Quantization
 from mixtral_offload.weights.safetensors_io import read_header
 from mixtral_offload.weights.source import DEMO

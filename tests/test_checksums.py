@@ -15,8 +15,8 @@ from mixtral_offload import convert_checkpoint, from_pretrained
 from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.models.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.runtime.verify import hub_hashes, verify
-from mixtral_offload.weights.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.weights.checksums import Ledger, checksum_of, checksum_of_tensors, stated
 from mixtral_offload.weights.hqq import PAPER
 from mixtral_offload.weights.hub import Record

@@ -14,7 +14,7 @@ import torch
 
 from mixtral_offload import convert_checkpoint, from_pretrained
 from mixtral_offload.apps.cli import main
-from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import Quantization
 from mixtral_offload.weights.source import DEMO
 

@@ -8,16 +8,15 @@ import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recorder import record
-from mixtral_offload.analysis.replay import simulate
-from mixtral_offload.analysis.timed_replay import play
-from mixtral_offload.core.costs import Card
-from mixtral_offload.core.link import NEEDED, RIGHT, WRONG
-from mixtral_offload.core.timed_result import ATTENTION, BESIDE, EXPERT
+from mixtral_offload.analysis.replay import replay
+from mixtral_offload.analysis.timed_replay import ATTENTION, EXPERT, OUTSIDE, timed_replay
+from mixtral_offload.core.copy_order import NEEDED, RIGHT, WRONG
+from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.trace import PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights.source import DEMO
 
-CARD = Card(copy_s=16, attention_s=8, expert_s=2, token_s=1)  # a chunk takes 1
+CARD = DeviceCosts(copy_s=16, attention_s=8, expert_s=2, token_s=1)  # a chunk takes 1
 
 
 def routed(experts, guesses=None, n_experts=4) -> RoutingTrace:
@@ -52,46 +51,50 @@ def copies(played) -> list[tuple]:
 
 
 def test_without_guesses_each_miss_is_waited_for_from_its_routing_on():
-    played = play(routed([[[0], [1]], [[0], [1]]]), CARD, cache_size=1, keep_events=True)
+    played = timed_replay(routed([[[0], [1]], [[0], [1]]]), CARD, cache_size=1, keep_events=True)
     # embedding to 1, attention to 9, copy to 25, expert to 27; attention to 35, copy to 51, expert to 53
     assert copies(played) == [(0, 0, NEEDED, 9, 25), (1, 1, NEEDED, 35, 51)]
     assert played.pass_s.tolist() == [53, 1 + 2 * (8 + 2)] and played.stall_s.tolist() == [[16, 16], [0, 0]]
-    assert (played.hits, played.misses, played.prefetched) == (2, 2, 0)
-    assert (played.bytes_moved, played.wasted_bytes, played.link_busy_s) == (320, 0, 32)
+    assert (played.stats.hits, played.stats.misses, played.stats.prefetched) == (2, 2, 0)
+    assert (played.stats.bytes_moved, played.stats.wasted_bytes, played.link_busy_s) == (320, 0, 32)
     assert played.time_per_token == 37 and played.floor_s == 21 and played.link_use == 32 / 74
     spans = played.events.part_span_s[played.events.part_kind == EXPERT]
     assert spans.tolist() == [[25, 27], [51, 53], [62, 64], [72, 74]]
 
 
 def test_a_right_guess_is_half_way_when_it_is_needed():
-    played = play(routed([[[0], [1]]], [[[[0]], [[1]]]]), CARD, cache_size=1, prefetch=1, keep_events=True)
+    played = timed_replay(
+        routed([[[0], [1]]], [[[[0]], [[1]]]]), CARD, cache_size=1, prefetch=1, keep_events=True
+    )
     assert copies(played) == [(0, 0, RIGHT, 1, 17), (1, 1, RIGHT, 19, 35)]
     assert played.pass_s.tolist() == [37] and played.stall_s.tolist() == [[8, 8]]
-    assert (played.prefetched, played.guesses, played.wasted_bytes) == (2, 2, 0)
+    assert (played.stats.prefetched, played.stats.predictions, played.stats.wasted_bytes) == (2, 2, 0)
 
 
 def test_a_wrong_guess_delays_by_no_more_than_the_chunk_under_way():
-    card, trace = replace(CARD, attention_s=8.5), routed([[[0], [1]]], [[[[3]], [[2]]]])
-    played = play(trace, card, cache_size=1, prefetch=1, keep_events=True)
+    costs, trace = replace(CARD, attention_s=8.5), routed([[[0], [1]]], [[[[3]], [[2]]]])
+    played = timed_replay(trace, costs, cache_size=1, prefetch=1, keep_events=True)
     assert copies(played) == [
         (0, 3, WRONG, 1, 10),
         (0, 0, NEEDED, 10, 26),
         (1, 2, WRONG, 28, 37),
         (1, 1, NEEDED, 37, 53),
     ]
-    assert played.pass_s.tolist() == [55] == play(trace, card, cache_size=1).pass_s + 2 * 0.5
-    assert played.wasted_bytes == 180 and played.bytes_moved == 500 and played.prefetched == 0
+    assert played.pass_s.tolist() == [55] == timed_replay(trace, costs, cache_size=1).pass_s + 2 * 0.5
+    assert (
+        played.stats.wasted_bytes == 180 and played.stats.bytes_moved == 500 and played.stats.prefetched == 0
+    )
     # cancelled at a chunk's very end, the next one does not begin
-    assert play(trace, CARD, cache_size=1, prefetch=1).pass_s.tolist() == [53]
-    whole = play(
-        trace, replace(card, chunks=1), cache_size=1, prefetch=1
+    assert timed_replay(trace, CARD, cache_size=1, prefetch=1).pass_s.tolist() == [53]
+    whole = timed_replay(
+        trace, replace(costs, chunks=1), cache_size=1, prefetch=1
     )  # waits for all of it: to 17, 33, 35, 51 ...
-    assert whole.pass_s.tolist() == [69] and whole.wasted_bytes == 320
+    assert whole.pass_s.tolist() == [69] and whole.stats.wasted_bytes == 320
 
 
 def test_a_promoted_guess_goes_before_what_is_asked_for_after_it():
     trace = routed([[[0, 1]]], [[[[2, 1]]]])
-    played = play(trace, replace(CARD, attention_s=8.5), cache_size=2, prefetch=2, keep_events=True)
+    played = timed_replay(trace, replace(CARD, attention_s=8.5), cache_size=2, prefetch=2, keep_events=True)
     assert copies(played) == [(0, 2, WRONG, 1, 10), (0, 1, RIGHT, 10, 26), (0, 0, NEEDED, 26, 42)]
     assert played.events.part_expert.tolist() == [-1, -1, 1, 0] and played.pass_s.tolist() == [44]
 
@@ -100,29 +103,31 @@ def test_an_earlier_guess_that_has_not_begun_gives_way_to_a_newer_one():
     guesses = [
         [[[0]] * 3, [[1], [1], [0]], [[2], [2], [3]]]
     ]  # from the embeddings, 3 for layer 2; after layer 0, 2
-    played = play(
+    played = timed_replay(
         routed([[[0], [1], [2]]], guesses), CARD, cache_size=1, prefetch=1, look_ahead=3, keep_events=True
     )
     assert copies(played) == [(0, 0, RIGHT, 1, 17), (1, 1, RIGHT, 17, 33), (2, 2, RIGHT, 33, 49)]
-    assert played.pass_s.tolist() == [51] and played.guesses == 4 and played.wasted_bytes == 0
+    assert played.pass_s.tolist() == [51] and played.stats.predictions == 4 and played.stats.wasted_bytes == 0
 
 
 def test_hits_run_while_misses_are_on_their_way_and_the_host_or_a_long_prompt_takes_its_time():
     trace = routed([[[0, 1]], [[0, 2]]])
-    assert play(trace, CARD, cache_size=2).stall_s.tolist() == [[16 + 14], [14]]
-    late = play(trace, replace(CARD, latency_s=3), cache_size=2)
+    assert timed_replay(trace, CARD, cache_size=2).stall_s.tolist() == [[16 + 14], [14]]
+    late = timed_replay(trace, replace(CARD, latency_s=3), cache_size=2)
     assert late.stall_s.tolist() == [[33], [17]]
-    slow = play(trace, replace(CARD, host_s=20), cache_size=2, keep_events=True)  # 16 + 2 + 2
+    slow = timed_replay(trace, replace(CARD, host_s=20), cache_size=2, keep_events=True)  # 16 + 2 + 2
     assert slow.pass_compute_s.tolist() == [21, 21] and slow.stall_s.tolist() == [[30], [14]]
-    assert slow.events.part_kind.tolist() == [BESIDE, ATTENTION, EXPERT, EXPERT] * 2
+    assert slow.events.part_kind.tolist() == [OUTSIDE, ATTENTION, EXPERT, EXPERT] * 2
     prompt = merged(routed([[[0, 1]], [[0, 2]]]), [0, 0])  # 0 runs for two tokens, 1 and 2 for one
-    card = replace(CARD, prompt_attention_s=0.5, prompt_expert_s=0.25)
-    assert play(prompt, card, cache_size=4).pass_compute_s.tolist() == [1 + 8.5 + 2.25 + 2 + 2]
-    assert np.isnan(play(prompt, card, cache_size=4).time_per_token)
+    costs = replace(CARD, prompt_attention_s=0.5, prompt_expert_s=0.25)
+    assert timed_replay(prompt, costs, cache_size=4).pass_compute_s.tolist() == [1 + 8.5 + 2.25 + 2 + 2]
+    assert np.isnan(timed_replay(prompt, costs, cache_size=4).time_per_token)
 
 
 def test_perfect_guesses_cross_the_end_of_a_token():
-    played = play(routed([[[0]], [[1]]]), CARD, cache_size=1, prefetch=1, perfect=True, keep_events=True)
+    played = timed_replay(
+        routed([[[0]], [[1]]]), CARD, cache_size=1, prefetch=1, perfect=True, keep_events=True
+    )
     # 0: 1 to 17, expert to 19; 1: from there to 35, while the next token's head, embedding and attention run to 28
     assert copies(played) == [(0, 0, RIGHT, 1, 17), (0, 1, RIGHT, 19, 35)] and played.pass_s.tolist() == [
         19,
@@ -141,14 +146,14 @@ def test_an_impossible_card_is_refused(wrong):
 
 def test_impossible_plays_are_refused():
     trace = routed([[[0], [1]]], [[[[0]], [[1]]]])
-    for options, message in [({"prefetch": 2}, "fewer guesses than this prefetch"), ({"prefetch": -1}, "impossible"),
-                             ({"prefetch": 1, "look_ahead": 2}, "fewer guesses than this look_ahead"),
+    for options, message in [({"prefetch": 2}, "fewer predictions than this prefetch"), ({"prefetch": -1}, "impossible"),
+                             ({"prefetch": 1, "look_ahead": 2}, "fewer predictions than this look_ahead"),
                              ({"perfect": True}, "impossible prefetch"), ({"cache_size": 0}, "impossible cache_size"),
                              ({"prefetch": 1, "perfect": True, "look_ahead": 3}, "at most 2 layers")]:  # fmt: skip
         with pytest.raises(OptionError, match=message):
-            play(trace, CARD, **options)
-    with pytest.raises(OptionError, match="without a card"):
-        simulate(trace, prefetch=1)
+            timed_replay(trace, CARD, **options)
+    with pytest.raises(OptionError, match="without costs"):
+        replay(trace, prefetch=1)
     for guesses in (np.zeros((1, 3, 1, 1), int), np.full((1, 2, 1, 1), 4)):
         with pytest.raises(OptionError, match="guesses"):
             routed([[[0], [1]]], guesses)
@@ -156,7 +161,7 @@ def test_impossible_plays_are_refused():
         trace, **{name: value[:1] for name, value in vars(trace).items() if name.startswith("use_")}
     )
     with pytest.raises(OptionError, match="used nothing in some layer"):
-        play(gap, CARD)
+        timed_replay(gap, CARD)
 
 
 def test_guesses_that_reach_back_beyond_the_embeddings_are_not_in_the_trace():
@@ -204,42 +209,45 @@ def test_a_trace_keeps_every_guess_that_was_asked_for(recorded, tmp_path):
 def test_it_counts_what_the_run_counted(recorded):
     trace, _ = recorded
     for options in ({}, {"prefetch": 2}, {"prefetch": 1, "look_ahead": 2}):
-        played = play(trace, Card(5.5, 0.4, 0.3), **options)
-        assert (played.hits, played.misses) == (trace.counters["hits"], trace.counters["misses"])
+        played = timed_replay(trace, DeviceCosts(5.5, 0.4, 0.3), **options)
+        assert (played.stats.hits, played.stats.misses) == (trace.counters["hits"], trace.counters["misses"])
     # over a link that nothing waits for, a miss was foreseen if any guess named it, whenever: here and in the run
-    fast = play(trace, Card(1e-3, 1.0, 1.0), prefetch=2)
+    fast = timed_replay(trace, DeviceCosts(1e-3, 1.0, 1.0), prefetch=2)
     # (of a prompt, as far as the rows for guesses went)
-    one, missed = trace.guess_layer - trace.guess_from == 1, ~simulate(trace).hit
+    one, missed = trace.guess_layer - trace.guess_from == 1, ~replay(trace).hit
     guessed = set(
         zip(*(of[one].tolist() for of in (trace.guess_pass, trace.guess_layer, trace.guess_expert)))
     )
     needed = set(zip(*(of[missed].tolist() for of in (trace.use_pass, trace.use_layer, trace.use_expert))))
     of_prompts = {use for use in guessed & needed if (trace.passes == use[0]).sum() >= 8}
     most = len(guessed & needed)
-    assert 0.5 * len(needed) < most - len(of_prompts) < fast.prefetched < most
-    both = play(trace, Card(1e-3, 1.0, 1.0), prefetch=2, look_ahead=2)
+    assert 0.5 * len(needed) < most - len(of_prompts) < fast.stats.prefetched < most
+    both = timed_replay(trace, DeviceCosts(1e-3, 1.0, 1.0), prefetch=2, look_ahead=2)
     live = (trace.use_outcome == PREFETCHED).sum()
-    assert abs(both.prefetched - live) <= 0.05 * live
+    assert abs(both.stats.prefetched - live) <= 0.05 * live
 
 
 def test_guesses_bring_the_time_down_towards_the_floor(recorded):
     trace, _ = recorded
     for size in (2, 4, 6):
-        card = Card(5.5, 0.4, 0.3)
+        costs = DeviceCosts(5.5, 0.4, 0.3)
         none, one, two = (
-            simulate(trace, size, card=card, prefetch=2 * (n > 0), look_ahead=max(n, 1)).timing
+            replay(trace, size, costs=costs, prefetch=2 * (n > 0), look_ahead=max(n, 1)).timing
             for n in range(3)
         )
         assert 1 < two.over_floor < one.over_floor < none.over_floor < 2
-        perfect = play(trace, card, cache_size=size, prefetch=2, look_ahead=2, perfect=True)
+        perfect = timed_replay(trace, costs, cache_size=size, prefetch=2, look_ahead=2, perfect=True)
         assert 1 <= perfect.over_floor < two.over_floor
-    assert simulate(trace, 2).timing is None
+    assert replay(trace, 2).timing is None
 
 
 def test_guessing_takes_its_time():
     """After every layer that has one to guess for, and from the embeddings; only where there are guesses."""
     trace = routed([[[0], [1]]] * 3, [[[[0], [2]], [[1], [3]]]] * 3)
-    free, dear = (Card(8.0, 1.0, 2.0, guess_s=seconds) for seconds in (0.0, 0.5))
-    assert play(trace, dear).pass_s.tolist() == play(trace, free).pass_s.tolist()
-    spent = play(trace, dear, prefetch=1).pass_compute_s - play(trace, free, prefetch=1).pass_compute_s
+    free, dear = (DeviceCosts(8.0, 1.0, 2.0, predict_s=seconds) for seconds in (0.0, 0.5))
+    assert timed_replay(trace, dear).pass_s.tolist() == timed_replay(trace, free).pass_s.tolist()
+    spent = (
+        timed_replay(trace, dear, prefetch=1).pass_compute_s
+        - timed_replay(trace, free, prefetch=1).pass_compute_s
+    )
     assert np.allclose(spent, 2 * 0.5)  # two layers: from the embeddings, and after the first one

@@ -11,15 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mixtral_offload.runtime.cache
-from mixtral_offload.analysis.replay import simulate
-from mixtral_offload.analysis.timed_replay import play
-from mixtral_offload.core.copy_order import NOW
-from mixtral_offload.core.costs import Card
-from mixtral_offload.core.link import NEEDED, RIGHT, WRONG
+from mixtral_offload.analysis.replay import replay
+from mixtral_offload.analysis.timed_replay import EXPERT, timed_replay
+from mixtral_offload.core.copy_order import NEEDED, NOW, RIGHT, WRONG
+from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.policies import POLICIES, staging_rows
-from mixtral_offload.core.timed_result import EXPERT
 from mixtral_offload.runtime.cache import ExpertCache
-from mixtral_offload.runtime.copies import RUNNING, Copy
+from mixtral_offload.runtime.engines import RUNNING, Copy
 from tests.test_clock import copies, merged, routed
 
 # --- the live cache on a virtual clock -------------------------------------------------------------------------------
@@ -82,9 +80,9 @@ class VirtualCopy(Copy):
             self.engine.tick()
 
 
-def twin(trace, card, slots, policy, shared, prefetch, look_ahead) -> SimpleNamespace:
+def twin(trace, costs, slots, policy, shared, prefetch, look_ahead) -> SimpleNamespace:
     """The trace through the real `ExpertCache`."""
-    engine = VirtualEngine(int(card.copy_s / 16))
+    engine = VirtualEngine(int(costs.copy_s / 16))
     layout = SimpleNamespace(n_bytes=160, views=lambda row: row)
     store = SimpleNamespace(pieces=lambda key: [(0, torch.empty(160, dtype=torch.uint8))])
     n_staging = staging_rows(prefetch, look_ahead)
@@ -93,18 +91,18 @@ def twin(trace, card, slots, policy, shared, prefetch, look_ahead) -> SimpleName
     pass_s, n_full = [], 0
     for number in range(trace.n_passes):
         begin = engine.now
-        engine.advance(int(card.token_s))
+        engine.advance(int(costs.token_s))
         guess(trace, cache, number, -1, prefetch, look_ahead)
         for layer in range(trace.n_layers):
-            engine.advance(int(card.attention_s))
+            engine.advance(int(costs.attention_s))
             needed = trace.use_expert[(trace.use_pass == number) & (trace.use_layer == layer)]
             streams = (trace.passes == number).sum() >= trace.n_experts
             ask = partial(guess, trace, cache, number, layer, prefetch, look_ahead)
-            for _ in cache.serve(layer, sorted(needed.tolist()), ask if streams else None):
-                engine.advance(int(card.expert_s))
+            for _ in cache.fetch(layer, sorted(needed.tolist()), ask if streams else None):
+                engine.advance(int(costs.expert_s))
             if not streams:
                 ask()
-            n_full += len(cache._staged) + len(cache._dropped) == n_staging > 0
+            n_full += len(cache._residency.staged) + len(cache._residency.dropped) == n_staging > 0
         pass_s.append(engine.now - begin)
     engine.advance(engine.chunk)
     cache.settle()
@@ -143,29 +141,29 @@ def plays(trace):
 
 whole = st.integers(1, 40).map(float)
 cards = st.builds(
-    Card, copy_s=st.just(32.0), attention_s=whole, expert_s=st.integers(1, 9).map(float), token_s=whole
+    DeviceCosts, copy_s=st.just(32.0), attention_s=whole, expert_s=st.integers(1, 9).map(float), token_s=whole
 )
 
 
-def check_twin(trace, card, **options):
+def check_twin(trace, costs, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixtral_offload.runtime.cache, "Copy", VirtualCopy)
-        live = twin(trace, card, **options)
-    played = play(
-        trace, card, **{"cache_size" if name == "slots" else name: value for name, value in options.items()}
+        live = twin(trace, costs, **options)
+    played = timed_replay(
+        trace, costs, **{"cache_size" if name == "slots" else name: value for name, value in options.items()}
     )
     assert played.pass_s.tolist() == live.pass_s
-    for name in ("hits", "misses", "prefetched", "guesses", "wasted_bytes", "bytes_moved"):
-        assert getattr(played, name) == getattr(live.stats, name), name
+    for name in ("hits", "misses", "prefetched", "predictions", "wasted_bytes", "bytes_moved"):
+        assert getattr(played.stats, name) == getattr(live.stats, name), name
     return live
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_it_is_the_live_cache_on_a_virtual_clock(data):
-    trace, card = data.draw(traces()), data.draw(cards)
+    trace, costs = data.draw(traces()), data.draw(cards)
     options = data.draw(plays(trace))
-    check_twin(trace, card, slots=options.pop("cache_size"), **options)
+    check_twin(trace, costs, slots=options.pop("cache_size"), **options)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 6])
@@ -175,9 +173,9 @@ def test_it_is_so_where_staging_rows_run_out(chunk):
     for attention_s in (20.0, 40.0, 60.0, 90.0, 120.0, 200.0):
         experts = random.random((12, 7, 5)).argsort(-1)[..., :2]
         guesses = random.random((12, 7, 3, 5)).argsort(-1)[..., :1]
-        trace, card = routed(experts, guesses, 5), Card(16.0 * chunk, attention_s, 1.0, 3.0)
+        trace, costs = routed(experts, guesses, 5), DeviceCosts(16.0 * chunk, attention_s, 1.0, 3.0)
         options = {"policy": "lru", "shared": False, "prefetch": 1, "look_ahead": 3}
-        n_full += check_twin(trace, card, slots=3, **options).n_full
+        n_full += check_twin(trace, costs, slots=3, **options).n_full
     assert n_full > 0
 
 
@@ -190,23 +188,25 @@ def test_time_counts_and_the_link_are_consistent(data):
     trace = data.draw(traces())
     seconds = st.floats(0.01, 30)
     rest = {"token_s": st.floats(0, 9), "host_s": st.floats(0, 40), "latency_s": st.floats(0, 2)}
-    card = data.draw(
-        st.builds(Card, seconds, seconds, seconds, chunks=st.integers(1, 20), **rest), label="card"
+    costs = data.draw(
+        st.builds(DeviceCosts, seconds, seconds, seconds, chunks=st.integers(1, 20), **rest), label="card"
     )
     options = data.draw(plays(trace))
-    played = play(trace, card, **options, keep_events=True)
-    counts = simulate(trace, **{name: options[name] for name in ("cache_size", "policy", "shared")})
-    assert (played.hits, played.misses) == (counts.hits, counts.misses)
-    assert played.bytes_moved - played.wasted_bytes == counts.bytes_moved
-    assert played.prefetched <= min(played.misses, played.guesses)
+    played = timed_replay(trace, costs, **options, keep_events=True)
+    counts = replay(trace, **{name: options[name] for name in ("cache_size", "policy", "shared")})
+    assert (played.stats.hits, played.stats.misses) == (counts.hits, counts.misses)
+    assert played.stats.bytes_moved - played.stats.wasted_bytes == counts.bytes_moved
+    assert played.stats.prefetched <= min(played.stats.misses, played.stats.predictions)
     total, tiny = played.pass_s.sum(), 1e-9 * played.pass_s.sum()
-    assert (played.pass_s >= np.maximum(played.pass_compute_s, played.pass_misses * card.copy_s) - tiny).all()
+    assert (
+        played.pass_s >= np.maximum(played.pass_compute_s, played.pass_misses * costs.copy_s) - tiny
+    ).all()
     assert not played.decoding.any() or played.over_floor >= 1 - 1e-9
     events = played.events
     for spans in (events.copy_span_s, events.part_span_s):
         assert (spans[1:, 0] >= spans[:-1, 1] - tiny).all() and (spans[:, 1] >= spans[:, 0]).all()
     assert np.isclose(np.diff(events.copy_span_s).sum(), played.link_busy_s)
-    assert played.link_busy_s <= total + card.copy_s / card.chunks + tiny
+    assert played.link_busy_s <= total + costs.copy_s / costs.chunks + tiny
     assert np.isclose(np.diff(events.part_span_s).sum() + played.stall_s.sum(), total)
     assert set(events.copy_kind.tolist()) <= {
         NEEDED,
@@ -219,19 +219,22 @@ def test_time_counts_and_the_link_are_consistent(data):
         first_s = events.part_span_s[here, 0].min()  # before which a whole copy has crossed the link
         crossed = [end - begin for *key, kind, begin, end in copies(played)
                    if key == [layer, expert] and kind != WRONG and end <= first_s + tiny]  # fmt: skip
-        assert sum(crossed) >= card.copy_s - tiny
-    assert play(trace, card, **options).pass_s.tolist() == played.pass_s.tolist()
+        assert sum(crossed) >= costs.copy_s - tiny
+    assert timed_replay(trace, costs, **options).pass_s.tolist() == played.pass_s.tolist()
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_perfect_guesses_never_cost_time(data):
     """All misses of each layer, in the order needed: the link carries the same, in the same order, earlier."""
-    trace, card = data.draw(traces()), data.draw(cards)
-    card = replace(card, copy_s=data.draw(st.floats(0.1, 60)), latency_s=data.draw(st.floats(0, 3)))
+    trace, costs = data.draw(traces()), data.draw(cards)
+    costs = replace(costs, copy_s=data.draw(st.floats(0.1, 60)), latency_s=data.draw(st.floats(0, 3)))
     size, look_ahead = data.draw(st.integers(2, 5)), data.draw(st.integers(1, trace.n_layers))
-    without = play(trace, card, cache_size=size)
-    perfect = play(trace, card, cache_size=size, prefetch=5, look_ahead=look_ahead, perfect=True)
-    assert perfect.wasted_bytes == 0 and perfect.prefetched == perfect.misses == without.misses
+    without = timed_replay(trace, costs, cache_size=size)
+    perfect = timed_replay(trace, costs, cache_size=size, prefetch=5, look_ahead=look_ahead, perfect=True)
+    assert (
+        perfect.stats.wasted_bytes == 0
+        and perfect.stats.prefetched == perfect.stats.misses == without.stats.misses
+    )
     assert (perfect.begins_s <= without.begins_s + 1e-9 * without.begins_s[-1]).all()
-    assert perfect.pass_s.sum() >= max(perfect.compute_s, perfect.misses * card.copy_s) - 1e-6
+    assert perfect.pass_s.sum() >= max(perfect.compute_s, perfect.stats.misses * costs.copy_s) - 1e-6

@@ -14,9 +14,9 @@ from transformers import CONFIG_MAPPING
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError, OffloadError, OptionError
+from mixtral_offload.models.checkpoint import INDEX, open_checkpoint
+from mixtral_offload.models.config_check import check_config, text_config
 from mixtral_offload.units import parse_size
-from mixtral_offload.weights.checkpoint import INDEX, open_checkpoint
-from mixtral_offload.weights.config_check import check_config, text_config
 from mixtral_offload.weights.source import DEMO
 
 CONFIG = json.loads((DEMO / "config.json").read_text())

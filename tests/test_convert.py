@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mixtral_offload import convert_checkpoint, from_pretrained
 from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.checkpoint import INDEX
 from mixtral_offload.runtime import convert
 from mixtral_offload.weights import work_folder
-from mixtral_offload.weights.checkpoint import INDEX
 from mixtral_offload.weights.checksums import stated
 from mixtral_offload.weights.hqq import PAPER, Quantization
 from mixtral_offload.weights.source import DEMO

@@ -21,8 +21,8 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mixtral_offload import load_tokenizer
+from mixtral_offload.models.registry import family_of
 from mixtral_offload.runtime.forward import offloaded_experts
-from mixtral_offload.weights.skeleton import experts_modules
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 64, "num_experts_per_tok": 2}  # fmt: skip
@@ -54,12 +54,15 @@ def test_the_experts_interface_hands_over_what_it_did(model):
     top_k = model.config.num_experts_per_tok
     expected = (6, 32), (6, top_k), (6, top_k), torch.int64
     assert [part[1:] for part in seen] == [expected] * 2
-    assert [part[0] for part in seen] == [module for _, module in experts_modules(model)]
+    assert [part[0] for part in seen] == [
+        model.get_submodule(layer.name) for layer in family_of(model.config).layers(model)
+    ]
 
 
 def test_experts_say_of_what_kind_they_are(model):
-    for name, module in experts_modules(model):
-        assert name.endswith(".mlp.experts")
+    for layer in family_of(model.config).layers(model):
+        assert layer.name.endswith(".mlp.experts")
+        module = model.get_submodule(layer.name)
         flags = module.has_gate, module.is_concatenated, module.has_bias, module.is_transposed
         assert flags == (True, True, False, False)
         assert set(module._parameters) == {"gate_up_proj", "down_proj"}

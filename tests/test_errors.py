@@ -9,9 +9,9 @@ import pytest
 
 from mixtral_offload import errors
 from mixtral_offload.errors import MESSAGE_LIMIT, CheckpointError, DownloadError, OffloadError, describe
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.system.redaction import RedactingFilter, redact, redact_chain, remember_secret
 from mixtral_offload.system.safe_text import as_text, shorten, visible
-from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.source import DEMO
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, OffloadError)]

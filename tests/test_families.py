@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from mixtral_offload import Request, convert_checkpoint, generate_batch
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.runtime import dense as trunk
 from mixtral_offload.runtime.options import OffloadOptions, device_needs
-from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear, dequantize, quantize
 from mixtral_offload.weights.safetensors_io import read_header
 

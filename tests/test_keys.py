@@ -18,8 +18,8 @@ from transformers import (
 
 from mixtral_offload import convert_checkpoint, from_pretrained
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.runtime.options import OffloadOptions, device_needs
-from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear
 from mixtral_offload.weights.safetensors_io import StoredTensor
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from mixtral_offload import convert_checkpoint, from_pretrained
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.weights.checkpoint import INDEX, open_checkpoint
+from mixtral_offload.models.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, Quantization
 from mixtral_offload.weights.manifest import REFUSAL, Matrix, by_pattern, pattern_of, read_manifest
 from mixtral_offload.weights.safetensors_io import read_header

@@ -11,10 +11,10 @@ from mixtral_offload import from_pretrained
 from mixtral_offload.analysis.plots.memory import COLUMNS, LOOKS, plot_memory
 from mixtral_offload.core.placement import Sizes, make_plan
 from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.runtime import memory, options
 from mixtral_offload.runtime.memory import DEVICE_PARTS, MemoryUse, memory_use
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, device_needs, trunk_bytes
-from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.weights.safetensors_io import StoredTensor
 from mixtral_offload.weights.source import DEMO
 
@@ -66,8 +66,8 @@ def test_a_model_built_with_the_same_options_is_what_was_said(name, offloaded):
     use, model = use_of(**CASES[name]), offloaded(**CASES[name])
     cache = model.offload.cache
     assert model.offload.plan == use.plan
-    assert cache._slab.nbytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
-    assert (cache.store._slab.nbytes if use.ram else 0) == use.ram_bytes
+    assert cache.n_bytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
+    assert (cache.store.n_bytes if use.ram else 0) == use.ram_bytes
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     assert sum(kept.values()) == use.device["trunk"]
 
@@ -109,7 +109,7 @@ def test_on_a_card(offloaded):
     asked = {"device": "cuda", "vram": "700MB", "ram": "2GB", "cache_size": 3}
     use, model = memory_use(**asked), offloaded(**asked)
     assert use.plan == model.offload.plan and not use.shared_memory and use.device_bytes <= 700e6
-    assert model.offload.cache._slab.nbytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
+    assert model.offload.cache.n_bytes == sum(use.device[part] for part in DEVICE_PARTS[3:])
 
 
 REFUSED = [

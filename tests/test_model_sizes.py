@@ -12,9 +12,9 @@ from transformers import AutoConfig, DynamicCache
 
 from mixtral_offload.analysis.planner import Request
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.checkpoint import load_config, open_checkpoint
 from mixtral_offload.models.sizes import fitting, matrix_bytes, model_sizes
 from mixtral_offload.runtime.options import OffloadOptions, device_needs
-from mixtral_offload.weights.checkpoint import load_config, open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, quantize
 from mixtral_offload.weights.source import DEMO
 

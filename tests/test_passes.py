@@ -311,7 +311,7 @@ def test_embeddings_in_place_of_ids(offloaded, reference, tokenizer, batches):
     assert torch.equal(new, reference.generate(ids, **length)[:, ids.shape[1] :])
     model.offload.stats.reset()
     model(inputs_embeds=embeds)
-    assert model.offload.stats.guesses > 0  # the first layer's experts are predicted from the embeddings
+    assert model.offload.stats.predictions > 0  # the first layer's experts are predicted from the embeddings
 
 
 def test_embeddings_are_recorded_without_ids(offloaded, tokenizer):
@@ -328,14 +328,14 @@ def test_embeddings_are_recorded_without_ids(offloaded, tokenizer):
 
 
 def test_a_recording_of_two_threads_replays_exactly(offloaded, batches):
-    from mixtral_offload.analysis.replay import simulate
+    from mixtral_offload.analysis.replay import replay
 
     model = offloaded(cache_size=3, prefetch=2, link="2GB")
     with record(model) as run:
         at_once(*(lambda batch=batch: _logits(model, batch) for batch in batches), repeats=4)
     trace, stats = run.trace, model.offload.stats
     assert trace.n_tokens == 4 * sum(batch["input_ids"].numel() for batch in batches)
-    replay = simulate(trace)
+    replay = replay(trace)
     assert (replay.hits, replay.misses) == (stats.hits, stats.misses)
     # each pass's tokens are those of one batch, whole
     wanted = [batch["input_ids"].flatten().tolist() for batch in batches]
@@ -485,9 +485,9 @@ def test_a_backward_is_in_no_journal(offloaded):
 
 
 def _is_exact(trace, model):
-    from mixtral_offload.analysis.replay import simulate
+    from mixtral_offload.analysis.replay import replay
 
-    replay, stats = simulate(trace), model.offload.stats
+    replay, stats = replay(trace), model.offload.stats
     assert (replay.hits, replay.misses) == (stats.hits, stats.misses)
     assert len(trace.use_pass) == stats.hits + stats.misses
 

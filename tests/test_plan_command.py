@@ -13,11 +13,11 @@ from mixtral_offload.analysis.synthetic import sticky_trace
 from mixtral_offload.apps.cli import main
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.models.sizes import model_sizes
 from mixtral_offload.runtime import options
 from mixtral_offload.runtime.options import MARGIN_BYTES
 from mixtral_offload.weights import kernels as packed
-from mixtral_offload.weights.checkpoint import open_checkpoint
 
 from .test_model_sizes import QWEN3_30B, mixtral_config
 

@@ -23,12 +23,11 @@ from mixtral_offload.analysis.plots.routing import (
 )
 from mixtral_offload.analysis.plots.timeline import plot_recorded_pass
 from mixtral_offload.analysis.recall import collect_states, first_layer_recall, measure_recall
-from mixtral_offload.analysis.replay import cache_contents, simulate
+from mixtral_offload.analysis.replay import cache_contents, replay
 from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.trace_report import pictures, read_prompts, trace_prompts
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.prefetch import find_gates
 from mixtral_offload.weights.source import DEMO
 
 PROMPTS = [
@@ -107,7 +106,7 @@ def test_hit_rates_are_those_of_the_replays(run):
     _, trace, _, _ = run
     _, rates = plot_hit_rates(trace, ["lru", "belady"])
     assert rates.shape == (2, 7, 6)
-    assert rates[0, 1].tolist() == simulate(trace, 3, "lru").hit_rates().tolist()
+    assert rates[0, 1].tolist() == replay(trace, 3, "lru").hit_rates().tolist()
     _, heatmap = plot_hit_heatmap(trace, bins=4)
     uses, hits = np.zeros((6, 4)), np.zeros((6, 4))
     for number, layer, outcome in zip(trace.use_pass, trace.use_layer, trace.use_outcome):
@@ -123,7 +122,7 @@ def test_reuse_distances_explain_lru(run):
     _, shares = plot_reuse(single)
     for slots in (2, 5):
         below = shares[:, :slots].sum(1)
-        rates = simulate(single, slots, "lru").hit_rates()
+        rates = replay(single, slots, "lru").hit_rates()
         assert (below <= rates + 1e-9).all() and (shares[:, : slots - 1].sum(1) <= below).all()
         assert rates == pytest.approx(below, abs=0.08)  # two experts of one token come at once
 
@@ -153,20 +152,20 @@ def test_the_timeline_adds_up(run):
 
 def test_recall_by_its_definition(run):
     model, _, texts, _ = run
-    gates = find_gates(model, model.offload.modules)
-    states = collect_states(model, gates, texts)
-    recall = measure_recall(gates, states, (1, 2, 10), "after")
+    layers = model.offload.layers
+    states = collect_states(model, layers, texts)
+    recall = measure_recall(layers, states, (1, 2, 10), "after")
     assert recall.look_aheads == (1, 2, 5)  # as far as six layers allow
     assert recall.recall.shape == (3, 6, 9)
     assert np.isnan(recall.recall[2, :5]).all() and (recall.average()[:, -1] == 1).all()
     target, found, wanted = 3, 0, 0
     for hidden, chosen in zip(states.after[target - 1], states.chosen[target]):
-        likeliest = (gates[target].norm(hidden) @ gates[target].router.weight.T).topk(2).indices.tolist()
+        likeliest = layers[target].router(hidden).topk(2).indices.tolist()
         found += len({*likeliest} & {*chosen.tolist()})
         wanted += len(chosen)
     assert recall.recall[0, target, 2] == pytest.approx(found / wanted)
     assert recall.average()[0, 2] > 0.6 > recall.chance()[2]
-    assert first_layer_recall(gates, states)["router on the token's embedding"][2] > 0.5
+    assert first_layer_recall(layers, states)["router on the token's embedding"][2] > 0.5
 
 
 def test_the_trace_command_writes_every_picture(tmp_path, capsys):

@@ -6,22 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtral_offload.core.policies import LFU, LOAD, LRFU, LRU, POLICIES, Belady, Pool, make_policy, serve
+from mixtral_offload.core.policies import LFU, LRFU, LRU, POLICIES, Belady, make_policy
+from mixtral_offload.core.residency import Do, Pool, Residency
 from mixtral_offload.errors import OptionError
 
 
 def replay(policy, sequence, n_slots):
     """Hits of passes that need one key each, and what is held at the end."""
-    pool, hits = Pool(n_slots, policy), 0
+    residency, hits = Residency(lambda: {0: Pool(n_slots, policy)}), 0
     for needed in sequence:
-        for action, key, hit in serve(pool, [needed]):
-            if action is LOAD:
-                pool.loading[key] = None
-            elif hit:
-                hits += 1
-            else:
-                pool.publish(next(iter(pool.loading)), None)
-    return hits, set(pool.held)
+        hits += sum(of.do is Do.USE and of.load is None for of in residency.begin(0, [needed]))
+    return hits, set(residency.pools[0].held)
 
 
 def test_what_each_policy_keeps():

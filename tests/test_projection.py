@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS, make_card, project
-from mixtral_offload.analysis.replay import simulate
+from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS, estimate_costs, project
+from mixtral_offload.analysis.replay import replay
 from mixtral_offload.analysis.synthetic import as_prompt, recall_by_layer, sticky_trace, with_plan
 from mixtral_offload.core.placement import make_plan
 from mixtral_offload.core.trace import RoutingTrace
@@ -69,7 +69,7 @@ def test_the_context_s_cache_is_read_with_every_token(sizes):
 
 def test_the_host_sets_the_pace_of_small_layers(sizes):
     found = project(sizes, plan_of(sizes, 2), one_after_the_other(8, 0), **{**CARD, "host_s": 0.01})
-    assert found.time_per_token_s == pytest.approx(LAYERS * 0.01 + found.card.token_s)
+    assert found.time_per_token_s == pytest.approx(LAYERS * 0.01 + found.costs.token_s)
 
 
 @pytest.mark.parametrize("slots, n_ram", [(3, 24), (5, 24), (6, 14), (8, 24)])
@@ -78,7 +78,7 @@ def test_hits_are_those_of_the_replay_without_a_clock(sizes, slots, n_ram):
     trace, plan = sticky_trace(64, LAYERS, E, K, 0.3), plan_of(sizes, slots, n_ram)
     assert (plan.n_resident > 0) == (n_ram < 24 or slots == 8)
     found = project(sizes, plan, trace, **CARD)
-    hit = simulate(with_plan(trace, plan)).hit[trace.use_pass >= 32]
+    hit = replay(with_plan(trace, plan)).hit[trace.use_pass >= 32]
     assert found.hit_rate == pytest.approx(hit.mean(), abs=1e-12)
     assert found.hit_rate > 0.25
     if slots == 8:
@@ -96,10 +96,10 @@ def test_the_first_token_waits_for_every_needed_expert_once(sizes):
     found = project(sizes, plan, trace, **slow)
     assert (24 - plan.n_resident) * copy_s < found.first_token_s < (24.5 - plan.n_resident) * copy_s
     everything = project(sizes, plan_of(sizes, 8), trace, **slow)
-    card = everything.card
-    least = LAYERS * (card.attention_s + 8 * card.expert_s)
-    arithmetic = LAYERS * PROMPT_TOKENS * (card.prompt_attention_s + K * card.prompt_expert_s)
-    assert everything.first_token_s == pytest.approx(least + arithmetic + card.token_s, rel=0.02)
+    costs = everything.card
+    least = LAYERS * (costs.attention_s + 8 * costs.expert_s)
+    arithmetic = LAYERS * PROMPT_TOKENS * (costs.prompt_attention_s + K * costs.prompt_expert_s)
+    assert everything.first_token_s == pytest.approx(least + arithmetic + costs.token_s, rel=0.02)
 
 
 def test_a_prompt_s_uses_are_its_experts(sizes):
@@ -114,7 +114,7 @@ def test_a_prompt_s_uses_are_its_experts(sizes):
 def test_guesses_and_a_faster_link_help(sizes):
     trace = sticky_trace(64, LAYERS, E, K, 0.2, recall=recall_by_layer(LAYERS, 2), look_aheads=2)
     plan, times = plan_of(sizes, 4), []
-    link = sizes.expert_bytes / make_card(sizes, 1e9, 50e9, 0.0, 4096).attention_s
+    link = sizes.expert_bytes / estimate_costs(sizes, 1e9, 50e9, 0.0, 4096).attention_s
     copy_as_layer = {**CARD, "link_bytes_per_s": link}  # a copy lasts as long as a layer's attention
     for changed in ({}, {"prefetch": 2}, {"prefetch": 2, "link_bytes_per_s": 2 * link}):
         times.append(project(sizes, plan, trace, **{**copy_as_layer, **changed}).time_per_token_s)
@@ -125,17 +125,17 @@ def test_from_disk_copies_are_no_faster_than_the_disk(sizes):
     trace, plan = sticky_trace(32, LAYERS, E, K, 0.2), plan_of(sizes, 4, 0)
     assert plan.home == "disk"
     found = project(sizes, plan, trace, **CARD, disk_bytes_per_s=1e8)
-    assert found.disk and found.card.copy_s == sizes.expert_bytes / 1e8
-    assert project(sizes, plan, trace, **CARD, disk_bytes_per_s=1e12).card.copy_s == sizes.expert_bytes / 1e9
+    assert found.disk and found.costs.copy_s == sizes.expert_bytes / 1e8
+    assert project(sizes, plan, trace, **CARD, disk_bytes_per_s=1e12).costs.copy_s == sizes.expert_bytes / 1e9
     assert (
-        project(sizes, plan_of(sizes, 4), trace, **CARD, disk_bytes_per_s=1e8).card.copy_s
+        project(sizes, plan_of(sizes, 4), trace, **CARD, disk_bytes_per_s=1e8).costs.copy_s
         == sizes.expert_bytes / 1e9
     )
 
 
 def test_layers_without_experts_are_paid_for(sizes):
     more = replace(sizes, linear={(512, 128): 3})
-    before, after = (make_card(of, 1e9, 50e9, 0.0, 100) for of in (sizes, more))
+    before, after = (estimate_costs(of, 1e9, 50e9, 0.0, 100) for of in (sizes, more))
     assert LAYERS * (after.attention_s - before.attention_s) == pytest.approx(3 * 512 * 128 * 2 / 25e9)
 
 

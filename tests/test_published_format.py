@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 
 from mixtral_offload import convert_checkpoint
-from mixtral_offload.weights.checkpoint import open_checkpoint
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, Quantization
 
 

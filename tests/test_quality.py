@@ -19,8 +19,8 @@ from mixtral_offload.experiments.bit_widths import (
     quality_table,
 )
 from mixtral_offload.experiments.plots import plot_quality
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.bitpack import unpack
-from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, quantize
 from mixtral_offload.weights.source import DEMO
 

@@ -8,7 +8,7 @@ import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recorder import record
-from mixtral_offload.analysis.replay import best_allocation, hit_rate_curves, simulate
+from mixtral_offload.analysis.replay import best_allocation, hit_rate_curves, replay
 from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights.source import DEMO
@@ -61,8 +61,8 @@ def which_hit(trace, hit):
 def test_a_replay_counts_what_the_run_counted(tokenizer, trace, options):
     live = run(tokenizer, **options)
     for replayed in (
-        simulate(live),
-        simulate(trace, options["cache_size"], options.get("policy"), options.get("shared_slots")),
+        replay(live),
+        replay(trace, options["cache_size"], options.get("policy"), options.get("shared_slots")),
     ):
         assert replayed.hits == live.counters["hits"] > 0
         assert replayed.misses == live.counters["misses"] > 0
@@ -77,7 +77,7 @@ def test_prefetch_changes_only_when_bytes_move(tokenizer):
     assert counters["prefetched"] == (live.use_outcome == PREFETCHED).sum() > 0
     assert counters["misses"] - counters["prefetched"] == (live.use_outcome == MISS).sum()
     assert (
-        0 <= counters["guesses"] - counters["prefetched"] - len(live.wrong_pass) <= 2
+        0 <= counters["predictions"] - counters["prefetched"] - len(live.wrong_pass) <= 2
     )  # for the token after the last
     assert live.use_bytes.sum() == counters["misses"] * live.expert_bytes
     assert live.wrong_bytes.sum() >= counters["wasted_bytes"]  # a guess dropped last may still be moving
@@ -101,17 +101,17 @@ def test_the_best_allocation_is_the_best_of_all(trace):
     every = [sizes for sizes in product(range(2, 5), repeat=6) if sum(sizes) == total]
     hits = hit_rate_curves(trace, ["lru"], range(2, 9))["lru"] * np.bincount(trace.use_layer)
     gained = {sizes: sum(hits[size - 2, layer] for layer, size in enumerate(sizes)) for sizes in every}
-    assert simulate(trace, found).hits >= round(max(gained.values()))
-    assert simulate(trace, found).hits >= simulate(trace, [2, 3, 2, 3, 2, 3]).hits
+    assert replay(trace, found).hits >= round(max(gained.values()))
+    assert replay(trace, found).hits >= replay(trace, [2, 3, 2, 3, 2, 3]).hits
     with pytest.raises(OptionError, match="12 to 48"):
         best_allocation(trace, 5)
 
 
 def test_impossible_replays_are_refused(trace):
     with pytest.raises(OptionError, match="2 to 8"):
-        simulate(trace, 1)
+        replay(trace, 1)
     with pytest.raises(OptionError, match="belady"):
-        simulate(trace, 3, "fifo")
+        replay(trace, 3, "fifo")
 
 
 def test_a_trace_survives_its_file_and_makes_a_table(trace, tokenizer, tmp_path):

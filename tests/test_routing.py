@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mixtral_offload.analysis.replay import simulate
+from mixtral_offload.analysis.replay import replay
 from mixtral_offload.analysis.synthetic import (
     CURVES,
     MIXTRAL_RECALL,
@@ -26,7 +26,7 @@ def test_every_token_uses_different_experts_that_exist():
 
 def test_no_stay_is_chance_and_all_stay_never_changes():
     for n_experts, top_k, slots in ((8, 2, 2), (8, 2, 6), (8, 6, 7), (32, 4, 10)):
-        rate = simulate(sticky_trace(3000, 2, n_experts, top_k, 0.0), slots).hit_rate
+        rate = replay(sticky_trace(3000, 2, n_experts, top_k, 0.0), slots).hit_rate
         assert rate == pytest.approx(slots / n_experts, abs=0.015)
     trace = sticky_trace(50, 2, 8, 2, 1.0)
     assert (np.sort(trace.experts, -1) == np.sort(trace.experts[0], -1)).all()
@@ -45,13 +45,13 @@ def test_hit_rates_of_all_sizes_are_those_of_replays():
     trace = sticky_trace(400, 3, 8, 2, 0.3, seed=4)
     rates = lru_hit_rates(trace)
     for slots in range(2, 9):
-        assert rates[slots] == pytest.approx(simulate(trace, slots).hit_rate, abs=1e-12)
+        assert rates[slots] == pytest.approx(replay(trace, slots).hit_rate, abs=1e-12)
 
 
 @pytest.mark.parametrize("stay", [0.05, 0.35, 0.8])
 def test_a_stay_is_found_from_its_hit_rates(stay):
     trace = sticky_trace(4000, 4, 16, 4, stay, seed=9)
-    measured = {slots: simulate(trace, slots).hit_rate for slots in (4, 8)}
+    measured = {slots: replay(trace, slots).hit_rate for slots in (4, 8)}
     assert fit_stay(measured, 16, 4) == pytest.approx(stay, abs=0.03)
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.checkpoint import INDEX
 from mixtral_offload.runtime.verify import verify
-from mixtral_offload.weights.checkpoint import INDEX
 from mixtral_offload.weights.source import DEMO
 
 IDS = torch.tensor([[300, 700, 900, 5, 6]])

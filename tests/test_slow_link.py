@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from mixtral_offload.core.copy_order import NOW
-from mixtral_offload.runtime.copies import ABANDONED, CREATED, DONE, Copy
-from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.slow_link import SlowEngine
+from mixtral_offload.runtime.engines import ABANDONED, CREATED, DONE, Copy, ThrottledEngine, make_engine
 
 CPU = torch.device("cpu")
 COPY_S = 0.08
@@ -17,7 +15,7 @@ COPY_S = 0.08
 
 @pytest.fixture
 def engine():
-    return SlowEngine(CPU, 1600, 1600 / COPY_S)
+    return ThrottledEngine(CPU, 1600, 1600 / COPY_S)
 
 
 def copy_of(value=7, due=NOW):
@@ -117,4 +115,4 @@ def test_a_closed_engine_refuses(engine):
 
 
 def test_a_stated_speed_makes_it():
-    assert isinstance(make_engine(CPU, False, 1600, 1e6), SlowEngine)
+    assert isinstance(make_engine(CPU, False, 1600, 1e6), ThrottledEngine)

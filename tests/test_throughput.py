@@ -94,11 +94,11 @@ def test_static_batches_compute_what_has_ended(model, requests):
 
 
 def test_everything_is_put_back_whatever_happens(model):
-    eos, serve = model.generation_config.eos_token_id, forward._serve_tokens
+    eos, serve = model.generation_config.eos_token_id, forward.run_tokens
     with pytest.raises(ZeroDivisionError), no_end(model), unsorted():
-        assert model.generation_config.eos_token_id is None and forward._serve_tokens is not serve
+        assert model.generation_config.eos_token_id is None and forward.run_tokens is not serve
         _ = 1 / 0
-    assert model.generation_config.eos_token_id == eos and forward._serve_tokens is serve
+    assert model.generation_config.eos_token_id == eos and forward.run_tokens is serve
 
 
 def test_expected_bytes_fall_with_the_batch(model, requests):

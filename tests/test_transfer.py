@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mixtral_offload.runtime import engines as transfer
-from mixtral_offload.runtime.copies import ABANDONED, RUNNING, Copy
-from mixtral_offload.runtime.engines import ThreadEngine
+from mixtral_offload.runtime.engines import ABANDONED, RUNNING, Copy, ThreadEngine
 
 CPU = torch.device("cpu")
 LARGE = 4 << 20  # 16 chunks
@@ -36,13 +35,13 @@ def test_bytes_are_there_after_wait():
 @pytest.fixture
 def slowly(monkeypatch):
     """Every chunk of the worker thread takes 10 ms more."""
-    move = transfer._copy_chunk
+    move = transfer.copy_chunk
 
     def slow(*arguments):
         time.sleep(0.01)
         move(*arguments)
 
-    monkeypatch.setattr(transfer, "_copy_chunk", slow)
+    monkeypatch.setattr(transfer, "copy_chunk", slow)
 
 
 def test_a_copy_that_waits_in_the_queue_can_be_abandoned_and_never_writes(slowly):

@@ -142,10 +142,10 @@ def test_the_grid_is_what_the_trace_says(chat):
 def test_watching_leaves_the_cache_and_a_recording_alone(offloaded):
     model = offloaded(DEMO, cache_size=3)
     with watch(model) as recorder:
-        assert recorder.last_pass() == [] and model.offload.recorders == (recorder,)
-    assert model.offload.recorders == ()
+        assert recorder.last_pass() == [] and [*model.offload.observers] == [recorder]
+    assert not len(model.offload.observers)
     with record(model) as recording, watch(model) as recorder:
-        assert model.offload.recorders == (recording, recorder)
+        assert [*model.offload.observers] == [recording, recorder]
     assert np.array_equal(recording.trace.tokens, [])
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from mixtral_offload import convert_checkpoint
 from mixtral_offload.apps.cli import main
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.checkpoint import INDEX
 from mixtral_offload.runtime import convert
 from mixtral_offload.system import files
 from mixtral_offload.system.files import write_new
 from mixtral_offload.weights import work_folder
-from mixtral_offload.weights.checkpoint import INDEX
 from mixtral_offload.weights.checksums import checksum_of
 from mixtral_offload.weights.safetensors_io import read_header
 from mixtral_offload.weights.source import DEMO

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from mixtral_offload.analysis.projection import HOST_S, Projection, project
-from mixtral_offload.analysis.replay import best_allocation, simulate
+from mixtral_offload.analysis.replay import best_allocation, replay
 from mixtral_offload.analysis.synthetic import CURVES, MIXTRAL_RECALL, recall_by_layer, sticky_trace
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
@@ -227,7 +227,7 @@ def _by_layer(request: Request, plan: Plan) -> tuple[Plan, list[str]]:
             "slots even over the layers: too many experts to search for the best number for each layer"
         ]
     best = best_allocation(trace, sum(plan.slots.values()))
-    even, uneven = (simulate(trace, slots).hit_rate for slots in (list(plan.slots.values()), best))
+    even, uneven = (replay(trace, slots).hit_rate for slots in (list(plan.slots.values()), best))
     if uneven <= even:
         return plan, ["slots even over the layers: the trace asks for no others"]
     why = f"{uneven:.1%} hits on the trace, {even:.1%} with even ones"

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtral_offload.analysis.synthetic import as_prompt, with_plan
-from mixtral_offload.analysis.timed_replay import play
-from mixtral_offload.core.costs import Card
+from mixtral_offload.analysis.timed_replay import timed_replay
+from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.sizes import ModelSizes
 
-#: of the device's bandwidth that reading packed weights one token at a time gets; assumed, no card has been measured
+#: of the device's bandwidth that reading packed weights one token at a time gets; assumed, no costs has been measured
 BANDWIDTH_SHARE = 0.5
 #: fp16 operations that cards do while they move one byte: T4 203, A100 201, RTX 4090 164, RTX 3060 142; a prompt's limit
 OPERATIONS_PER_BYTE = 140
@@ -29,14 +29,14 @@ PROMPT_TOKENS = 500
 
 @dataclass(frozen=True)
 class Projection:
-    """What a plan would do on a card with this trace, its caches warm.
+    """What a plan would do on a costs with this trace, its caches warm.
 
     hit_rate: of the expert uses; misses_per_token: copies, guessed in time or not. compute_s: of
     time_per_token_s. link_use: busy share of the whole replay; over_floor: time per token over the larger of compute and
     needed copies. first_token_s: of a prompt of PROMPT_TOKENS, on a cold cache. disk: copies come from a disk.
     """
 
-    card: Card
+    costs: DeviceCosts
     hit_rate: float
     time_per_token_s: float
     compute_s: float
@@ -72,9 +72,9 @@ def project(
         if not rate > 0:
             raise OptionError(f"impossible {name}", expected="more than 0 bytes per second", found=rate)
     link = min(rate for name, rate in rates.items() if name != "bandwidth")
-    card = make_card(sizes, link, bandwidth_bytes_per_s, host_s, context)
+    costs = estimate_costs(sizes, link, bandwidth_bytes_per_s, host_s, context)
     trace = with_plan(trace, plan)
-    played = play(trace, card, prefetch=prefetch if plan.home else 0, look_ahead=look_ahead)
+    played = timed_replay(trace, costs, prefetch=prefetch if plan.home else 0, look_ahead=look_ahead)
     warm = played.decoding & (np.arange(trace.n_passes) >= trace.n_passes // 2)
     if not warm.any():
         raise OptionError(
@@ -83,8 +83,8 @@ def project(
     misses = float(played.pass_misses[warm].mean())
     time_s, compute_s = float(played.pass_s[warm].mean()), float(played.pass_compute_s[warm].mean())
     return Projection(
-        card, 1 - misses / (trace.n_layers * trace.top_k), time_s, compute_s, misses, played.link_use,
-        time_s / max(compute_s, misses * card.copy_s), _first_token_s(trace, card), on_disk,
+        costs, 1 - misses / (trace.n_layers * trace.top_k), time_s, compute_s, misses, played.link_use,
+        time_s / max(compute_s, misses * costs.copy_s), _first_token_s(trace, costs), on_disk,
     )  # fmt: skip
 
 
@@ -92,14 +92,16 @@ def _shape(n_layers: int, n_experts: int, top_k: int) -> str:
     return f"{n_layers} layers x {n_experts} experts, {top_k} per token"
 
 
-def make_card(sizes: ModelSizes, link: float, bandwidth: float, host_s: float, context: int) -> Card:
+def estimate_costs(
+    sizes: ModelSizes, link: float, bandwidth: float, host_s: float, context: int
+) -> DeviceCosts:
     """Times of one token: all bytes that it reads, at a share of the bandwidth; layers without experts count with the
     others. Of a prompt, each further token of an expert or layer adds its arithmetic. link, bandwidth: bytes/s."""
     rate, n_layers = BANDWIDTH_SHARE * bandwidth, len(sizes.layers)
     operations = OPERATIONS_PER_BYTE * rate
     beside = sizes.attention, sizes.linear
     in_layers = sum(n * k * times for of in beside for (n, k), times in of.items()) / n_layers
-    return Card(
+    return DeviceCosts(
         copy_s=sizes.expert_bytes / link,
         attention_s=(sizes.layer_bytes + sizes.kv_bytes(context)) / n_layers / rate,
         expert_s=sizes.expert_bytes / rate,
@@ -110,9 +112,9 @@ def make_card(sizes: ModelSizes, link: float, bandwidth: float, host_s: float, c
     )
 
 
-def _first_token_s(trace: RoutingTrace, card: Card) -> float:
+def _first_token_s(trace: RoutingTrace, costs: DeviceCosts) -> float:
     """A prompt of the trace's tokens, again and again until it has PROMPT_TOKENS: on a cold cache, without guesses."""
-    return float(play(as_prompt(_repeat(trace, PROMPT_TOKENS)), card).pass_s[0])
+    return float(timed_replay(as_prompt(_repeat(trace, PROMPT_TOKENS)), costs).pass_s[0])
 
 
 def _repeat(trace: RoutingTrace, n: int) -> RoutingTrace:

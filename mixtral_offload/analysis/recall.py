@@ -1,6 +1,6 @@
 """How well the experts of a layer can be guessed earlier: recall of speculative loading (2312.17238, figure 2, right).
 
-Knows a model's gates and hidden states. It runs texts through the model once and compares many guesses with what the
+Knows a model's routers and hidden states. It runs texts through the model once and compares many guesses with what the
 routers then chose; nothing is copied.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.prefetch import Gate
+from mixtral_offload.models.family import MoELayer
 
 #: which hidden state a guess is made from
 SOURCES = ("before", "normed", "after")
@@ -58,7 +58,7 @@ class States:
 
 
 @contextmanager
-def _watching(model, gates: Sequence[Gate], seen: dict[str, list]):
+def _watching(model, layers: Sequence[MoELayer], seen: dict[str, list]):
     """Append what every layer sees to the lists of `seen`."""
 
     def keep(name, number, pick):
@@ -70,11 +70,11 @@ def _watching(model, gates: Sequence[Gate], seen: dict[str, list]):
         return value[0] if isinstance(value, tuple) else value
 
     hooks = [model.get_input_embeddings().register_forward_hook(keep("embedded", 0, lambda i, o: o))]
-    for number, gate in enumerate(gates):
-        hooks.append(gate.norm.register_forward_pre_hook(keep("before", number, lambda i, o: i[0])))
-        hooks.append(gate.norm.register_forward_hook(keep("normed", number, lambda i, o: o)))
-        hooks.append(gate.router.register_forward_hook(keep("chosen", number, lambda i, o: o[2])))
-        hooks.append(gate.block().register_forward_hook(keep("after", number, lambda i, o: first(o))))
+    for number, layer in enumerate(layers):
+        hooks.append(layer.router.norm.register_forward_pre_hook(keep("before", number, lambda i, o: i[0])))
+        hooks.append(layer.router.norm.register_forward_hook(keep("normed", number, lambda i, o: o)))
+        hooks.append(layer.router.module.register_forward_hook(keep("chosen", number, lambda i, o: o[2])))
+        hooks.append(layer.block().register_forward_hook(keep("after", number, lambda i, o: first(o))))
     try:
         yield
     finally:
@@ -83,11 +83,11 @@ def _watching(model, gates: Sequence[Gate], seen: dict[str, list]):
 
 
 @torch.inference_mode()
-def collect_states(model, gates: Sequence[Gate], texts: Sequence[Sequence[int]]) -> States:
+def collect_states(model, layers: Sequence[MoELayer], texts: Sequence[Sequence[int]]) -> States:
     """Run texts (token ids) through the model and keep what the guesses need."""
-    seen = {name: [[] for _ in gates] for name in ("before", "normed", "after", "chosen", "embedded")}
+    seen = {name: [[] for _ in layers] for name in ("before", "normed", "after", "chosen", "embedded")}
     first: list[bool] = []
-    with _watching(model, gates, seen):
+    with _watching(model, layers, seen):
         for ids in texts:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
             first += [True] + [False] * (len(ids) - 1)
@@ -106,7 +106,10 @@ def _found(logits: Tensor, chosen: Tensor) -> np.ndarray:
 
 @torch.inference_mode()
 def measure_recall(
-    gates: Sequence[Gate], states: States, look_aheads: Sequence[int] = (1, 2, 10), source: str = "before"
+    layers: Sequence[MoELayer],
+    states: States,
+    look_aheads: Sequence[int] = (1, 2, 10),
+    source: str = "before",
 ) -> Recall:
     """Recall of guesses by each layer's own router from an earlier layer's hidden state.
 
@@ -116,33 +119,35 @@ def measure_recall(
     """
     if source not in SOURCES:
         raise OptionError("unknown source of guesses", expected=", ".join(SOURCES), found=source)
-    if len(gates) < 2:
+    if len(layers) < 2:
         raise OptionError(
-            "nothing to guess: the model has one layer with experts", expected="two or more", found=len(gates)
+            "nothing to guess: the model has one layer with experts",
+            expected="two or more",
+            found=len(layers),
         )
-    look_aheads = tuple(dict.fromkeys(min(ahead, len(gates) - 1) for ahead in look_aheads))
-    n_experts = gates[0].router.weight.shape[0]
-    recall = np.full((len(look_aheads), len(gates), n_experts + 1), np.nan)
+    look_aheads = tuple(dict.fromkeys(min(ahead, len(layers) - 1) for ahead in look_aheads))
+    n_experts = layers[0].router.weight.shape[0]
+    recall = np.full((len(look_aheads), len(layers), n_experts + 1), np.nan)
     for row, ahead in enumerate(look_aheads):
-        for number in range(len(gates) - ahead):
-            hidden, target = getattr(states, source)[number], gates[number + ahead]
+        for number in range(len(layers) - ahead):
+            hidden, target = getattr(states, source)[number], layers[number + ahead].router
             hidden = hidden if source == "normed" else target.norm(hidden)
-            logits = torch.nn.functional.linear(hidden, target.router.weight)
+            logits = torch.nn.functional.linear(hidden, target.weight)
             recall[row, number + ahead] = _found(logits, states.chosen[number + ahead])
     return Recall(look_aheads, recall, states.chosen[0].shape[-1], len(states.first))
 
 
 @torch.inference_mode()
-def first_layer_recall(gates: Sequence[Gate], states: States) -> dict[str, np.ndarray]:
+def first_layer_recall(layers: Sequence[MoELayer], states: States) -> dict[str, np.ndarray]:
     """The same for layer 0, which no earlier layer sees: from the previous token, and from the token's embedding."""
-    gate, later = gates[0], ~states.first
-    chosen, weight = states.chosen[0][later], gate.router.weight
+    router, later = layers[0].router, ~states.first
+    chosen, weight = states.chosen[0][later], router.weight
     previous = torch.zeros(len(states.first), weight.shape[0], device=weight.device)
     previous.scatter_(1, states.chosen[0], 1.0)
     shifted = later.nonzero()[:, 0] - 1
     guesses = {
         "the previous token's experts": previous[shifted],
-        "router on the previous token's last hidden state": gate.norm(states.after[-1][shifted]) @ weight.T,
-        "router on the token's embedding": gate.norm(states.embedded[later]) @ weight.T,
+        "router on the previous token's last hidden state": router.norm(states.after[-1][shifted]) @ weight.T,
+        "router on the token's embedding": router.norm(states.embedded[later]) @ weight.T,
     }
     return {name: _found(logits, chosen) for name, logits in guesses.items()}

@@ -1,7 +1,6 @@
 """Records a RoutingTrace while a model runs.
 
-Knows the live cache's journal and the model's token ids. While recording, it only keeps references; everything is put
-into arrays at the end.
+An observer: while the model runs, it only keeps references; everything is put into arrays at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.cache import Use
+from mixtral_offload.runtime.observer import Dropped, Observer, Use
 from mixtral_offload.runtime.pass_state import Pass
 
 #: in a trace: a position that was given as an embedding, without a token id
@@ -31,7 +30,7 @@ class _Part(NamedTuple):
     """One pass through one layer's experts.
 
     number: of the pass; 0, which is no pass's, where a layer is called outside of one. begin, end: what it added to the
-    journal.
+    events.
     """
 
     number: int
@@ -44,20 +43,21 @@ class _Part(NamedTuple):
     end: int
 
 
-class Recorder:
-    """Filled by `offloaded_experts` and by the cache. Made by `record`, at whose end it has its `trace`.
+class Recorder(Observer):
+    """Made by `record`, at whose end it has its `trace`.
 
-    is_exclusive: a replay of its trace shall be exact, so that nothing else may clear the cache meanwhile.
+    Args:
+        is_exclusive: A replay of its trace shall be exact: nothing else may clear the cache meanwhile.
     """
 
     def __init__(self, model, is_exclusive: bool = False):
         self._offload, self.is_exclusive = model.offload, is_exclusive
         self._began_s = time.perf_counter()
         self._ids: dict[int, Tensor] = {}  # number of the pass -> its real tokens, in the order of the passes
-        self._starts: dict[int, int] = {}  # number of the pass -> entries of the journal when it began
+        self._starts: dict[int, int] = {}  # number of the pass -> entries of `_events` when it began
         self._parts: list[_Part] = []
-        self._journal: list = []
-        self._guesses: list[tuple[int, int, list[int], int]] = []
+        self._events: list[Use | Dropped] = []
+        self._predictions: list[tuple[int, int, list[int], int]] = []
         self.trace: RoutingTrace | None = None
         self.start()
 
@@ -65,33 +65,34 @@ class Recorder:
         """Record from the next pass on."""
         offload = self._offload
         with offload.passes.lock, offload.cache.lock:
-            offload.passes.observers.append(self._new_pass)
-            offload.cache.journals += (self._journal,)
-            offload.recorders += (self,)
+            offload.observers.add(self)
 
-    def _new_pass(self, current: Pass) -> None:
+    def pass_began(self, current: Pass) -> None:
         ids = torch.full((current.n_tokens,), NO_TOKEN) if current.ids is None else current.ids.reshape(-1)
         self._ids[current.number] = ids if current.real is None else ids[current.real]
-        self._starts[current.number] = len(self._journal)
+        self._starts[current.number] = len(self._events)
 
     def _number(self) -> int:
         """Of the pass under way in this thread; 0, which is no pass's, where a layer is called outside of one."""
         current = self._offload.passes.current
         return 0 if current is None else current.number
 
-    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
-        """One pass through one layer's experts, whose uses are all in the journal."""
-        number, now, end = self._number(), time.perf_counter(), len(self._journal)
+    def used(self, use: Use) -> None:
+        self._events.append(use)
+
+    def dropped(self, prediction: Dropped) -> None:
+        self._events.append(prediction)
+
+    def routed(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
+        number, now, end = self._number(), time.perf_counter(), len(self._events)
         # what came before the pass began is of a pass that was interrupted
         begin = max(self._parts[-1].end if self._parts else 0, self._starts.get(number, 0))
         self._parts.append(
             _Part(number, layer, top_k_index, top_k_weights.detach(), began_s, now, begin, end)
         )
 
-    def add_guess(self, layer: int, experts: Sequence[int], distance: int) -> None:
-        """Experts that `layer`, `distance` layers from now, will probably need, likeliest first: asked for, not yet
-        looked at."""
-        self._guesses.append((self._number(), layer, list(experts), distance))
+    def predicted(self, layer: int, experts: Sequence[int], distance: int) -> None:
+        self._predictions.append((self._number(), layer, list(experts), distance))
 
     @property
     def n_tokens(self) -> int:
@@ -109,7 +110,7 @@ class Recorder:
             return []
         uses = []
         for part in parts[end - len(layers) : end]:
-            entries = [entry for entry in self._journal[part.begin : part.end] if isinstance(entry, Use)]
+            entries = [entry for entry in self._events[part.begin : part.end] if isinstance(entry, Use)]
             outcomes = {entry.expert: entry.outcome for entry in entries}
             uses.append({expert: outcomes[expert] for expert in part.top_k_index[-1].tolist()})
         return uses
@@ -117,9 +118,7 @@ class Recorder:
     def stop(self) -> None:
         offload = self._offload
         with offload.passes.lock, offload.cache.lock:
-            offload.passes.observers.remove(self._new_pass)
-            offload.cache.journals = tuple(of for of in offload.cache.journals if of is not self._journal)
-            offload.recorders = tuple(of for of in offload.recorders if of is not self)
+            offload.observers.remove(self)
 
     def finish(self, tokenizer=None) -> RoutingTrace:
         """The trace of the passes that ran to their end; warns of others, without which a replay is not exact."""
@@ -152,17 +151,15 @@ class Recorder:
         return RoutingTrace(
             tokens=tokens.astype(np.int64), passes=np.repeat(np.arange(len(ids)), [len(of) for of in ids]).astype(np.int32),
             experts=np.stack(experts, 1).astype(np.int16), weights=np.stack(weights, 1).astype(np.float32),
-            **self._journal_arrays(passes, number), **self._guess_arrays(passes, number), spans=spans.transpose(1, 0, 2) - self._began_s,
+            **self._event_arrays(passes, number), **self._prediction_arrays(passes, number), spans=spans.transpose(1, 0, 2) - self._began_s,
             settings=self._offload.settings() | {"interrupted_passes": interrupted}, counters=asdict(self._offload.stats), pieces=pieces,
         )  # fmt: skip
 
     def _warn_if_inexact(self, passes: dict[int, int], interrupted: int) -> None:
         """Say what a replay of the trace does not know. passes: those that are in it."""
         kept = [part for part in self._parts if part.number in passes]
-        n_uses = sum(isinstance(entry, Use) for entry in self._journal)
-        n_kept = sum(
-            isinstance(entry, Use) for part in kept for entry in self._journal[part.begin : part.end]
-        )
+        n_uses = sum(isinstance(entry, Use) for entry in self._events)
+        n_kept = sum(isinstance(entry, Use) for part in kept for entry in self._events[part.begin : part.end])
         changes = sum(a.number != b.number for a, b in pairwise(kept))
         if interrupted:
             what = f"{interrupted} of {len(self._ids)} passes did not run to their end, through every layer once: they are not in the trace"
@@ -174,11 +171,11 @@ class Recorder:
             return
         warnings.warn(f"{what}, and its replay does not know what they did to the cache", stacklevel=5)
 
-    def _journal_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
+    def _event_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
         """The columns use_* and wrong_* of the trace. passes: those to keep -> their number in the trace."""
         used, wrong = [], []
         for part in self._parts:
-            for entry in self._journal[part.begin : part.end] if part.number in passes else ():
+            for entry in self._events[part.begin : part.end] if part.number in passes else ():
                 copy = entry.copy
                 times = (np.nan, np.nan) if copy is None or not copy.began_s else (copy.began_s, copy.ended_s)
                 row = passes[part.number], copy.moved_bytes if copy else 0, *times
@@ -187,14 +184,14 @@ class Recorder:
                         (number[entry.layer], entry.expert, entry.outcome, entry.wait_s, entry.at_s, *row)
                     )
                 else:
-                    wrong.append((number[entry.key[0]], entry.key[1], *row))
+                    wrong.append((number[entry.layer], entry.expert, *row))
         return _columns("use", used, self._began_s) | _columns("wrong", wrong, self._began_s)
 
-    def _guess_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
+    def _prediction_arrays(self, passes: dict[int, int], number: dict[int, int]) -> dict[str, np.ndarray]:
         """The columns guess_* of the trace. passes: those to keep -> their number in the trace."""
         rows = [
             (passes[in_pass], number[layer] - distance, number[layer], expert, rank)
-            for in_pass, layer, experts, distance in self._guesses if in_pass in passes
+            for in_pass, layer, experts, distance in self._predictions if in_pass in passes
             for rank, expert in enumerate(experts)
         ]  # fmt: skip
         columns = np.array(rows, np.int32).reshape(-1, 5).T
@@ -237,7 +234,7 @@ def record(model, tokenizer=None) -> Iterator[Recorder]:
     """
     offload = model.offload
     with offload.passes.lock, offload.cache.lock:
-        if any(recorder.is_exclusive for recorder in offload.recorders):
+        if offload.observers.is_exclusive:
             raise OptionError(
                 "this model is being recorded already", found="record() inside another record() of the same model",
                 hint="end the first recording, or record both parts in one",

@@ -1,7 +1,7 @@
 """Replays a trace under another cache: policies, sizes, one pool or many, and Belady's optimum as the bound.
 
-Knows traces and policies, no models. The decisions are the live cache's own (`policies.serve`), so a replay under a
-run's own settings counts exactly its hits, misses and bytes.
+Carries out the decisions of `core/residency.py`, as the live cache does, so that a replay under a run's own settings
+counts exactly its hits, misses and bytes. Knows no models.
 """
 
 from __future__ import annotations
@@ -12,23 +12,28 @@ from itertools import pairwise
 
 import numpy as np
 
-from mixtral_offload.analysis.replay_setup import BELADY, make_pools, ordered_uses, resolve_settings
-from mixtral_offload.analysis.timed_replay import play
-from mixtral_offload.core.costs import Card
-from mixtral_offload.core.policies import LOAD, Pool, serve
-from mixtral_offload.core.timed_result import Played
+from mixtral_offload.analysis.replay_setup import BELADY, ordered_uses, pool_maker, resolve_settings
+from mixtral_offload.analysis.timed_replay import TimedReplay, timed_replay
+from mixtral_offload.core.costs import DeviceCosts
+from mixtral_offload.core.residency import Do, Pool, Residency
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
 
 
 @dataclass(frozen=True)
 class Replay:
-    """hit: bool, for each use of the trace. The counts by layer are int64 [L]. timing: if it was played on a card."""
+    """Result of a replay.
+
+    Attributes:
+        hit: bool, for each use of the trace.
+        settings: Slots, policy, whether there is one pool.
+        timing: If it was given costs.
+    """
 
     trace: RoutingTrace
     hit: np.ndarray
     settings: dict
-    timing: Played | None = None
+    timing: TimedReplay | None = None
 
     @property
     def hits(self) -> int:
@@ -54,59 +59,53 @@ class Replay:
         return np.bincount(of_layer, self.hit, minlength=self.trace.n_layers) / np.maximum(uses, 1)
 
 
-def simulate(
+def replay(
     trace: RoutingTrace, cache_size: int | Sequence[int] | None = None, policy: str | None = None,
     shared: bool | None = None, watch: Callable[[int, int, Pool], None] | None = None, *,
-    card: Card | None = None, prefetch: int = 0, look_ahead: int = 1,
+    costs: DeviceCosts | None = None, prefetch: int = 0, look_ahead: int = 1,
 ) -> Replay:  # fmt: skip
-    """Replay under these settings; what is None stays as it was in the run (residents too, if cache_size is None).
+    """Replay a trace under these settings; what is None stays as it was in the run (residents too, if cache_size is None).
 
-    cache_size: slots of each layer, or one number for all. policy: "lru", "lfu", "lrfu" or "belady". shared: one pool
-    for all layers, as large as the layers' slots together. watch: called with (pass, layer, pool) before each. card: play
-    it against time too (`timed_replay.play`); only then do prefetch and look_ahead matter. Raises OptionError for what no run
-    could have.
+    Args:
+        trace: From `record`, `RoutingTrace.load` or `analysis/synthetic.py`.
+        cache_size: Slots of each layer, or one number for all.
+        policy: "lru", "lfu", "lrfu" or "belady".
+        shared: One pool for all layers, as large as the layers' slots together.
+        watch: Called with (pass, layer, pool) before each.
+        costs: Replay in time too (`timed_replay`). prefetch and look_ahead matter only then.
+        prefetch: Experts to ask for in each of the next `look_ahead` layers, of those that the trace's predictions name.
+        look_ahead: Layers.
+
+    Raises:
+        OptionError: For what no run could have.
     """
     slots, residents, policy, shared = resolve_settings(trace, cache_size, policy, shared)
-    if prefetch and card is None:
-        raise OptionError("guesses change no hits, only times", found=f"prefetch={prefetch} without a card",
-                          hint="simulate(..., card=Card(...), prefetch=...)")  # fmt: skip
+    if prefetch and costs is None:
+        raise OptionError("predictions change no hits, only times", found=f"prefetch={prefetch} without costs",
+                          hint="replay(..., costs=DeviceCosts(...), prefetch=...)")  # fmt: skip
     keys, bounds, uses = ordered_uses(trace)
     hit = np.zeros(len(keys), bool)
-    pools = make_pools(trace, keys, slots, residents, policy, shared)
+    residency = Residency(pool_maker(trace, keys, slots, residents, policy, shared))
     starts = uses[bounds[:-1]]
     for number, layer, begin, end in zip(
         trace.use_pass[starts].tolist(), trace.use_layer[starts].tolist(), bounds, bounds[1:]
     ):
+        pool, needed = residency.pools[layer], keys[begin:end]
         if watch is not None:
-            watch(number, layer, pools[layer])
-        _serve(pools[layer], keys[begin:end], hit, begin)
+            watch(number, layer, pool)
+        if pool.use_held(needed):  # nothing to decide: most passes of a large cache
+            hit[begin:end] = True
+            continue
+        for action in residency.begin(layer, needed):
+            if action.do is Do.USE and action.load is None:
+                hit[begin + needed.index(action.key)] = True
     in_order = np.empty_like(hit)
     in_order[uses] = hit
     timing = None
-    if card is not None:
-        timing = play(trace, card, cache_size=cache_size, policy=policy, shared=shared, prefetch=prefetch,
-                      look_ahead=look_ahead)  # fmt: skip
+    if costs is not None:
+        timing = timed_replay(trace, costs, cache_size=cache_size, policy=policy, shared=shared, prefetch=prefetch,
+                              look_ahead=look_ahead)  # fmt: skip
     return Replay(trace, in_order, {"slots": slots, "policy": policy, "shared_slots": shared}, timing)
-
-
-def _serve(pool: Pool, needed: list[int], hit: np.ndarray, begin: int) -> None:
-    """One pass of one layer; marks its hits from `begin` on."""
-    held = pool.held
-    if (
-        all(key in held for key in needed) and not pool.resident
-    ):  # nothing to decide: most passes of a large cache
-        for i, key in enumerate(needed, begin):
-            pool.policy.use(key)
-            hit[i] = True
-        return
-    place = {key: i for i, key in enumerate(needed, begin)}
-    for action, key, was_there in serve(pool, needed):
-        if action is LOAD:
-            pool.loading[key] = None
-        elif was_there:
-            hit[place[key]] = True
-        else:
-            pool.publish(next(iter(pool.loading)) if key is None else key, None)
 
 
 def hit_rate_curves(
@@ -115,14 +114,7 @@ def hit_rate_curves(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Hit rate by layer for each policy and cache size: policy -> float64 [sizes, L]; sizes: default top-k to all."""
     sizes = range(trace.top_k, trace.n_experts + 1) if sizes is None else sizes
-    return {
-        name: np.stack([simulate(trace, k, name, shared).hit_rates() for k in sizes]) for name in policies
-    }
-
-
-def chance_hit_rate(trace: RoutingTrace, cache_size: int) -> float:
-    """The hit rate of a cache whose contents had nothing to do with the text: k of E."""
-    return cache_size / trace.n_experts
+    return {name: np.stack([replay(trace, k, name, shared).hit_rates() for k in sizes]) for name in policies}
 
 
 def best_allocation(trace: RoutingTrace, total: int, policy: str = "lru") -> list[int]:
@@ -152,7 +144,7 @@ def best_allocation(trace: RoutingTrace, total: int, policy: str = "lru") -> lis
 
 
 def cache_contents(trace: RoutingTrace, **settings) -> np.ndarray:
-    """What a replay's cache holds when each pass reaches each layer: bool [P, L, E]. settings: as for `simulate`."""
+    """What a replay's cache holds when each pass reaches each layer: bool [P, L, E]. settings: as for `replay`."""
     held = np.zeros((trace.n_passes, trace.n_layers, trace.n_experts), bool)
 
     def look(number: int, layer: int, pool: Pool) -> None:
@@ -160,7 +152,7 @@ def cache_contents(trace: RoutingTrace, **settings) -> np.ndarray:
             if key // trace.n_experts == layer:
                 held[number, layer, key % trace.n_experts] = True
 
-    simulate(trace, **settings, watch=look)
+    replay(trace, **settings, watch=look)
     return held
 
 

@@ -1,15 +1,13 @@
-"""What every replay begins with: its settings, the order of the uses, and one pool for each layer.
-
-Knows traces and policies. Knows nothing of hits or times.
-"""
+"""What every replay begins with: its settings, the order of the uses, and the residency of its experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mixtral_offload.core.policies import POLICIES, Belady, Policy, Pool
+from mixtral_offload.core.policies import POLICIES, Belady, Policy
+from mixtral_offload.core.residency import Pool
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
 
@@ -19,7 +17,8 @@ BELADY = "belady"
 def resolve_settings(
     trace: RoutingTrace, cache_size: int | Sequence[int] | None, policy: str | None, shared: bool | None
 ) -> tuple[list[int], list[Sequence[int]], str, bool]:
-    """Slots and residents by layer, policy, and whether there is one pool: as given or, where None, as in the run."""
+    """Return slots and residents by layer, policy, and whether there is one pool: as given or, where None, as in the
+    run."""
     run = trace.settings
     policy = run["policy"] if policy is None else policy
     shared = run["shared_slots"] if shared is None else shared
@@ -34,8 +33,8 @@ def resolve_settings(
 
 
 def ordered_uses(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]:
-    """Keys (layer * E + expert) in the order in which the live cache is asked, where each pass of a layer begins
-    (and the last ends), and the number of the trace's use for each."""
+    """Return keys (layer * E + expert) in the order in which the live cache is asked, where each pass of a layer begins
+    (and the last one ends), and the number of the trace's use for each."""
     uses = np.lexsort((trace.use_expert, trace.use_layer, trace.use_pass))
     layer, number = trace.use_layer[uses], trace.use_pass[uses]
     changes = np.flatnonzero((np.diff(layer) != 0) | (np.diff(number) != 0)) + 1
@@ -43,15 +42,15 @@ def ordered_uses(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]
     return keys.tolist(), [0, *changes.tolist(), len(uses)] if len(uses) else [0], uses
 
 
-def make_pools(
+def pool_maker(
     trace: RoutingTrace,
     keys: Sequence[int],
     slots: Sequence[int],
     residents: Sequence[Sequence[int]],
     policy: str,
     shared: bool,
-) -> list[Pool]:
-    """The pool of each layer (one and the same if shared); keys: all uses in their order, which only Belady looks at."""
+) -> Callable[[], dict[int, Pool]]:
+    """Return what makes a `Residency`'s pools. keys: all uses in their order, which only Belady reads."""
     n = trace.n_experts
     resident = frozenset(layer * n + expert for layer, of in enumerate(residents) for expert in of)
 
@@ -60,6 +59,9 @@ def make_pools(
             return POLICIES[policy]()
         return Belady(key for key in keys if of_layer is None or key // n == of_layer)
 
-    if shared:
-        return [Pool(sum(slots), make(None), resident)] * trace.n_layers
-    return [Pool(n_slots, make(layer), resident) for layer, n_slots in enumerate(slots)]
+    def make_pools() -> dict[int, Pool]:
+        if shared:
+            return dict.fromkeys(range(trace.n_layers), Pool(sum(slots), make(None), resident))
+        return {layer: Pool(n_slots, make(layer), resident) for layer, n_slots in enumerate(slots)}
+
+    return make_pools

@@ -1,81 +1,178 @@
-"""A replay with a clock: plays a trace against time on a card, with one link, its copies and its guesses.
+"""Timed replay: replay a trace's compute, copies and predictions with given `DeviceCosts`.
 
-Knows traces, the live cache's decisions (`policies.serve`), what it does with guesses (`runtime/cache.py`, which this mirrors)
-and a `Link` that works as the copy thread does. Exact, without randomness. Knows no models; times are a `Card`'s.
+Carries out the decisions of `core/residency.py`, as the live cache does, on the simulated link of `core/copy_order.py`.
+Exact, without randomness. Knows no models; times are in the unit of the costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from mixtral_offload.analysis.replay_setup import make_pools, ordered_uses, resolve_settings
-from mixtral_offload.core.copy_order import NOW
-from mixtral_offload.core.costs import Card
-from mixtral_offload.core.link import Link, Transfer
-from mixtral_offload.core.policies import LOAD, Pool, serve, staging_rows
-from mixtral_offload.core.timed_result import ATTENTION, BESIDE, EXPERT, Events, Played
+from mixtral_offload.analysis.replay_setup import ordered_uses, pool_maker, resolve_settings
+from mixtral_offload.core.copy_order import NOW, Link
+from mixtral_offload.core.costs import DeviceCosts
+from mixtral_offload.core.counters import CacheStats
+from mixtral_offload.core.policies import staging_rows
+from mixtral_offload.core.residency import Action, Do, Pool, Residency
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
 
-Guess = tuple[int, int, list[int]]  # (layer, layers from now, keys, the likeliest first)
+OUTSIDE, ATTENTION, EXPERT = range(3)
+PARTS = ("outside the layers", "attention, norms, router", "experts")
 
 
-def play(
-    trace: RoutingTrace, card: Card, *, cache_size: int | Sequence[int] | None = None, policy: str | None = None,
-    shared: bool | None = None, prefetch: int = 0, look_ahead: int = 1, perfect: bool = False,
-    keep_events: bool = False,
-) -> Played:  # fmt: skip
-    """The trace's passes one after the other on `card`; cache_size, policy, shared: as for `replay.simulate`.
+@dataclass(frozen=True)
+class Events:
+    """Everything that lasted, by begin: float64 seconds from the start.
 
-    prefetch: how many experts to ask for, of those that the trace's guesses name for each of the next `look_ahead`
-    layers; 0: none. perfect: ask, in place of the trace's guesses, for what those
-    layers will really need and not have, also across the end of a token: the bound for any predictor. keep_events: for
-    a timeline. Raises OptionError for what no run could have, and for more guesses than the trace has.
+    Attributes:
+        copy_*: Stretches of uninterrupted carrying over the link: copy_layer, copy_expert int32, copy_kind uint8 (NEEDED,
+            RIGHT or WRONG of `core/copy_order.py`), copy_span_s `[., 2]`.
+        part_*: What the device computes: part_kind uint8 (OUTSIDE, ATTENTION or EXPERT), part_layer and part_expert
+            int32 (-1 for none), part_span_s `[., 2]`.
+    """
+
+    copy_layer: np.ndarray
+    copy_expert: np.ndarray
+    copy_kind: np.ndarray
+    copy_span_s: np.ndarray
+    part_kind: np.ndarray
+    part_layer: np.ndarray
+    part_expert: np.ndarray
+    part_span_s: np.ndarray
+
+
+@dataclass(frozen=True)
+class TimedReplay:
+    """Result of a timed replay: P passes through L layers.
+
+    Attributes:
+        costs: The device's.
+        pass_s: float64 `[P]`, duration of each pass.
+        stall_s: float64 `[P, L]`, how long the device waited for copies.
+        pass_compute_s: float64 `[P]`, the rest of pass_s.
+        pass_tokens, pass_misses: int64 `[P]`.
+        stats: Counters of all passes.
+        link_busy_s: How long the link carried something.
+        events: If they were kept.
+    """
+
+    costs: DeviceCosts
+    pass_s: np.ndarray
+    stall_s: np.ndarray
+    pass_compute_s: np.ndarray
+    pass_tokens: np.ndarray
+    pass_misses: np.ndarray
+    stats: CacheStats
+    link_busy_s: float
+    events: Events | None = None
+
+    @property
+    def compute_s(self) -> float:
+        """Compute of all passes, in seconds."""
+        return float(self.pass_compute_s.sum())
+
+    @property
+    def begins_s(self) -> np.ndarray:
+        """Begin of each pass, and end of the last one: float64 `[P + 1]`."""
+        return np.concatenate([[0.0], np.cumsum(self.pass_s)])
+
+    @property
+    def decoding(self) -> np.ndarray:
+        """Which passes have one token: bool `[P]`. A prompt's are others, unless it has only one token."""
+        return self.pass_tokens == 1
+
+    @property
+    def time_per_token(self) -> float:
+        """Mean duration of the decoding passes; nan if there are none."""
+        return _mean(self.pass_s[self.decoding])
+
+    @property
+    def link_use(self) -> float:
+        """Share of all time in which the link carried something; nan without passes."""
+        return self.link_busy_s / self.pass_s.sum() if len(self.pass_s) else float("nan")
+
+    @property
+    def floor_s(self) -> float:
+        """Lower bound for a decoding token under any predictions: all its compute, or the copies of all its misses one
+        after the other, whichever takes longer on average.
+
+        Recorded predictions reach no farther back than their own pass. Perfect ones do, and may gain once what the
+        prompt's pass copied for the first token after it.
+        """
+        compute = _mean(self.pass_compute_s[self.decoding])
+        return max(compute, _mean(self.pass_misses[self.decoding]) * self.costs.copy_s)
+
+    @property
+    def over_floor(self) -> float:
+        """time_per_token over floor_s."""
+        return self.time_per_token / self.floor_s
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+Prediction = tuple[int, int, list[int]]  # (layer, layers from now, keys, the most probable first)
+
+
+def timed_replay(
+    trace: RoutingTrace, costs: DeviceCosts, *, cache_size: int | Sequence[int] | None = None,
+    policy: str | None = None, shared: bool | None = None, prefetch: int = 0, look_ahead: int = 1,
+    perfect: bool = False, keep_events: bool = False,
+) -> TimedReplay:  # fmt: skip
+    """Replay the trace's passes one after the other on a device of these costs.
+
+    Args:
+        cache_size, policy, shared: As for `replay`.
+        prefetch: How many experts to ask for, of those that the trace's predictions name for each of the next
+            `look_ahead` layers; 0: none.
+        perfect: In place of the trace's predictions, ask for what those layers will really need and not have, also
+            across the end of a token: the bound for any predictor.
+        keep_events: For a timeline.
+
+    Raises:
+        OptionError: For what no run could have, and for more predictions than the trace has.
     """
     slots, residents, policy, shared = resolve_settings(trace, cache_size, policy, shared)
-    _check_guesses(trace, prefetch, look_ahead, perfect)
+    _check_predictions(trace, prefetch, look_ahead, perfect)
     keys, bounds, uses = ordered_uses(trace)
-    parts = _Parts(trace, card, keys, bounds, uses)
-    pools = make_pools(trace, keys, slots, residents, policy, shared)
-    guesses = {} if perfect or not prefetch else _recorded_guesses(trace, prefetch, look_ahead)
-    device = _Device(card, pools, trace.n_experts, staging_rows(prefetch, look_ahead), keep_events)
-    ahead, guess_s = range(1, look_ahead + 1) if perfect else (), card.guess_s if prefetch else 0.0
+    parts = _Parts(trace, costs, keys, bounds, uses)
+    make_pools = pool_maker(trace, keys, slots, residents, policy, shared)
+    device = _Device(trace, costs, Residency(make_pools, staging_rows(prefetch, look_ahead)), keep_events)
+    recorded = {} if perfect or not prefetch else _recorded_predictions(trace, prefetch, look_ahead)
+    ahead, predict_s = range(1, look_ahead + 1) if perfect else (), costs.predict_s if prefetch else 0.0
     begins, stall_s = np.zeros(trace.n_passes + 1), np.zeros((trace.n_passes, trace.n_layers))
     misses = np.zeros(trace.n_passes, np.int64)
+
+    def coming(part: int, moment: tuple[int, int]) -> Iterable[Prediction]:
+        return parts.coming(part, ahead, device.pools, prefetch) if perfect else recorded.get(moment, ())
+
     for i, (number, layer) in enumerate(parts.order):
         if layer == 0:
             begins[number] = device.now
-            device.compute(card.token_s, BESIDE)
-            device.compute_guess(guess_s)
-            device.guess(
-                parts.coming(i, ahead, pools, prefetch) if perfect else guesses.get((number, -1), ())
-            )
+            device.compute(costs.token_s, OUTSIDE)
+            device.compute_prediction(predict_s)
+            device.predict(coming(i, (number, -1)))
         device.compute(parts.attention_s[i], ATTENTION, layer)
-        coming = parts.coming(i + 1, ahead, pools, prefetch) if perfect else guesses.get((number, layer), ())
         streams = not perfect and parts.is_prompt[number]
+        predictions = coming(i + 1, (number, layer))
         stall_s[number, layer], missed = device.run_layer(
-            layer, parts.needed(i), parts.seconds(i), coming if streams else ()
+            layer, parts.needed(i), parts.seconds(i), predictions if streams else ()
         )
         misses[number] += missed
         if not streams:
-            device.compute_guess(guess_s if layer < trace.n_layers - 1 else 0.0)
-            device.guess(coming)
+            device.compute_prediction(predict_s if layer < trace.n_layers - 1 else 0.0)
+            device.predict(predictions)
     begins[-1] = device.now
     pass_s, n_tokens = np.diff(begins), np.bincount(trace.passes, minlength=trace.n_passes)
-    return Played(
-        card,
-        pass_s,
-        stall_s,
-        pass_s - stall_s.sum(1),
-        n_tokens,
-        misses,
-        **device.counters(trace.expert_bytes),
-    )
+    return TimedReplay(costs, pass_s, stall_s, pass_s - stall_s.sum(1), n_tokens, misses, **device.totals())
 
 
-def _check_guesses(trace: RoutingTrace, prefetch: int, look_ahead: int, perfect: bool) -> None:
+def _check_predictions(trace: RoutingTrace, prefetch: int, look_ahead: int, perfect: bool) -> None:
     for name, n, least in (("prefetch", prefetch, int(perfect)), ("look_ahead", look_ahead, 1)):
         if not isinstance(n, int | np.integer) or n < least:
             raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=n)
@@ -91,15 +188,15 @@ def _check_guesses(trace: RoutingTrace, prefetch: int, look_ahead: int, perfect:
     for name, n in (("prefetch", prefetch), ("look_ahead", look_ahead)):
         if n > most[name]:
             raise OptionError(
-                f"the trace has fewer guesses than this {name}", expected=f"at most {most[name]}", found=n,
-                hint=f"record it with {name}={n} or more, or play it with perfect=True",
+                f"the trace has fewer predictions than this {name}", expected=f"at most {most[name]}", found=n,
+                hint=f"record it with {name}={n} or more, or use perfect=True",
             )  # fmt: skip
 
 
-def _recorded_guesses(
+def _recorded_predictions(
     trace: RoutingTrace, prefetch: int, look_ahead: int
-) -> dict[tuple[int, int], list[Guess]]:
-    """(pass, layer after which) -> the guesses that a prefetcher of these settings would have asked for."""
+) -> dict[tuple[int, int], list[Prediction]]:
+    """(pass, layer after which) -> the predictions that a prefetcher of these settings would have asked for."""
     distance = trace.guess_layer - trace.guess_from
     asked = (trace.guess_rank < prefetch) & (distance <= look_ahead)
     chosen = np.flatnonzero(asked | _streamed(trace))
@@ -107,7 +204,7 @@ def _recorded_guesses(
     chosen = chosen[np.lexsort([column[chosen] for column in columns])]
     keys = trace.guess_layer[chosen] * trace.n_experts + trace.guess_expert[chosen]
     rows = zip(*(column[chosen].tolist() for column in (*columns[::-1], distance)), keys.tolist())
-    found: dict[tuple[int, int], list[Guess]] = {}
+    found: dict[tuple[int, int], list[Prediction]] = {}
     for number, made_after, layer, rank, ahead, key in rows:
         of_moment = found.setdefault((number, made_after), [])
         if rank == 0:
@@ -117,19 +214,21 @@ def _recorded_guesses(
 
 
 def _prompts(trace: RoutingTrace) -> np.ndarray:
-    """Which passes had so many tokens that they needed about every expert (`Prefetcher.is_prompt`): bool [P]."""
+    """Which passes have enough tokens to need nearly every expert (`Prefetcher.is_prompt`): bool `[P]`."""
     return np.bincount(trace.passes, minlength=trace.n_passes) >= trace.n_experts
 
 
 def _streamed(trace: RoutingTrace) -> np.ndarray:
-    """Which guesses were all of a layer's experts, asked for with the copies of the layer before: bool [G]."""
+    """Which predictions were all of a layer's experts, asked for with the copies of the layer before: bool [G]."""
     return _prompts(trace)[trace.guess_pass] & (trace.guess_from >= 0)
 
 
 class _Parts:
     """A trace's parts in the order in which the live cache is asked: (pass, layer), experts needed, compute times."""
 
-    def __init__(self, trace: RoutingTrace, card: Card, keys: list[int], bounds: list[int], uses: np.ndarray):
+    def __init__(
+        self, trace: RoutingTrace, costs: DeviceCosts, keys: list[int], bounds: list[int], uses: np.ndarray
+    ):
         starts = uses[bounds[:-1]]
         numbers, layers = trace.use_pass[starts], trace.use_layer[starts]
         if len(starts) != trace.n_passes * trace.n_layers:
@@ -139,10 +238,10 @@ class _Parts:
         self._keys, self._bounds, self._n_experts = keys, bounds, trace.n_experts
         n_tokens = np.bincount(trace.passes, minlength=trace.n_passes)
         self.is_prompt = _prompts(trace).tolist()
-        expert_s = card.expert_s + card.prompt_expert_s * (_tokens_of_uses(trace)[uses] - 1)
+        expert_s = costs.expert_s + costs.prompt_expert_s * (_tokens_of_uses(trace)[uses] - 1)
         in_experts = np.add.reduceat(expert_s, bounds[:-1]) if len(starts) else np.zeros(0)
-        attention_s = card.attention_s + card.prompt_attention_s * (n_tokens[numbers] - 1)
-        self.attention_s = np.maximum(attention_s, card.host_s - in_experts).tolist()
+        attention_s = costs.attention_s + costs.prompt_attention_s * (n_tokens[numbers] - 1)
+        self.attention_s = np.maximum(attention_s, costs.host_s - in_experts).tolist()
         self._expert_s = expert_s.tolist()
 
     def needed(self, i: int) -> list[int]:
@@ -152,8 +251,10 @@ class _Parts:
         """How long each of `needed` computes."""
         return self._expert_s[self._bounds[i] : self._bounds[i + 1]]
 
-    def coming(self, i: int, ahead: Sequence[int], pools: list[Pool], prefetch: int) -> Iterator[Guess]:
-        """Perfect guesses, before part i: what the parts from there on will need and their pools do not hold."""
+    def coming(
+        self, i: int, ahead: Sequence[int], pools: dict[int, Pool], prefetch: int
+    ) -> Iterator[Prediction]:
+        """Perfect predictions, before part i: what the parts from there on will need and their pools do not hold."""
         for distance, part in zip(ahead, range(i, len(self.order))):
             layer = self.order[part][1]
             pool = pools[layer]
@@ -171,17 +272,19 @@ def _tokens_of_uses(trace: RoutingTrace) -> np.ndarray:
 
 
 class _Device:
-    """The device's time, and what `ExpertCache` keeps beside its pools: guesses in staging rows."""
+    """Carries out a residency's actions on a simulated link, and lets time pass."""
 
-    def __init__(self, card: Card, pools: list[Pool], n_experts: int, n_staging: int, keep_events: bool):
-        self.now = 0.0
-        self._card, self._pools, self._n_experts, self._n_staging = card, pools, n_experts, n_staging
-        self._link = Link(card.copy_s / card.chunks, card.chunks, keep_events)
-        self._staged: dict[int, Transfer] = {}
-        self._dropped: list[float] = []  # when their rows are free
-        self._n_served = 0
-        self._hits = self._prefetched = self._guesses = self._wasted = 0  # the last one in chunks
+    def __init__(self, trace: RoutingTrace, costs: DeviceCosts, residency: Residency, keep_events: bool):
+        self.now, self.stats = 0.0, CacheStats()
+        self._costs, self._residency = costs, residency
+        self._n_experts, self._expert_bytes = trace.n_experts, trace.expert_bytes
+        self._link = Link(costs.copy_s / costs.chunks, costs.chunks, lambda: self.now, keep_events)
+        self._wasted = 0  # chunks
         self._spans: list[tuple[int, int, int, float, float]] | None = [] if keep_events else None
+
+    @property
+    def pools(self) -> dict[int, Pool]:
+        return self._residency.pools
 
     def compute(self, seconds: float, kind: int, layer: int = -1, expert: int = -1) -> None:
         end = self.now + seconds
@@ -189,74 +292,66 @@ class _Device:
             self._spans.append((kind, layer, expert, self.now, end))
         self.now = end
 
-    def compute_guess(self, seconds: float) -> None:
+    def compute_prediction(self, seconds: float) -> None:
         if seconds:
-            self.compute(seconds, BESIDE)
+            self.compute(seconds, OUTSIDE)
 
     def run_layer(
-        self, layer: int, needed: list[int], expert_s: list[float], meanwhile: Iterable[Guess] = ()
+        self, layer: int, needed: list[int], expert_s: list[float], meanwhile: Iterable[Prediction]
     ) -> tuple[float, int]:
-        """Its experts' part, as `ExpertCache.serve` orders it; returns how long it stood still, and the misses.
-        meanwhile: guesses to ask for once the copies that the slots allow are under way."""
-        pool, stall, misses = self._pools[layer], 0.0, 0
-        seconds = dict(zip(needed, expert_s))
-        self._n_served += 1
-        for key in [key for key in self._staged if key // self._n_experts == layer and key not in seconds]:
-            self._drop(key)
-        for action, key, hit in serve(pool, needed):
-            if action is LOAD:
-                pool.loading[key] = self._load(key)
+        """Run its experts; return how long the device waited for copies, and the misses.
+
+        Args:
+            meanwhile: Predictions to ask for once the copies that the slots allow are under way.
+        """
+        stall, misses, seconds = 0.0, 0, dict(zip(needed, expert_s))
+        for action in self._residency.begin(layer, needed):
+            do, key, load = action
+            if do is not Do.USE and do is not Do.LAND:
+                self._carry_out(action)
                 continue
-            self.guess(meanwhile)
+            self.predict(meanwhile)
             meanwhile = ()
-            if not hit:
-                key = min(pool.loading, key=lambda key: pool.loading[key].number) if key is None else key
-                usable = self._link.land(pool.loading[key]) + self._card.latency_s
+            if do is Do.LAND:
+                usable = self._link.land(load.copy) + self._costs.latency_s
                 stall += max(0.0, usable - self.now)
                 self.now = max(self.now, usable)
-                pool.publish(key, None)
-            misses += not hit
+                continue
+            if load is not None:
+                misses += 1
+                self.stats.prefetched += load.is_predicted
             self.compute(seconds[key], EXPERT, layer, key % self._n_experts)
-        self._hits += len(needed) - misses
+        self.stats.hits += len(needed) - misses
+        self.stats.misses += misses
         return stall, misses
 
-    def _load(self, key: int) -> Transfer:
-        guess = self._staged.pop(key, None)
-        if guess is None:
-            return self._link.ask(key, NOW, self.now)
-        self._link.promote(guess, self.now)
-        self._prefetched += 1
-        return guess
-
-    def guess(self, guesses: Iterable[Guess]) -> None:
+    def predict(self, predictions: Iterable[Prediction]) -> None:
         """Ask for these, as `ExpertCache.prefetch` does for each layer."""
-        for layer, distance, keys in guesses:
-            self._link.run(self.now)
-            for key in [key for key in self._staged if key // self._n_experts == layer and key not in keys]:
-                if not self._staged[key].chunks:
-                    self._drop(key)
-            pool = self._pools[layer]
-            for key in keys:
-                if key in pool.resident or key in pool.held or key in pool.loading or key in self._staged:
-                    continue
-                self._dropped = [free_s for free_s in self._dropped if free_s > self.now]
-                if len(self._staged) + len(self._dropped) >= self._n_staging:
-                    break
-                self._staged[key] = self._link.ask(key, self._n_served + distance, self.now)
-                self._guesses += 1
+        for layer, distance, keys in predictions:
+            for action in self._residency.predict(layer, keys, distance):
+                self._carry_out(action)
 
-    def _drop(self, key: int) -> None:
-        guess = self._staged.pop(key)
-        self._dropped.append(self._link.cancel(guess, self.now))
-        self._wasted += guess.chunks
+    def _carry_out(self, action: Action) -> None:
+        do, key, load = action
+        if do is Do.START:
+            load.copy = self._link.ask(key, load.due)
+            self.stats.predictions += load.due != NOW
+        elif do is Do.PROMOTE:
+            self._link.promote(load.copy)
+        elif do is Do.CANCEL:
+            self._link.cancel(load.copy)
+            self._wasted += load.copy.chunks
 
-    def counters(self, expert_bytes: int) -> dict:
-        """What `Played` has of the device and its link; a chunk's bytes are its share of an expert's."""
-        card, moved = self._card, self._link.moved
-        n_bytes = {"bytes_moved": moved, "wasted_bytes": self._wasted}
-        counts = {"hits": self._hits, "prefetched": self._prefetched, "guesses": self._guesses}
-        return {name: round(n * expert_bytes / card.chunks) for name, n in n_bytes.items()} | counts | {
-            "link_busy_s": moved * card.copy_s / card.chunks, "events": self._events()}  # fmt: skip
+    def totals(self) -> dict:
+        """The fields of `TimedReplay` that are of all passes; a chunk's bytes are its share of an expert's."""
+        chunks, moved = self._costs.chunks, self._link.moved
+        self.stats.bytes_moved = round(moved * self._expert_bytes / chunks)
+        self.stats.wasted_bytes = round(self._wasted * self._expert_bytes / chunks)
+        return {
+            "stats": self.stats,
+            "link_busy_s": moved * self._costs.copy_s / chunks,
+            "events": self._events(),
+        }
 
     def _events(self) -> Events | None:
         if self._spans is None:

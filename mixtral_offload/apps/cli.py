@@ -232,10 +232,10 @@ def run_convert(arguments) -> None:
 
     from tqdm import tqdm
 
+    from mixtral_offload.models.checkpoint import open_checkpoint
     from mixtral_offload.runtime.convert import convert_checkpoint
     from mixtral_offload.runtime.options import parse_device
     from mixtral_offload.units import check_whole
-    from mixtral_offload.weights.checkpoint import open_checkpoint
     from mixtral_offload.weights.work_folder import resume_hint
 
     device = parse_device(arguments.device)

@@ -40,7 +40,7 @@ def watch(model) -> Iterator[Recorder]:
 
 
 def expert_grid(model, recorder: Recorder | None = None) -> list[list]:
-    """[layers][experts] of None, "held" (in the cache), or for the newest token's experts HIT, PREFETCHED or MISS."""
+    """`[layers][experts]` of None, "held" (in the cache), or for the newest token's experts HIT, PREFETCHED or MISS."""
     cache, checkpoint = model.offload.cache, model.offload.checkpoint
     with cache.lock:
         held = [set(cache.contents(layer)) for layer in checkpoint.layers]

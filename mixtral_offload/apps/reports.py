@@ -14,10 +14,10 @@ from mixtral_offload.analysis.planner import Answer, Request, answer, best_knobs
 from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, CheckpointError, DownloadError
+from mixtral_offload.models.checkpoint import Checkpoint, load_config, open_checkpoint
 from mixtral_offload.models.sizes import model_sizes
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, plan_for, trunk_bytes
 from mixtral_offload.units import gb, listed
-from mixtral_offload.weights.checkpoint import Checkpoint, load_config, open_checkpoint
 from mixtral_offload.weights.hub import fetch_file, plan_download
 from mixtral_offload.weights.source import local_folder, resolve
 
@@ -148,9 +148,9 @@ def _plan(base: Answer) -> list[str]:
 
 def _speed(base: Answer) -> list[str]:
     request, found = base.request, base.projection
-    card, rate = found.card, min(request.link, request.disk) if found.disk else request.link
+    costs, rate = found.costs, min(request.link, request.disk) if found.disk else request.link
     slow = " (the disk)" if found.disk else ""
-    copies = f"a copy of an expert takes {_time(card.copy_s)} at {rate / 1e9:g} GB/s{slow}"
+    copies = f"a copy of an expert takes {_time(costs.copy_s)} at {rate / 1e9:g} GB/s{slow}"
     lines = [
         "projection (computed from rates and expected routing, not measured):",
         f"  {found.tokens_per_s:.1f} tokens/s: {_time(found.time_per_token_s)} per token, of them "
@@ -163,7 +163,7 @@ def _speed(base: Answer) -> list[str]:
         lines[2:3] = []
     words = [
         *base.routing,
-        f"computing: {BANDWIDTH_SHARE:.0%} of {request.bandwidth / 1e9:g} GB/s, and {_time(card.host_s)} "
+        f"computing: {BANDWIDTH_SHARE:.0%} of {request.bandwidth / 1e9:g} GB/s, and {_time(costs.host_s)} "
         "or more per layer for the host (both assumed)",
     ]
     if found.disk:

@@ -19,7 +19,6 @@ from mixtral_offload.analysis.recorder import record
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import ConversationError, OptionError
 from mixtral_offload.generation.batch import Request, generate_batch
-from mixtral_offload.runtime.prefetch import Gate, find_gates
 from mixtral_offload.runtime.settings import check_sampling
 from mixtral_offload.system.files import replacing
 
@@ -97,17 +96,10 @@ def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[
         yield "speculation", *plots_cache.plot_speculation(trace)
     if trace.n_passes > 1:
         yield "timeline", *plot_recorded_pass(trace)
-    if trace.n_layers > 1 and (gates := _gates(model)):
-        recall = measure_recall(gates, collect_states(model, gates, texts))
+    layers = model.offload.layers
+    if trace.n_layers > 1 and all(layer.router for layer in layers):
+        recall = measure_recall(layers, collect_states(model, layers, texts))
         yield "recall", *plots_cache.plot_recall(recall)
-
-
-def _gates(model) -> list[Gate]:
-    """The model's gates; none of a family whose experts cannot be guessed."""
-    try:
-        return find_gates(model, model.offload.modules)
-    except OptionError:
-        return []
 
 
 def write_report(

@@ -1,6 +1,6 @@
-"""How long things take on a card: one copy, one layer, one expert, and what lies between two tokens.
+"""How long things take on a device: one copy, one layer, one expert, and what is between two tokens.
 
-Knows numbers. Knows nothing of how they are measured (`experiments/calibration.py`) or of traces that are played against them.
+Numbers only: `experiments/calibration.py` measures them, `analysis/projection.py` estimates them.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ from mixtral_offload.units import check_whole
 
 
 @dataclass(frozen=True)
-class Card:
-    """Times in seconds (or any one unit: what comes out of a replay is in the same).
+class DeviceCosts:
+    """Times in seconds (or in any one unit: a timed replay's results are in the same).
 
-    copy_s: one expert over the link, in `chunks` equal parts. attention_s: a layer, for one token, until its routing
-    is known. expert_s: one expert for one token. token_s: what lies beside the layers for each pass (head and sampling
-    of the token before, the host's own work, embedding), before layer 0 and before any guess.
-    prompt_attention_s, prompt_expert_s: what each token after a pass's (or an expert's) first one adds. 0: a prompt's
-    pass costs what one token's does, as where reading weights is the limit and not arithmetic.
-    guess_s: making the guesses after a layer, or from the embedding.
-    host_s: the host's own time for a layer; a layer's compute takes no less (the difference lies before its routing).
-    latency_s: from a copy's last byte to when the device may use the expert; costs nothing where nobody waits.
-    Raises OptionError for a time that is negative or not finite, and for 0 where something has to last.
+    Args:
+        copy_s: One expert over the link, in `chunks` equal parts.
+        attention_s: A layer, for one token, until its routing is known.
+        expert_s: One expert for one token.
+        token_s: Everything outside the layers, for each pass: head and sampling of the token before, the host's own
+            work, embedding. It comes before layer 0 and before any prediction.
+        prompt_attention_s, prompt_expert_s: What each token after the first one of a pass (or of an expert) adds. 0: a
+            prompt's pass costs as much as one token's, as where reading weights is the limit and not arithmetic.
+        chunks: Parts of a copy.
+        host_s: The host's own time for a layer. A layer's compute takes no less; the difference is before its routing.
+        latency_s: From a copy's last byte to when the device may use the expert; costs nothing where nothing waits.
+        predict_s: Predicting after a layer, or from the embedding.
+
+    Raises:
+        OptionError: For a time that is negative or not finite, and for 0 where something has to last.
     """
 
     copy_s: float
@@ -37,9 +43,9 @@ class Card:
     chunks: int = CHUNKS
     host_s: float = 0.0
     latency_s: float = 0.0
-    guess_s: float = 0.0
+    predict_s: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             if name == "chunks":

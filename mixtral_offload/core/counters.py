@@ -29,10 +29,10 @@ class CacheStats(Counters):
     """Counters since the last `reset`. One use is one expert needed by one pass through one layer.
 
     Attributes:
-        hits: Uses that found their expert in a slot.
+        hits: Uses that found their expert in a slot, or resident.
         misses: Uses that did not.
         prefetched: Misses whose copy a prediction had started.
-        guesses: Predictions for which a copy was started.
+        predictions: Copies that predictions have started.
         bytes_moved: Bytes of all copies.
         wasted_bytes: Bytes copied for predictions that were not used.
         wait_s: Seconds that the host waited for copies. On CUDA with pinned memory the device waits instead.
@@ -41,7 +41,7 @@ class CacheStats(Counters):
     hits: int = 0
     misses: int = 0
     prefetched: int = 0
-    guesses: int = 0
+    predictions: int = 0
     bytes_moved: int = 0
     wasted_bytes: int = 0
     wait_s: float = 0.0
@@ -59,4 +59,5 @@ class CacheStats(Counters):
         return f"{self.hit_rate:.0%} of expert uses were hits" if used else "no experts used"
 
     def reset(self) -> None:
+        """Set every counter to zero."""
         self.__init__()

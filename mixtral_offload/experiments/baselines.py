@@ -22,21 +22,22 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.generation.batch import Request, generate_batch
+from mixtral_offload.models.family import check_routers
 from mixtral_offload.runtime import forward
 from mixtral_offload.runtime.build import from_pretrained
-from mixtral_offload.runtime.cache import ExpertCache, _allocate
+from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.prefetch import Prefetcher, find_gates
+from mixtral_offload.runtime.prefetch import Prefetcher
 from mixtral_offload.weights.hqq import Quantization
 
 
 class Forgetful(ExpertCache):
     """Keeps nothing from one pass of a layer to the next: what a token needs is copied each time."""
 
-    def serve(self, layer, experts, meanwhile=None):
-        self._pools[layer].held.clear()
-        yield from super().serve(layer, experts, meanwhile)
+    def fetch(self, layer, experts, meanwhile=None):
+        self.forget(layer)
+        yield from super().fetch(layer, experts, meanwhile)
 
 
 class Naive(Forgetful):
@@ -44,9 +45,9 @@ class Naive(Forgetful):
 
     n_experts: int  # of a layer; `make_variants` says how many
 
-    def serve(self, layer, experts, meanwhile=None):
+    def fetch(self, layer, experts, meanwhile=None):
         roaming = [expert for expert in range(self.n_experts) if (layer, expert) in self.store]
-        everything = dict(super().serve(layer, sorted({*roaming, *experts}), meanwhile))
+        everything = dict(super().fetch(layer, sorted({*roaming, *experts}), meanwhile))
         for expert in experts:
             yield expert, everything[expert]
 
@@ -60,12 +61,13 @@ def make_variants(model, cache_size: int, n_staging: int) -> dict[str, ExpertCac
     slots = _slots(offload, cache_size)
     fewest, most = (max(_slots(offload, n).values()) for n in (offload.checkpoint.top_k, n_experts))
     one_layer = partial(_one_layer, offload)
-    rows = _rows(offload, max(sum(slots.values()) + n_staging, most))
+    n_rows = max(sum(slots.values()) + n_staging, most)
+    spare = offload.cache.lend(one_layer(n_rows))  # allocates rows that are missing, once
     found = {
-        "full": _borrow(ExpertCache, offload, rows, slots, n_staging=n_staging),
-        "without prefetch": _borrow(ExpertCache, offload, rows, slots),
-        "without cache and prefetch": _borrow(Forgetful, offload, rows, one_layer(fewest), shared=True),
-        "naive": _borrow(Naive, offload, rows, one_layer(most), shared=True),
+        "full": spare.lend(slots, n_staging=n_staging),
+        "without prefetch": spare.lend(slots),
+        "without cache and prefetch": spare.lend(one_layer(fewest), Forgetful, shared=True),
+        "naive": spare.lend(one_layer(most), Naive, shared=True),
     }
     found["naive"].n_experts = n_experts
     return found
@@ -84,30 +86,9 @@ def _one_layer(offload, n_slots: int) -> dict[int, int]:
     return {first: n_slots, **dict.fromkeys(others, 0)}
 
 
-def _rows(offload, n_rows: int) -> list[torch.Tensor]:
-    """Memory for so many experts on the device: the model's own slots, and more only if there are too few."""
-    own = offload.cache
-    more = _allocate(max(0, n_rows - len(own._rows)), own.layout.n_bytes, offload.options.device)
-    return [*own._slab[: len(own._rows)], *more]
-
-
-def _borrow(kind: type[ExpertCache], offload, rows, slots: dict[int, int], **options) -> ExpertCache:
-    """A cache in these rows, with the model's own residents where they are."""
-    own = offload.cache
-    layers = {layer: (n, ()) for layer, n in slots.items()}
-    cache = kind(own.layout, layers, own.store, own.engine, "meta", **options)  # no memory of its own
-    n_rows = len(cache._rows)
-    cache._slab = [*rows[:n_rows], *(own._slab[row] for row in own._resident.values())]
-    cache._views = [own.layout.views(row) for row in cache._slab]
-    cache._resident = {key: row for row, key in enumerate(own._resident, n_rows)}
-    cache.clear()  # its pools must know the residents
-    return cache
-
-
 def smallest_cache(model: PreTrainedModel) -> ExpertCache:
     """Make a cache of as many slots per layer as a token needs, in the model's own memory."""
-    slots = _slots(model.offload, model.offload.checkpoint.top_k)
-    return _borrow(ExpertCache, model.offload, _rows(model.offload, sum(slots.values())), slots)
+    return model.offload.cache.lend(_slots(model.offload, model.offload.checkpoint.top_k))
 
 
 def check_can_switch(model: PreTrainedModel, verb: str, nothing: str) -> None:
@@ -124,7 +105,7 @@ def check_can_switch(model: PreTrainedModel, verb: str, nothing: str) -> None:
         what = f"every expert of this model is on the device: {nothing}"
         hint = "build it with a smaller cache_size: from_pretrained(..., cache_size=2)"
         raise OptionError(what, hint=hint)
-    if model.offload.recorders:
+    if len(model.offload.observers):
         raise OptionError("this model is being recorded", hint=f"{verb} it outside of `record`")
 
 
@@ -135,42 +116,21 @@ def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator
     offload = model.offload
     own = offload.cache, offload.prefetcher
     with offload.passes.lock:  # other threads' passes wait: they would run on a cache that is not theirs
-        empty(offload.cache)
+        offload.cache.drain()
         cache.stats.reset()
         try:
-            with _muted(offload.prefetcher):
+            with offload.prefetcher.paused() if offload.prefetcher else nullcontext():
                 offload.cache, offload.prefetcher = cache, None
                 if guesses is not None:
-                    gates, passes = find_gates(model, offload.modules), offload.passes
-                    offload.prefetcher = Prefetcher(model, gates, offload.prefetch, passes=passes, **guesses)
+                    check_routers(offload.layers)
+                    layers, passes = offload.layers, offload.passes
+                    offload.prefetcher = Prefetcher(model, layers, offload.prefetch, passes=passes, **guesses)
                 yield
         finally:
             if offload.prefetcher not in (None, own[1]):
                 offload.prefetcher.close()
             offload.cache, offload.prefetcher = own
-            empty(cache)
-
-
-def empty(cache: ExpertCache) -> None:
-    """Nothing in it that roams, and nothing on its way any more: its rows may serve another."""
-    with cache.lock:
-        cache.clear()
-        for guess in cache._dropped:
-            guess.copy.abandon()
-        cache.settle()
-
-
-@contextmanager
-def _muted(prefetcher: Prefetcher | None) -> Iterator[None]:
-    """Its hooks stay where they are and find no layer to guess for."""
-    if prefetcher is None:
-        yield
-        return
-    targets, prefetcher._targets = prefetcher._targets, [([], [])] * len(prefetcher._targets)
-    try:
-        yield
-    finally:
-        prefetcher._targets = targets
+            cache.drain()
 
 
 @contextmanager
@@ -187,12 +147,12 @@ def slow_link(model, ratio: float | None, layer_s: float | None = None) -> Itera
         raise OptionError("impossible ratio", expected='more than 0, None or "auto"', found=ratio)
     n_bytes = cache.layout.n_bytes
     speed = n_bytes / (ratio * (layer_s or layer_seconds(model)))
-    empty(cache)
+    cache.drain()
     cache.engine = make_engine(model.offload.options.device, False, n_bytes, speed)
     try:
         yield
     finally:
-        empty(cache)
+        cache.drain()
         cache.engine.close()
         cache.engine = own
 
@@ -216,12 +176,12 @@ def layer_seconds(model, n_passes: int = 12) -> float:
 def copy_seconds(model, n_copies: int = 6) -> float:
     """One expert's copy in seconds, from asking for it to having it, with nothing else on the link."""
     offload = model.offload
-    cache = _borrow(Forgetful, offload, _rows(offload, 1), _one_layer(offload, 1), shared=True)
+    cache = offload.cache.lend(_one_layer(offload, 1), Forgetful, shared=True)
     roaming, times = (key for key in sorted(offload.checkpoint.experts) if key in cache.store), []
     with switched(model, cache):
         for layer, expert in islice(roaming, n_copies):
             begin = device_time(model)
-            next(cache.serve(layer, [expert]))
+            next(cache.fetch(layer, [expert]))
             times.append(device_time(model) - begin)
     return statistics.median(times)
 
@@ -311,22 +271,22 @@ def _left_padded(requests: Sequence[Request], width: int) -> tuple[list[list[int
 @contextmanager
 def unsorted() -> Iterator[None]:
     """Each token's experts are served for it alone, token after token, by every model of this process."""
-    own, forward._serve_tokens = forward._serve_tokens, _serve_one_by_one
+    own, forward.run_tokens = forward.run_tokens, _run_one_by_one
     try:
         yield
     finally:
-        forward._serve_tokens = own
+        forward.run_tokens = own
 
 
-def _serve_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """In place of `forward._serve_tokens`, with its arguments and result; guesses are made once, as there."""
+def _run_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """In place of `forward.run_tokens`, with its arguments and result; guesses are made once, as there."""
     n_tokens, top_k = top_k_index.shape
     chosen, meanwhile = forward._read(offload, layer, top_k_index.reshape(-1), n_tokens)
     y, began_s = x.new_empty(n_tokens * top_k, x.shape[-1]), time.perf_counter()
     with offload.cache.lock:
         for token in range(n_tokens):
             places = {expert: token * top_k + i for i, expert in enumerate(chosen[token * top_k :][:top_k])}
-            for expert, views in offload.cache.serve(layer, sorted(places), meanwhile):
+            for expert, views in offload.cache.fetch(layer, sorted(places), meanwhile):
                 y[places[expert]] = offload.run(x[token : token + 1], views)[0]
             meanwhile = None
         forward._record(offload, layer, top_k_index, top_k_weights, began_s)

@@ -22,7 +22,6 @@ from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.baselines import (
     check_same,
     continuous,
-    empty,
     in_groups,
     layer_seconds,
     no_end,
@@ -183,7 +182,7 @@ def take_turns(
     seconds, counters, expected = {key: [] for key in runs}, {key: CacheStats() for key in runs}, None
     for _ in range(repeats):
         for key, (model, answer) in runs.items():
-            empty(model.offload.cache)
+            model.offload.cache.drain()
             model.offload.stats.reset()
             with no_end(model):
                 began_s = time.perf_counter()

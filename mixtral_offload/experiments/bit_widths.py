@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from mixtral_offload.errors import OptionError
 from mixtral_offload.generation.templates import encode
+from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.weights.hqq import Quantization
 from mixtral_offload.weights.source import DEMO, resolve
 

@@ -1,4 +1,4 @@
-"""Measure a `Card`: the times of one copy, one layer and one expert, on a live offloaded model.
+"""Measure a `DeviceCosts`: the times of one copy, one layer and one expert, on a live offloaded model.
 
 Knows a model's modules and the wall clock. Knows nothing of replays; `experiments/baselines.py` switches
 caches.
@@ -14,8 +14,7 @@ from itertools import pairwise
 import torch
 from transformers import LogitsProcessorList
 
-from mixtral_offload.core.copy_order import CHUNKS
-from mixtral_offload.core.costs import Card
+from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.experiments.baselines import (
     check_can_switch,
     copy_seconds,
@@ -23,15 +22,13 @@ from mixtral_offload.experiments.baselines import (
     smallest_cache,
     switched,
 )
-from mixtral_offload.runtime.slow_link import SlowEngine
-from mixtral_offload.runtime.worker import chunk_bytes
 from mixtral_offload.units import check_whole
 
 LAYERS, EXPERTS, EXPERTS_END, LAYERS_END = range(4)
 
 
 @torch.inference_mode()
-def measure_card(model, n_passes: int = 24) -> Card:
+def measure_costs(model, n_passes: int = 24) -> DeviceCosts:
     """Measure the device that this model runs on: `copy_seconds`, and one token's compute by parts.
 
     The model generates the same token repeatedly. It is routed alike each time, so all its experts are on the
@@ -52,16 +49,14 @@ def measure_card(model, n_passes: int = 24) -> Card:
         begins = [at for what, at in _marks(model, n_passes, inside=False) if what == LAYERS]
     scale = statistics.median(b - a for a, b in pairwise(begins[2:])) / sum(parts)
     token_s, attention_s, experts_s = (scale * part for part in parts)
-    n_bytes, engine = offload.cache.layout.n_bytes, offload.cache.engine
-    chunks = CHUNKS if isinstance(engine, SlowEngine) else -(-n_bytes // chunk_bytes(n_bytes))
-    return Card(
-        copy_s=copy_seconds(model), attention_s=attention_s / n_layers, token_s=token_s, chunks=chunks,
-        expert_s=experts_s / n_layers / offload.checkpoint.top_k, guess_s=guess_seconds(model),
+    return DeviceCosts(
+        copy_s=copy_seconds(model), attention_s=attention_s / n_layers, token_s=token_s, chunks=offload.cache.engine.n_chunks,
+        expert_s=experts_s / n_layers / offload.checkpoint.top_k, predict_s=predict_seconds(model),
     )  # fmt: skip
 
 
 @torch.inference_mode()
-def guess_seconds(model, n_guesses: int = 40) -> float:
+def predict_seconds(model, n_guesses: int = 40) -> float:
     """How long the model's prefetcher needs to guess for the layers after the first one; 0 where it has none."""
     prefetcher, times = model.offload.prefetcher, []
     if prefetcher is None:
@@ -89,8 +84,8 @@ def _token_parts(marks: list[tuple[int, float]], n_layers: int) -> tuple[float, 
 def _marks(model, n_passes: int, inside: bool = True) -> list[tuple[int, float]]:
     """(what begins or ends, when), in order, over n_passes of generating. inside: more than where the layers begin."""
     marks: list[tuple[int, float]] = []
-    modules = [model.get_submodule(name) for name in model.offload.modules]
-    blocks = [model.get_submodule(name.rsplit(".", 2)[0]) for name in model.offload.modules]
+    modules = [model.get_submodule(layer.name) for layer in model.offload.layers]
+    blocks = [layer.block() for layer in model.offload.layers]
     hooks = [blocks[0].register_forward_pre_hook(_marker(model, marks, LAYERS, wait=inside))]
     if inside:
         hooks += [module.register_forward_pre_hook(_marker(model, marks, EXPERTS)) for module in modules]

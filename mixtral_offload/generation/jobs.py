@@ -21,10 +21,10 @@ from mixtral_offload.generation.job_input import BadLine, Line, encode_lines, re
 from mixtral_offload.generation.journal import Journal, journal_of, ordered_of
 from mixtral_offload.generation.templates import answer_text, turn_ends
 from mixtral_offload.generation.tokenizer import RAW_TEMPLATE
+from mixtral_offload.models.checkpoint import INDEX, read_config
 from mixtral_offload.runtime.options import OffloadOptions
 from mixtral_offload.runtime.settings import check_sampling, ends_in, read_generation_config
 from mixtral_offload.units import check_whole
-from mixtral_offload.weights.checkpoint import INDEX, read_config
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,14 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
+from mixtral_offload.models.checkpoint import read_config
+from mixtral_offload.models.config_check import check_size
+from mixtral_offload.models.registry import family_of
 from mixtral_offload.runtime.arguments import HUB, split_arguments
-from mixtral_offload.weights.checkpoint import read_config
-from mixtral_offload.weights.config_check import check_size
 from mixtral_offload.weights.hub_access import hub_token
 from mixtral_offload.weights.source import resolve
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-#: the published Mixtral-8x7B checkpoint holds no tokenizer; its own model page is gated, the second is the same, open
-MIXTRAL_8X7B = ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Xenova/mistral-tokenizer-v1")
 #: Mixtral-8x7B-Instruct's prompt format, for a tokenizer that comes without a template
 INSTRUCT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
@@ -65,7 +64,7 @@ def load_tokenizer(
     if any((folder / name).is_file() for name in FILES):
         return _read(folder)
     config = read_config(folder)
-    candidates = MIXTRAL_8X7B if (config.model_type, config.vocab_size) == ("mixtral", 32000) else ()
+    candidates = family_of(config).tokenizers(config)
     errors, where = [], _of_transformers(elsewhere) if candidates else {}
     for candidate in candidates:
         try:

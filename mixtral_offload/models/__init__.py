@@ -1,1 +1,1 @@
-"""What a model is, from its configuration and modules alone: sizes, the KV cache."""
+"""What a model is: its family, configuration, stored tensors, sizes and KV cache."""

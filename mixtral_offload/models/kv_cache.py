@@ -5,16 +5,13 @@ Knows transformers' attention modules and its `DynamicCache`. Knows nothing of e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from mixtral_offload.weights.checkpoint import first_attribute
-from mixtral_offload.weights.config_check import layer_configs
-
-LAYER = re.compile(r"\.(\d+)\.")
+from mixtral_offload.models.config_check import layer_configs
+from mixtral_offload.models.family import LAYER, MoELayer, first_attribute
 
 
 def kv_bytes(kv: Iterable[tuple[int, int | None]], context: int, item: int) -> int:
@@ -23,14 +20,14 @@ def kv_bytes(kv: Iterable[tuple[int, int | None]], context: int, item: int) -> i
 
 
 def kv_layout(
-    model: nn.Module, config: PreTrainedConfig, experts: Iterable[str]
+    model: nn.Module, config: PreTrainedConfig, moe: Iterable[MoELayer]
 ) -> tuple[tuple[tuple[int, int | None], ...], tuple[str, ...]]:
     """Find what the layers of a model keep of each token.
 
     Args:
         model: On any device, the meta device too.
         config: Of its text model.
-        experts: Names of its modules of experts.
+        moe: Its layers with experts.
 
     Returns:
         For each layer of transformers' own cache that grows (elements per token, sliding window or None); and what is
@@ -39,13 +36,11 @@ def kv_layout(
     layers = DynamicCache(config=config).layers
     configs = layer_configs(config)
     kv, notes = [], []
-    lists = tuple({name[: LAYER.search(name).start() + 1] for name in experts})  # not an image encoder's
+    lists = tuple({f"{layer.in_list}." for layer in moe})  # not an image encoder's
     elements = {
-        int(match[1]): n
+        int(match["number"]): n
         for name, module in model.named_modules()
-        if name.startswith(lists)
-        and (match := LAYER.search(name))
-        and (n := _kv_elements(module)) is not None
+        if name.startswith(lists) and (match := LAYER.match(name)) and (n := _kv_elements(module)) is not None
     }
     for number, layer in enumerate(layers):
         if type(layer).__name__.startswith("LinearAttention"):

@@ -12,20 +12,18 @@ from math import gcd, prod
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from mixtral_offload.core.placement import Sizes
 from mixtral_offload.errors import OptionError
-from mixtral_offload.models.kv_cache import LAYER, kv_bytes, kv_layout
-from mixtral_offload.weights.checkpoint import first_attribute
-from mixtral_offload.weights.config_check import TOP_K, stated_experts
+from mixtral_offload.models.config_check import stated_experts
+from mixtral_offload.models.experts import ExpertsShape, Shape, experts_shape, has_plain_experts
+from mixtral_offload.models.family import MoELayer, first_attribute
+from mixtral_offload.models.kv_cache import kv_bytes, kv_layout
+from mixtral_offload.models.registry import FAMILIES, family_of
 from mixtral_offload.weights.hqq import PAPER, Quantization, field_specs
 from mixtral_offload.weights.kernels import dequantized_bytes
 from mixtral_offload.weights.layout import ALIGNMENT
-from mixtral_offload.weights.skeleton import has_plain_experts
-
-Shape = tuple[int, int]
-TESTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # tests/test_families.py
 
 
 @dataclass(frozen=True)
@@ -138,12 +136,12 @@ def matrix_bytes(shape: Shape, bits: int, alignment: int = 1) -> int:
     return sum(-(-size // alignment) * alignment for size in sizes)
 
 
-def model_sizes(config) -> ModelSizes:
+def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     """From transformers' configuration. Raises OptionError for a dense model, or for one without a module for experts."""
     model = _on_meta(config)
     text = config.get_text_config()
-    experts = dict(_experts(model))
-    if not experts:
+    layers = family_of(text).layers(model)
+    if not layers:
         if stated := stated_experts(config.to_dict()):
             raise OptionError(
                 f"{config.model_type} is a mixture of experts of a family that is not supported: it keeps its experts where"
@@ -155,25 +153,26 @@ def model_sizes(config) -> ModelSizes:
             " reach", expected="a Mixture-of-Experts configuration, such as Mixtral's, Qwen3-MoE's or gpt-oss's",
             found="no layer with experts", hint="a dense model has nothing to offload: load it with transformers as it is",
         )  # fmt: skip
-    first, n_experts, matrices, vectors = _one_layout(config, experts)
-    attention, linear = _linears(model, experts, n_experts)
+    shape = _one_shape(config, model, layers)
+    attention, linear = _linears(model, layers, shape.n_experts)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     n_embedding, n_head = embedding.weight.numel(), 0
     if head is not None and head.weight is not embedding.weight:
         n_head = head.weight.numel()
-    in_experts = len(experts) * n_experts * (sum(map(prod, matrices)) + vectors)
-    packed = sum(prod(shape) * n for of in (attention, linear) for shape, n in of.items())
+    in_experts = len(layers) * shape.n_experts * (sum(map(prod, shape.matrices)) + shape.vectors)
+    packed = sum(prod(of) * n for counts in (attention, linear) for of, n in counts.items())
     total = sum(parameter.numel() for parameter in model.parameters())
-    kv, kv_notes = kv_layout(model, text, experts)
+    kv, kv_notes = kv_layout(model, text, layers)
     return ModelSizes(
-        config.model_type, text.num_hidden_layers, tuple(_number(name) for name in experts), n_experts, _top_k(text, n_experts),
-        text.hidden_size, first_attribute(text, "max_position_embeddings") or 2**31, matrices, vectors, attention, linear,
-        n_embedding, n_head, total - in_experts - packed - n_embedding - n_head, kv,
-        (*_runs(config, first), *kv_notes),
+        config.model_type, text.num_hidden_layers, tuple(layer.number for layer in layers), shape.n_experts,
+        _top_k(text, shape.n_experts), text.hidden_size, first_attribute(text, "max_position_embeddings") or 2**31,
+        shape.matrices, shape.vectors, attention, linear, n_embedding, n_head,
+        total - in_experts - packed - n_embedding - n_head, kv,
+        (*_runs(config, model.get_submodule(layers[0].name)), *kv_notes),
     )  # fmt: skip
 
 
-def _on_meta(config) -> nn.Module:
+def _on_meta(config: PreTrainedConfig) -> nn.Module:
     config = copy.deepcopy(config)
     config.quantization_config = None  # the shapes of the plain weights count
     try:
@@ -190,53 +189,26 @@ def _on_meta(config) -> nn.Module:
         ) from error  # fmt: skip
 
 
-def _experts(model: nn.Module):
-    """(name, module) of each layer's experts: the modules that hold stacked matrices [E, ., .] of their own."""
-    for name, module in model.named_modules():
-        stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
-        if stacked and name.rpartition(".")[2].endswith("experts"):
-            yield name, module
-
-
-def _number(name: str) -> int:
-    return int(LAYER.search(name)[1])
-
-
-def _one_layout(config, experts: dict[str, nn.Module]) -> tuple[nn.Module, int, tuple[Shape, ...], int]:
-    """(the first layer's experts, experts per layer, matrices and other parameters of one); refuses mixed layers."""
-    found = {name: _one_expert(module) for name, module in experts.items()}
-    name, first = next(iter(found.items()))
-    for other, of_other in found.items():
-        if of_other != first:
+def _one_shape(config: PreTrainedConfig, model: nn.Module, layers: list[MoELayer]) -> ExpertsShape:
+    """The shape of the experts of all layers; refuses mixed layers."""
+    first, *others = ((layer.name, experts_shape(model.get_submodule(layer.name))) for layer in layers)
+    for name, shape in others:
+        if shape != first[1]:
             raise OptionError(
                 f"{config.model_type}: the layers have different experts, which one plan cannot hold",
-                expected=f"{first} as in {name}", found=f"{of_other} in {other}",
+                expected=f"{first[1]} as in {first[0]}", found=f"{shape} in {name}",
             )  # fmt: skip
-    return experts[name], *first
+    return first[1]
 
 
-def _one_expert(module: nn.Module) -> tuple[int, tuple[Shape, ...], int]:
-    """(experts of the layer, [N, K] of one expert's matrices, parameters that are no matrix)."""
-    matrices, vectors, n_experts = [], 0, 0
-    for name, parameter in module.named_parameters(recurse=False):
-        n_experts, *dims = parameter.shape
-        if len(dims) != 2:
-            vectors += prod(dims)
-            continue
-        is_transposed = "gate_up" in name and dims[1] >= 2 * dims[0]  # where the module does not say
-        if getattr(module, "is_transposed", is_transposed):
-            dims = dims[::-1]
-        parts = 2 if "gate_up" in name else 1
-        matrices += [(dims[0] // parts, dims[1])] * parts
-    return n_experts, tuple(matrices), vectors
-
-
-def _linears(model: nn.Module, experts, n_experts: int) -> tuple[dict[Shape, int], dict[Shape, int]]:
+def _linears(
+    model: nn.Module, layers: list[MoELayer], n_experts: int
+) -> tuple[dict[Shape, int], dict[Shape, int]]:
     """Shapes of the trunk's projections: (attention, shared experts and dense MLPs); no routers, no head."""
     attention, linear = Counter(), Counter()
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{of}.") for of in experts) if "experts" in name else False
+        inside = any(name.startswith(f"{of.name}.") for of in layers) if "experts" in name else False
         if not isinstance(module, nn.Linear) or module is head or inside:
             continue
         if module.out_features in (1, n_experts) and name.rpartition(".")[2].endswith(("gate", "router")):
@@ -246,24 +218,25 @@ def _linears(model: nn.Module, experts, n_experts: int) -> tuple[dict[Shape, int
     return dict(attention), dict(linear)
 
 
-def _top_k(config, n_experts: int) -> int:
-    top_k = first_attribute(config, *TOP_K)
+def _top_k(config: PreTrainedConfig, n_experts: int) -> int:
+    family = family_of(config)
+    top_k = family.top_k(config)
     if type(top_k) is not int or not 1 <= top_k <= n_experts:
         raise OptionError(
-            f"{config.model_type} does not say how many experts a token uses", key=" or ".join(TOP_K),
+            f"{config.model_type} does not say how many experts a token uses", key=" or ".join(family.top_ks),
             expected=f"1 to {n_experts}", found=top_k,
         )  # fmt: skip
     return top_k
 
 
-def _runs(config, experts: nn.Module) -> list[str]:
+def _runs(config: PreTrainedConfig, experts: nn.Module) -> list[str]:
     """What stands between this plan and `from_pretrained`."""
     if not has_plain_experts(experts):
         return [
             f"a plan only: from_pretrained does not run {config.model_type}'s experts yet (biases or another layout)"
         ]
-    if config.model_type not in TESTED:
+    if config.model_type not in FAMILIES:
         return [
-            f"from_pretrained has not been tried with {config.model_type} (only with {', '.join(TESTED)})"
+            f"from_pretrained has not been tried with {config.model_type} (only with {', '.join(FAMILIES)})"
         ]
     return []

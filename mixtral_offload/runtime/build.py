@@ -1,12 +1,11 @@
 """`from_pretrained`: an ordinary transformers model whose experts are offloaded.
 
-Knows transformers: its model classes, its module names, and its experts interface, through which `runtime/forward.py` is called
+Knows transformers: its model classes and its experts interface, through which `runtime/forward.py` is called
 in place of the model's own experts.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import weakref
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,20 +25,22 @@ from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import POLICIES
 from mixtral_offload.errors import OptionError
+from mixtral_offload.models.checkpoint import Checkpoint, ExpertId, open_checkpoint
+from mixtral_offload.models.experts import FUSED, activation
+from mixtral_offload.models.family import MoELayer
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_trunk
 from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.observer import Observer
+from mixtral_offload.runtime.observer import Observers
 from mixtral_offload.runtime.options import OffloadOptions, compile_choice, device_layout, plan_for
 from mixtral_offload.runtime.pass_state import Pass, Passes, track_passes
-from mixtral_offload.runtime.prefetch import Gate, Prefetcher
+from mixtral_offload.runtime.prefetch import Prefetcher
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.runtime.save import save_whole
 from mixtral_offload.runtime.settings import read_generation_config
 from mixtral_offload.runtime.store import FileStore, RamStore
-from mixtral_offload.weights.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.weights.checksums import finish_checks
 from mixtral_offload.weights.hqq import QuantizedLinear, matmul
 from mixtral_offload.weights.kernels import PACKED_TOKENS, Run, linear, make_run
@@ -66,17 +66,17 @@ class Offload:
     options: OffloadOptions
     plan: Plan
     cache: ExpertCache
-    modules: dict[str, int]  # name of each module of experts -> its layer
+    layers: list[MoELayer]  # those with experts
     run: Run  # one expert, from its views
     plain_run: Run  # the same without torch.compile, for autograd
     compiled: tuple[bool, str]  # whether it is compiled, and why
     prefetcher: Prefetcher | None = None
-    recorders: tuple[Observer, ...] = ()
     compile_s: float = 0.0  # what compiling took while building
     passes: Passes = field(init=False)
 
     def __post_init__(self):
         self.passes = Passes(_Counters(self))
+        self.passes.on_begin.append(_tell(self.observers))
         _built.add(self)
 
     def __reduce_ex__(self, protocol):
@@ -94,14 +94,19 @@ class Offload:
         return self.cache.stats
 
     @property
+    def observers(self) -> Observers:
+        """Who watches the model run."""
+        return self.cache.observers
+
+    @property
     def layout(self) -> ExpertLayout:
         return self.cache.layout
 
     def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
         """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
         with self.cache.lock:
-            for recorder in self.recorders:
-                recorder.add_guess(layer, experts, distance)
+            for observer in self.observers:
+                observer.predicted(layer, experts, distance)
             self.cache.prefetch(layer, experts, distance)
 
     def settings(self) -> dict:
@@ -112,6 +117,14 @@ class Offload:
                 "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "home": plan.home,
                 "policy": options.policy, "shared_slots": options.shared_slots, "prefetch": options.prefetch,
                 "look_ahead": options.look_ahead, "device": str(options.device)}  # fmt: skip
+
+
+def _tell(observers: Observers) -> Callable[[Pass], None]:
+    def tell(current: Pass) -> None:
+        for observer in observers:
+            observer.pass_began(current)
+
+    return tell
 
 
 def _refuse_copy(protocol) -> NoReturn:
@@ -157,7 +170,7 @@ def _build(path_or_repo_id: str | Path | None, hub: dict, options: OffloadOption
     folder = resolve(path_or_repo_id, **hub)
     checkpoint = open_checkpoint(folder)
     generation = read_generation_config(folder)
-    model, modules, gates, options = build_skeleton(checkpoint, options)
+    model, layers, options = build_skeleton(checkpoint, options)
     plan = plan_for(checkpoint, options)
     compiled = compile_choice(checkpoint, options)
     product = None if options.unpack else linear if compiled[0] else matmul
@@ -165,11 +178,10 @@ def _build(path_or_repo_id: str | Path | None, hub: dict, options: OffloadOption
     finish_checks(checkpoint.trunk.values())
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
-    # a copy that knows nothing of the model, which would otherwise hold itself
-    gated = copy.copy(model.get_submodule(next(iter(modules))))
-    run, plain_run = (make_run(cache.layout, gated._apply_gate, compile) for compile in (compiled[0], False))
-    model.offload = Offload(checkpoint, options, plan, cache, modules, run, plain_run, compiled)
-    _attach(model, gates)
+    activate = activation(model.get_submodule(layers[0].name))
+    run, plain_run = (make_run(cache.layout, activate, compile) for compile in (compiled[0], False))
+    model.offload = Offload(checkpoint, options, plan, cache, layers, run, plain_run, compiled)
+    _attach(model)
     if compiled[0]:
         model.offload.compile_s = _compile_now(model)
     if generation is not None:
@@ -234,25 +246,26 @@ def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.de
         yield expert
 
 
-def _attach(model: PreTrainedModel, gates: list[Gate]) -> None:
+def _attach(model: PreTrainedModel) -> None:
     """Put `offloaded_experts` in place of the model's own experts, and the guesses under its layers."""
     offload, options = model.offload, model.offload.options
-    for name, layer in offload.modules.items():
-        module = model.get_submodule(name)
-        module.offload, module.layer = offload, layer
+    for layer in offload.layers:
+        module = model.get_submodule(layer.name)
+        module.offload, module.layer = offload, layer.number
         if options.unpack:
-            _lend_weights(module, offload.cache, layer)
+            _lend_weights(module, offload.cache, layer.number)
     model.set_experts_implementation("offloaded")
     save_whole(model)
     for module in (model, model.base_model):
         module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
     track_passes(model.base_model, offload.passes)
     if not options.unpack:  # then they are parameters
-        offload.passes.observers.append(_refuse_untrainable(model))
+        offload.passes.on_begin.append(_refuse_untrainable(model))
     if options.prefetch and offload.plan.home:
         offload.prefetcher = Prefetcher(
-            model, gates, offload.prefetch, options.prefetch, options.look_ahead, passes=offload.passes
-        )
+            model, offload.layers, offload.prefetch, options.prefetch, options.look_ahead,
+            passes=offload.passes,
+        )  # fmt: skip
 
 
 def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
@@ -269,7 +282,7 @@ def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
         for part in of:
             for name, config in (getattr(part(), "peft_config", None) or {}).items():
                 for target in getattr(config, "target_parameters", None) or ():
-                    if target.rpartition(".")[2] in ("gate_up_proj", "down_proj"):
+                    if target.rpartition(".")[2] in FUSED:
                         raise OptionError(
                             "this adapter changes experts, whose weights are no parameters here", key=f"adapter {name}", found=target,
                             hint="train or load adapters of other layers (attention, router, head), or use unpack=True",
@@ -285,13 +298,12 @@ def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
 
 
 def _lend_weights(module: nn.Module, cache: ExpertCache, layer: int) -> None:
-    """The cache's memory of one layer, every expert resident and dequantized, as transformers' parameters
-    `gate_up_proj [experts, 2 * intermediate, hidden]` and `down_proj [experts, hidden, intermediate]`."""
+    """Make transformers' parameters `[experts, N, K]` of the cache's memory of one layer, all of it resident and
+    dequantized. Matrices that share a parameter lie below each other in it."""
     rows = cache.resident_rows(layer)  # uint8 [experts, n_bytes]
-    gate, up, down = cache.layout.fields
-    for name, first, shape in (
-        ("gate_up_proj", gate, (gate.shape[0] + up.shape[0], gate.shape[1])), ("down_proj", down, down.shape),
-    ):  # fmt: skip
-        n_bytes = prod(shape) * first.dtype.itemsize
+    fields = {field.matrix: field for field in cache.layout.fields}
+    for name, matrices in FUSED.items():
+        first, shape = fields[matrices[0]], (sum(fields[of].shape[0] for of in matrices), -1)
+        n_bytes = sum(fields[of].n_bytes for of in matrices)
         weights = rows[:, first.offset : first.offset + n_bytes].view(first.dtype).unflatten(1, shape)
         setattr(module, name, nn.Parameter(weights, requires_grad=False))

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from mixtral_offload import __version__
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.checkpoint import INDEX, Checkpoint, open_checkpoint
+from mixtral_offload.models.keys import TrunkPlace
+from mixtral_offload.models.registry import family_of
 from mixtral_offload.runtime.preflight import check_loads
 from mixtral_offload.system.files import SMALL_SUFFIXES, read_small, replace_file, replacing, write_new
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mixtral_offload.weights.checksums import (
     Ledger,
     as_metadata,
@@ -44,7 +46,6 @@ from mixtral_offload.weights.hqq import (
     repack,
     split_quantized,
 )
-from mixtral_offload.weights.keys import TrunkPlace
 from mixtral_offload.weights.manifest import METHOD, OURS, Manifest, Matrix, by_pattern
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, is_finite, read_header
 from mixtral_offload.weights.source import local_folder
@@ -54,13 +55,6 @@ from mixtral_offload.weights.work_folder import (
     finish_renamed,
     resume_hint,
     target_exists,
-)
-
-ATTENTION = (
-    ".self_attn.q_proj.weight",
-    ".self_attn.k_proj.weight",
-    ".self_attn.v_proj.weight",
-    ".self_attn.o_proj.weight",
 )
 
 
@@ -207,7 +201,7 @@ def _check_before(checkpoint: Checkpoint, experts, attention) -> Manifest | None
         field_specs(matrix.shape, matrix.quantization)  # the groups must divide it
     trunk, places, linears = dict(checkpoint.trunk), dict(checkpoint.places), dict(checkpoint.linears)
     modules = {}
-    for module, fields in _modules_of(checkpoint.trunk).items():
+    for module, fields in _modules_of(checkpoint).items():
         stored = _stored_matrix(checkpoint, module, fields)
         wanted = stored if attention is None else Matrix(stored.shape, attention)
         if wanted.quantization.bits < 16:
@@ -355,7 +349,7 @@ def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, devic
     """The trunk as it is stored, attention matrices quantized where asked."""
     trunk = dict(checkpoint.trunk)
     tensors = {}
-    for module, fields in _modules_of(trunk).items() if attention is not None else ():
+    for module, fields in _modules_of(checkpoint).items() if attention is not None else ():
         matrix = _stored_matrix(checkpoint, module, fields)
         read = {name: trunk.pop(f"{module}.{name}").read() for name in fields}
         made = _requantized(f"{module}.", read, matrix.shape, matrix.quantization, attention, device)
@@ -363,11 +357,12 @@ def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, devic
     return {key: stored.read() for key, stored in trunk.items()} | tensors
 
 
-def _modules_of(trunk: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+def _modules_of(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
     """Name of each projection of the attention, and of each packed matrix -> field -> tensor."""
     modules: dict[str, dict[str, StoredTensor]] = {}
-    for key, stored in trunk.items():
-        split = (key.removesuffix(".weight"), "weight") if key.endswith(ATTENTION) else split_quantized(key)
+    attention = family_of(checkpoint.config).attention
+    for key, stored in checkpoint.trunk.items():
+        split = (key.removesuffix(".weight"), "weight") if key.endswith(attention) else split_quantized(key)
         if split is not None:
             modules.setdefault(split[0], {})[split[1]] = stored
     return modules

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.weights.checkpoint import Checkpoint
+from mixtral_offload.models.checkpoint import Checkpoint
 from mixtral_offload.weights.hqq import Fields, Quantization, QuantizedLinear, dequantize, field_specs, matmul
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads
 

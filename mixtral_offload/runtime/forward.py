@@ -54,8 +54,8 @@ def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
 
 def run_experts(module: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the chosen experts of each token: x `[T, H]` -> `[T, k, H]`, not yet weighted (`top_k_weights` is recorded)."""
-    serve = _serve_token if len(top_k_index) == 1 else _serve_tokens
-    return serve(module.offload, module.layer, x, top_k_index, top_k_weights)
+    run = run_token if len(top_k_index) == 1 else run_tokens
+    return run(module.offload, module.layer, x, top_k_index, top_k_weights)
 
 
 def _weighted_sum(y: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def with_gradients(
 
 
 def _refuse_recording(offload) -> None:
-    if any(recorder.is_exclusive for recorder in offload.recorders):
+    if offload.observers.is_exclusive:
         raise OptionError(
             "a pass with gradients cannot be recorded", found="record() around a pass that needs gradients, or its backward",
             hint="record under torch.no_grad(), or run this pass and its backward outside of record()",
@@ -117,7 +117,7 @@ class _FrozenExperts(torch.autograd.Function):
         enabled, dtype = ctx.autocast
         with torch.autocast(ctx.device, dtype, enabled), offload.cache.unrecorded():
             needed = [expert for expert, of in enumerate(rows) if len(of)]
-            for expert, views in offload.cache.serve(ctx.module.layer, needed):
+            for expert, views in offload.cache.fetch(ctx.module.layer, needed):
                 for part, x_part, grad_part in zip(*(of[expert].split(ROWS) for of in (rows, x_of, grad_of))):
                     grads[part] = _grad_of_expert(offload, views, x_part, grad_part)
         # summed in the router's order, so that no cache size changes a single bit
@@ -140,20 +140,20 @@ def _grouped(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
     return y
 
 
-def _serve_token(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def run_token(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of one token, x `[1, H]`: nothing to sort."""
     chosen, meanwhile = _read(offload, layer, top_k_index[0], 1)
     results = {}
     began_s = time.perf_counter()
     with offload.cache.lock:
-        for expert, views in offload.cache.serve(layer, sorted(chosen), meanwhile):
+        for expert, views in offload.cache.fetch(layer, sorted(chosen), meanwhile):
             results[expert] = offload.run(x, views)
         _record(offload, layer, top_k_index, top_k_weights, began_s)
     # under autocast results are of another dtype than the tokens, as they are in transformers' own experts
     return torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)
 
 
-def _serve_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def run_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of many tokens, x `[T, H]`, sorted by expert."""
     n_tokens, top_k = top_k_index.shape
     order, counts = _by_expert(top_k_index, offload.checkpoint.n_experts)
@@ -165,7 +165,7 @@ def _serve_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_wei
     began_s = time.perf_counter()
     with offload.cache.lock:
         needed = [expert for expert, n in enumerate(counts) if n]
-        for expert, views in offload.cache.serve(layer, needed, meanwhile):
+        for expert, views in offload.cache.fetch(layer, needed, meanwhile):
             for part in rows[expert].split(ROWS):
                 part.copy_(offload.run(part, views))
         _record(offload, layer, top_k_index, top_k_weights, began_s)
@@ -202,8 +202,8 @@ def _read(offload, layer: int, numbers: Tensor, n_tokens: int) -> tuple[list[int
 
 
 def _record(offload, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
-    for recorder in offload.recorders:
-        recorder.add(layer, top_k_index, top_k_weights, began_s)
+    for observer in offload.observers:
+        observer.routed(layer, top_k_index, top_k_weights, began_s)
 
 
 ALL_EXPERTS_FUNCTIONS.register("offloaded", offloaded_experts)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixtral_offload.core.placement import Plan
+from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.options import MARGIN_BYTES, OffloadOptions, budgets, device_needs, plan_for
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.units import gb, listed
-from mixtral_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.weights.source import resolve
 
 DEVICE_PARTS = ("trunk", "KV cache", "scratch", "resident experts", "cache slots", "staging")

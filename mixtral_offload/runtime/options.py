@@ -15,14 +15,14 @@ import torch
 from mixtral_offload.core.placement import Plan, Sizes, make_plan
 from mixtral_offload.core.policies import make_policy, staging_rows
 from mixtral_offload.errors import CapacityError, OptionError
+from mixtral_offload.models.checkpoint import Checkpoint
 from mixtral_offload.models.kv_cache import kv_bytes, kv_layout
+from mixtral_offload.models.skeleton import build_meta, check_experts
 from mixtral_offload.system.machine import free_memory
 from mixtral_offload.units import check_whole, gb, parse_size
-from mixtral_offload.weights.checkpoint import Checkpoint
 from mixtral_offload.weights.kernels import choose, dequantized_bytes
 from mixtral_offload.weights.layout import ROWS, ExpertLayout
 from mixtral_offload.weights.safetensors_io import StoredTensor
-from mixtral_offload.weights.skeleton import build_meta, check_experts
 
 #: of a batch's prompts, so many go through a pass together: more would fill the experts no better
 PROMPT_TOKENS = 4096

@@ -65,13 +65,13 @@ class Passes:
 
     Attributes:
         lock: Held during a pass.
-        observers: Called with each new `Pass`, in its thread, before its first layer.
+        on_begin: Called with each new `Pass`, in its thread, before its first layer.
     """
 
     def __init__(self, counters: Callable[[], CacheStats] = CacheStats) -> None:
         self._counters = counters
         self.lock = threading.RLock()
-        self.observers: list[Callable[[Pass], None]] = []
+        self.on_begin: list[Callable[[Pass], None]] = []
         self._local = threading.local()
         self._n_passes = 0
         self._refusal: str | None = None
@@ -115,8 +115,8 @@ class Passes:
                 self._n_passes += 1
                 can_skip = getattr(self._local, "skips_padding", False)
                 self._local.current = _new_pass(self._n_passes, arguments, can_skip)
-                for observer in tuple(self.observers):
-                    observer(self._local.current)
+                for call in tuple(self.on_begin):
+                    call(self._local.current)
                 return forward()
             finally:
                 if outer is None:

@@ -1,30 +1,29 @@
 """Speculative loading: guess the experts of layers to come from the hidden state of now (2312.17238, section 3.2).
 
-Knows a model's routers and norms by the names that transformers gives them. Knows nothing of slots or copies: a guess
-is a ranking of experts.
+Knows the routers of a model's layers. Knows nothing of slots or copies: a guess is a ranking of experts.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from mixtral_offload.errors import OptionError
+from mixtral_offload.models.family import MoELayer
 from mixtral_offload.runtime.pass_state import Pass, Passes
 
 #: when to guess, as `Prefetcher` takes it
 MOMENTS = ("after",)
-#: (hidden state `[T, H]` of now, gates of the layers to guess for) -> logits `[gates, T, experts]`
-Predictor = Callable[[Tensor, Sequence["Gate"]], Tensor]
+#: (hidden state `[T, H]` of now, layers to guess for) -> logits `[layers, T, experts]`
+Predictor = Callable[[Tensor, Sequence[MoELayer]], Tensor]
 
 
-def next_router(hidden: Tensor, gates: Sequence[Gate]) -> Tensor:
+def next_router(hidden: Tensor, layers: Sequence[MoELayer]) -> Tensor:
     """What the later layers' routers would say if their layers began here: their own norm, then their own weights."""
-    return torch.stack([nn.functional.linear(gate.norm(hidden), gate.router.weight) for gate in gates])
+    return torch.stack([layer.router(hidden) for layer in layers])
 
 
 class FoldedRouters:
@@ -33,55 +32,24 @@ class FoldedRouters:
     logits, it does not change their order."""
 
     def __init__(self):
-        self._folded: dict[
-            int, Tensor
-        ] = {}  # by the first layer to guess for, which says which others follow
+        #: by the first layer to guess for, which says which others follow
+        self._folded: dict[int, Tensor] = {}
 
-    def __call__(self, hidden: Tensor, gates: Sequence[Gate]) -> Tensor:
-        folded = self._folded.get(gates[0].layer)
-        if folded is None or len(folded) != len(gates) * len(gates[0].router.weight):
-            weights = [gate.router.weight.float() * gate.norm.weight.float() for gate in gates]
-            folded = self._folded[gates[0].layer] = torch.cat(weights)  # [gates * experts, H]
+    def __call__(self, hidden: Tensor, layers: Sequence[MoELayer]) -> Tensor:
+        first, routers = layers[0].number, [layer.router for layer in layers]
+        folded = self._folded.get(first)
+        if folded is None or len(folded) != len(layers) * len(routers[0].weight):
+            weights = [router.weight.float() * router.norm.weight.float() for router in routers]
+            folded = self._folded[first] = torch.cat(weights)  # [layers * experts, H]
         x = hidden.float()
         if len(x) > 1:
-            x = nn.functional.rms_norm(x, x.shape[-1:], eps=gates[0].norm.variance_epsilon)
-        return nn.functional.linear(x, folded).view(len(x), len(gates), -1).transpose(0, 1)
+            x = nn.functional.rms_norm(x, x.shape[-1:], eps=routers[0].epsilon)
+        return nn.functional.linear(x, folded).view(len(x), len(layers), -1).transpose(0, 1)
 
 
-def default_predictor(gates: Sequence[Gate]) -> Predictor:
+def default_predictor(layers: Sequence[MoELayer]) -> Predictor:
     """Folded routers where every norm is an RMS norm."""
-    return FoldedRouters() if all(hasattr(gate.norm, "variance_epsilon") for gate in gates) else next_router
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One layer's way from the residual stream to its experts; `block` is the decoder layer (held weakly: it holds
-    the experts, which hold the cache)."""
-
-    layer: int
-    norm: nn.Module
-    router: nn.Module
-    block: weakref.ref[nn.Module]
-
-
-def find_gates(model: nn.Module, experts: dict[str, int]) -> list[Gate]:
-    """The gates of a model, by layer. experts: module name of each layer's experts -> layer.
-
-    Raises OptionError for a family whose router or norm is not where Mixtral, Qwen-MoE and OLMoE have it.
-    """
-    gates = []
-    for name, layer in experts.items():
-        moe = model.get_submodule(name.rpartition(".")[0])
-        block = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-        router = getattr(moe, "gate", None) or getattr(moe, "router", None)
-        norm = getattr(block, "post_attention_layernorm", None)
-        if norm is None or getattr(router, "weight", None) is None or router.weight.ndim != 2:
-            raise OptionError(
-                "speculative loading does not know this family's router", found=type(moe).__name__,
-                expected="a router `gate` and a norm `post_attention_layernorm`", hint="use prefetch=0",
-            )  # fmt: skip
-        gates.append(Gate(layer, norm, router, weakref.ref(block)))
-    return gates
+    return FoldedRouters() if all(layer.router.epsilon is not None for layer in layers) else next_router
 
 
 class HostCopy:
@@ -113,28 +81,29 @@ class Prefetcher:
     """
 
     def __init__(
-        self, model: nn.Module, gates: list[Gate], start: Callable[[int, list[int], int], None], n_experts: int, look_ahead: int = 1,
+        self, model: nn.Module, layers: list[MoELayer], start: Callable[[int, list[int], int], None], n_experts: int, look_ahead: int = 1,
         predictor: Predictor | None = None, moments: tuple[str, ...] = MOMENTS, *, passes: Passes,
     ):  # fmt: skip
         self.n_experts, self.look_ahead, self.moments = n_experts, look_ahead, moments
-        self.predictor = predictor or default_predictor(gates)
-        self.everything = list(range(len(gates[0].router.weight)))  # experts of a layer
+        self.predictor = predictor or default_predictor(layers)
+        self.everything = list(range(len(layers[0].router.weight)))  # experts of a layer
         # weak, like the hooks' hold on this object: a dropped model frees its memory at once, without a collection
         self._start = weakref.WeakMethod(start)
-        targets = [gates[n : n + look_ahead] for n in range(len(gates) + 1)]
-        self._targets = [([gate.layer for gate in of], of) for of in targets]  # the layers from the n-th on
-        self._number = {gate.layer: number for number, gate in enumerate(gates)}
+        targets = [layers[n : n + look_ahead] for n in range(len(layers) + 1)]
+        self._targets = [([layer.number for layer in of], of) for of in targets]  # from the n-th on
+        self._number = {layer.number: n for n, layer in enumerate(layers)}
         self._hooks, self._passes = [], passes
         weak = weakref.proxy(self)
         if "before" in moments:
-            self._hooks += [gate.norm.register_forward_pre_hook(_keep_hidden(weak)) for gate in gates]
+            norms = [layer.router.norm for layer in layers]
+            self._hooks += [norm.register_forward_pre_hook(_keep_hidden(weak)) for norm in norms]
         if "after" in moments:
             embeddings = model.get_input_embeddings()
             self._hooks.append(embeddings.register_forward_hook(_guess_after(weak, -1)))
-            self._observer = _guess_from_embeds(weak)
-            passes.observers.append(self._observer)
+            self._on_begin = _guess_from_embeds(weak)
+            passes.on_begin.append(self._on_begin)
             self._hooks += [
-                gate.block().register_forward_hook(_guess_after(weak, n)) for n, gate in enumerate(gates)
+                layer.block().register_forward_hook(_guess_after(weak, n)) for n, layer in enumerate(layers)
             ]
 
     def number(self, layer: int) -> int:
@@ -192,11 +161,20 @@ class Prefetcher:
         for distance, (layer, experts) in enumerate(zip(self._targets[number + 1][0], ranked), 1):
             self._start()(layer, experts, distance)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Predict nothing meanwhile."""
+        targets, self._targets = self._targets, [([], [])] * len(self._targets)
+        try:
+            yield
+        finally:
+            self._targets = targets
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if "after" in self.moments:
-            self._passes.observers.remove(self._observer)
+            self._passes.on_begin.remove(self._on_begin)
 
 
 def _keep_hidden(prefetcher: Prefetcher):
@@ -207,11 +185,11 @@ def _keep_hidden(prefetcher: Prefetcher):
 
 
 def _guess_from_embeds(prefetcher: Prefetcher):
-    def observer(current: Pass) -> None:
+    def on_begin(current: Pass) -> None:
         if current.embeds is not None:  # no embedding module is called, whose hook would guess
             prefetcher.after(-1, current.embeds)
 
-    return observer
+    return on_begin
 
 
 def _guess_after(prefetcher: Prefetcher, number: int):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mixtral_offload.errors import CheckpointError, OffloadError
+from mixtral_offload.models.checkpoint import Checkpoint
 from mixtral_offload.runtime.dense import load_trunk
 from mixtral_offload.runtime.options import OffloadOptions, device_needs
 from mixtral_offload.runtime.prepare import build_skeleton
-from mixtral_offload.weights.checkpoint import Checkpoint
 from mixtral_offload.weights.safetensors_io import StoredTensor
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mixtral_offload.errors import OffloadError, OptionError
+from mixtral_offload.models.checkpoint import Checkpoint
+from mixtral_offload.models.config_check import check_config
+from mixtral_offload.models.skeleton import build_meta
 from mixtral_offload.runtime.convert import save_checkpoint
-from mixtral_offload.weights.checkpoint import Checkpoint
-from mixtral_offload.weights.config_check import check_config
 from mixtral_offload.weights.hqq import QuantizedLinear
 from mixtral_offload.weights.manifest import OURS
-from mixtral_offload.weights.skeleton import build_meta
 
 
 def save_whole(model: PreTrainedModel) -> None:
@@ -243,7 +243,7 @@ def _of_this_shape(name: str, value: Tensor, own: Tensor) -> Tensor:
 
 def _check_same_places(model: PreTrainedModel) -> None:
     """Refuse a model whose layers were moved: experts would be saved at their old places."""
-    for name, layer in model.offload.modules.items():
+    for name, layer in ((of.name, of.number) for of in model.offload.layers):
         try:
             found = model.get_submodule(name)
         except AttributeError:

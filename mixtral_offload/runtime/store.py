@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.weights.checkpoint import Checkpoint, ExpertId
+from mixtral_offload.models.checkpoint import Checkpoint, ExpertId
 from mixtral_offload.weights.safetensors_io import StoredTensor, Watch
 
 OPEN_FILES = 64  # at most, of a store on disk
@@ -60,6 +60,11 @@ class RamStore:
         self._device = torch.cuda.current_device() if self.pinned else None
         for _ in checkpoint.read_experts(zip(self._row, self._slab)):
             progress(checkpoint.layout.n_bytes)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its slab."""
+        return self._slab.nbytes
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._row

@@ -18,10 +18,10 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.runtime.preflight import check_loads
 from mixtral_offload.system.files import SMALL_BYTES, SMALL_SUFFIXES, read_small
 from mixtral_offload.units import gb
-from mixtral_offload.weights.checkpoint import INDEX, open_checkpoint
 from mixtral_offload.weights.checksums import (
     checksum_of_small,
     combine,

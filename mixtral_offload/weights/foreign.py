@@ -22,7 +22,7 @@ FOREIGN_KEYS = (
     (re.compile(r"\.weight_packed$"), "compressed-tensors"),
     (re.compile(r"\.weight\.(absmax|quant_map|quant_state\..+)$"), "bitsandbytes"),
     (re.compile(r"\.weight_scale_inv$"), "fp8"),
-    (re.compile(r"(gate_up_proj|down_proj)_(blocks|scales)$"), "mxfp4"),
+    (re.compile(r"_proj_(blocks|scales)$"), "mxfp4"),
     (re.compile(r"\.(weight_scale|weight_scale_2|input_scale)$"), "fp8 or nvfp4"),
 )
 

@@ -138,7 +138,7 @@ PUBLISHED = frozenset((of.bits, of.group_size) for of in PAPER.values())
 
 
 def split_quantized(key: str) -> tuple[str, str] | None:
-    """`...q_proj.meta.scale_q` -> (`...q_proj`, `meta.scale_q`); None for the key of a plain tensor."""
+    """`layer.meta.scale_q` -> (`layer`, `meta.scale_q`); None for the key of a plain tensor."""
     for mark in PACKED_MARKS:
         if mark in key:
             module, _, rest = key.partition(mark)

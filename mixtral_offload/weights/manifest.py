@@ -74,7 +74,7 @@ class Manifest:
 
 
 def pattern_of(module: str) -> str:
-    """`model.layers.3.self_attn.q_proj` -> `model.layers.*.self_attn.q_proj`."""
+    """`layers.3.linear` -> `layers.*.linear`."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", module)
 
 

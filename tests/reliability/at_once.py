@@ -20,9 +20,9 @@ from mixtral_offload.analysis.recorder import record
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OffloadError
 from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.runtime.convert import convert_checkpoint
-from mixtral_offload.weights.checkpoint import open_checkpoint
 from mixtral_offload.weights.source import DEMO
 
 from ..hub_server import HubServer

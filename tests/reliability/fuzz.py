@@ -29,10 +29,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
 from mixtral_offload.errors import OffloadError
+from mixtral_offload.models.checkpoint import INDEX, SINGLE, open_checkpoint
 from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.runtime.options import OffloadOptions
 from mixtral_offload.runtime.prepare import build_skeleton
-from mixtral_offload.weights.checkpoint import INDEX, SINGLE, open_checkpoint
 from mixtral_offload.weights.safetensors_io import read_header
 
 from .result import Result

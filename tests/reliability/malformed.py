@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from mixtral_offload.errors import OffloadError
 from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.models.checkpoint import INDEX
 from mixtral_offload.runtime.build import from_pretrained
-from mixtral_offload.weights.checkpoint import INDEX
 from mixtral_offload.weights.source import DEMO
 
 from .result import Result

@@ -47,22 +47,22 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "an expert is published before its copy has ended", "runtime/cache.py",
-        "        copy.wait()\n        end = time", "        end = time",
+        "                load.copy.wait()\n", "",
         "tests/reliability/test_detect.py",
     ),
     Mutant(
-        "the wait for a copy is dropped where a prediction had started it", "runtime/copies.py",
-        "            while self.state not in OVER:", "            while self.state not in OVER and not self.was_guess:",
-        "tests/reliability/test_detect.py tests/test_transfer.py tests/test_prefetch.py",
+        "the wait for a copy is dropped where a prediction had started it", "runtime/cache.py",
+        "                load.copy.wait()\n", "                if not load.is_predicted: load.copy.wait()\n",
+        "tests/reliability/test_detect.py tests/test_prefetch.py",
     ),
     Mutant(
         "slots are off by one", "runtime/cache.py",
-        "            yield key[1], self._views[pool.held[key] if row is None else row]",
-        "            yield key[1], self._views[pool.held[key] - 1 if row is None else row]",
+        "            yield key[1], self._views[held[key] if row is None else row]",
+        "            yield key[1], self._views[held[key] - 1 if row is None else row]",
         "tests/reliability/test_detect.py",
     ),
     Mutant(
-        "w1 and w3 are swapped", "weights/keys.py",
+        "w1 and w3 are swapped", "models/family.py",
         '    "w1": "gate",', '    "w1": "up",',
         "tests/test_published_format.py",
     ),
@@ -84,8 +84,8 @@ MUTANTS = (
         "tests/reliability/test_detect.py",
     ),
     Mutant(
-        "a prediction takes a slot in use", "runtime/cache.py",
-        "            used.update(pool.held.values())\n", "            used.update(list(pool.held.values())[1:])\n",
+        "a prediction takes a slot in use", "core/residency.py",
+        "            rows += pool.held.values()\n", "            rows += list(pool.held.values())[1:]\n",
         "tests/reliability/test_detect.py tests/test_cache.py",
     ),
     Mutant(
@@ -106,13 +106,13 @@ MUTANTS = (
     ),
     Mutant(
         "gradients use what the slots hold now", "runtime/forward.py",
-        "            for expert, views in offload.cache.serve(ctx.module.layer, needed):",
+        "            for expert, views in offload.cache.fetch(ctx.module.layer, needed):",
         "            for expert, views in zip(needed, offload.cache._views):",
         "tests/test_passes.py -k gradients",
     ),
     Mutant(
         "an interrupted copy's slot is handed out while it is still written", "runtime/cache.py",
-        "            copy.abandon()\n            pool.loading.pop(key)", "            pool.loading.pop(key)",
+        "        elif do is Do.ABANDON:\n            _abandon(load)\n", "",
         "tests/test_cache.py",
     ),
     Mutant(
@@ -121,9 +121,9 @@ MUTANTS = (
         "tests/test_families.py -k quantized_attention",
     ),
     Mutant(
-        "experts of another module are taken for the model's own", "weights/keys.py",
-        'module = self.module_name(match["module"])',
-        'module = re.sub(r"^.*?layers", "model.layers", self.module_name(match["module"]))',
+        "experts of another module are taken for the model's own", "models/keys.py",
+        'module = self.module_name(stored.module)',
+        'module = re.sub(r"^.*?layers", "model.layers", self.module_name(stored.module))',
         "tests/test_keys.py",
     ),
     Mutant(

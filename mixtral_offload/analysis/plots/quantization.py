@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mixtral_offload.analysis.plots.style import BLACK, BLUE, RED, SKY, heat_map, new_figure, set_labels
 from mixtral_offload.errors import OptionError
-from mixtral_offload.weights.checkpoint import Checkpoint, ExpertId, open_checkpoint
+from mixtral_offload.models.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.weights.hqq import (
     PAPER,
     Fields,

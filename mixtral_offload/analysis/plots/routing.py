@@ -50,7 +50,7 @@ def plot_activations(
     """Which experts each token used, with the cache behind it (2312.17238, figure 1).
 
     Blue squares: gate weight. Grey: the expert was in the cache when the token came; settings: of that cache, as for
-    `simulate` (default: the run's own). layers: numbers, default four spread over the depth. Array: gate weights
+    `replay` (default: the run's own). layers: numbers, default four spread over the depth. Array: gate weights
     float32 [layers, E, tokens], 0 where not chosen.
     """
     tokens = np.arange(trace.n_tokens)[tokens]

@@ -25,17 +25,24 @@ from mixtral_offload.analysis.plots.style import (
     patches,
     spans,
 )
-from mixtral_offload.analysis.timed_replay import play
-from mixtral_offload.core.costs import Card
-from mixtral_offload.core.link import KINDS, NEEDED, RIGHT, WRONG
-from mixtral_offload.core.timed_result import ATTENTION, BESIDE, EXPERT, PARTS, Events, Played
+from mixtral_offload.analysis.timed_replay import (
+    ATTENTION,
+    EXPERT,
+    OUTSIDE,
+    PARTS,
+    Events,
+    TimedReplay,
+    timed_replay,
+)
+from mixtral_offload.core.copy_order import KINDS, NEEDED, RIGHT, WRONG
+from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.trace import MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
 
 LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "v"), (SKY, "P"), (BLACK, "X"))
 STALL = len(PARTS)
 DEVICE, LINK = range(2)
-COLOURS = {DEVICE: {BESIDE: "0.55", ATTENTION: "0.82", EXPERT: BLUE, STALL: RED},
+COLOURS = {DEVICE: {OUTSIDE: "0.55", ATTENTION: "0.82", EXPERT: BLUE, STALL: RED},
            LINK: {NEEDED: ORANGE, RIGHT: GREEN, WRONG: "0.35"}}  # fmt: skip
 RECORDED_ROWS = {"attention, norms, router": "0.75", "experts": BLUE, "stall: waiting for a copy": RED,
                  "copy on demand": ORANGE, "guess, came true": GREEN, "guess, wasted": "0.35"}  # fmt: skip
@@ -43,14 +50,14 @@ NAMES = {DEVICE: (*PARTS, "stall: waiting for a copy"), LINK: KINDS}
 
 
 def plot_time_over_slots(
-    trace: RoutingTrace, card: Card, cache_sizes: Sequence[int] | None = None,
+    trace: RoutingTrace, costs: DeviceCosts, cache_sizes: Sequence[int] | None = None,
     look_aheads: Sequence[int] = (0, 1, 2, 3), prefetch: int = 2, unit: str = "s",
 ) -> tuple[Figure, np.ndarray]:  # fmt: skip
     """Time per token against the experts of each layer in the cache: a line for each look-ahead (0: no guesses), and
     the floor that no guesses can beat.
 
     cache_sizes: default from the top-k to all. prefetch: experts guessed per layer, by the trace's own guesses. unit:
-    the card's. Array: float64 [look-aheads + 1, sizes], the last row the floor. Raises OptionError as `play` does, and
+    the costs'. Array: float64 [look-aheads + 1, sizes], the last row the floor. Raises OptionError as `timed_replay` does, and
     for a trace without a pass of one token.
     """
     sizes = range(trace.top_k, trace.n_experts + 1) if cache_sizes is None else cache_sizes
@@ -58,8 +65,8 @@ def plot_time_over_slots(
     for column, size in enumerate(sizes):
         for row, layers in enumerate(look_aheads):
             guesses = {"prefetch": prefetch, "look_ahead": layers} if layers else {}
-            shown[row, column] = play(trace, card, cache_size=size, **guesses).time_per_token
-        shown[-1, column] = play(trace, card, cache_size=size).floor_s
+            shown[row, column] = timed_replay(trace, costs, cache_size=size, **guesses).time_per_token
+        shown[-1, column] = timed_replay(trace, costs, cache_size=size).floor_s
     if np.isnan(shown).any():
         raise OptionError("no pass of this trace is one token's", hint="record more than the prompt")
     figure = new_figure(6.8, 4.4, f"Time per token, {prefetch} guesses per layer, played from a trace")
@@ -75,16 +82,16 @@ def plot_time_over_slots(
 
 
 def plot_replayed_pass(
-    played: Played, pass_number: int | None = None, unit: str = "s"
+    played: TimedReplay, pass_number: int | None = None, unit: str = "s"
 ) -> tuple[Figure, np.ndarray]:
     """What the device and the link do during one pass; copies are labelled with their expert.
 
-    played: with its events. pass_number: default the decoding pass of median length. unit: the card's. Array: float64
+    played: with its events. pass_number: default the decoding pass of median length. unit: the costs'. Array: float64
     [bars, 4] of (lane, kind, begin, length) from the pass's begin; lane DEVICE, with the parts of `Events` and STALL,
     or LINK, with its kinds. Raises OptionError where there are no events, or no such pass.
     """
     if played.events is None:
-        raise OptionError("there are no events to draw", hint="play(..., keep_events=True)")
+        raise OptionError("there are no events to draw", hint="timed_replay(..., keep_events=True)")
     n_passes = len(played.pass_s)
     if pass_number is None and n_passes:
         which = np.flatnonzero(played.decoding) if played.decoding.any() else np.arange(n_passes)

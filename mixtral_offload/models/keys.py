@@ -21,45 +21,23 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.models.experts import FUSED
+from mixtral_offload.models.family import LAYER, ExpertPlace, Family
 from mixtral_offload.weights.hqq import split_quantized
-from mixtral_offload.weights.skeleton import LAYER
 
-EXPERT_KEY = re.compile(
-    r"^(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj)\.(?P<field>.+)$"
-)
-MATRIX_NAMES = {
-    "w1": "gate",
-    "gate_proj": "gate",
-    "w3": "up",
-    "up_proj": "up",
-    "w2": "down",
-    "down_proj": "down",
-}
-#: a module's parameters that hold all of its experts -> the matrices of each, below each other
-FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+#: any one of a module of experts, to find out what the module is called
+PARAMETER = next(iter(reversed(FUSED)))
 #: buffers that models compute and old checkpoints hold all the same
 COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.masked_bias$")
 
 
 @dataclass(frozen=True)
-class ExpertPlace:
-    """One tensor of one expert. matrix: "gate", "up" or "down". field: "weight", "W_q", ... stem: the key without field.
-    short: the key that files of the published format have."""
-
-    module: str
-    expert: int
-    matrix: str
-    field: str
-    stem: str
-    short: str
-
-
-@dataclass(frozen=True)
 class FusedPlace:
-    """One or two matrices of all experts of a module."""
+    """One or two matrices of all experts of a module. name: of its parameter in the model."""
 
     module: str
     matrices: tuple[str, ...]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -84,10 +62,11 @@ class KeyMap:
     Args:
         model: On the meta device, with its experts' parameters.
         experts: Names of its modules of experts.
+        family: Names of an expert's matrices.
     """
 
-    def __init__(self, model: PreTrainedModel, experts: Iterable[str]):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, experts: Iterable[str], family: Family):
+        self.model, self.family = model, family
         self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)  # tied ones are one object
         self._experts = frozenset(experts)
         transforms = get_model_conversion_mapping(model)
@@ -108,12 +87,10 @@ class KeyMap:
         Raises:
             CheckpointError: If it belongs somewhere, but in a form that has to be converted first.
         """
-        if match := EXPERT_KEY.match(key):
-            module = self.module_name(match["module"])
+        if stored := self.family.expert_place(key):
+            module = self.module_name(stored.module)
             if module in self._experts:
-                field, number = match["field"], int(match["expert"])
-                stem, short = key.removesuffix(field), f"{match['matrix']}.{field}"
-                return ExpertPlace(module, number, MATRIX_NAMES[match["matrix"]], field, stem, short)
+                return stored._replace(module=module)
         split = split_quantized(key)
         name, is_converted = self._renamed(f"{split[0]}.weight" if split else key)
         if is_converted:
@@ -127,7 +104,7 @@ class KeyMap:
         if split:
             return TrunkPlace(name.removesuffix(".weight"), split[1])
         module, _, parameter = name.rpartition(".")
-        return FusedPlace(module, FUSED[parameter]) if module in self._experts else TrunkPlace(name)
+        return FusedPlace(module, FUSED[parameter], name) if module in self._experts else TrunkPlace(name)
 
     def _renamed(self, key: str) -> tuple[str, bool]:
         """(the name in the model, whether transformers would convert the tensor on its way there)"""
@@ -141,10 +118,11 @@ class KeyMap:
 
     def _module_name(self, module: str) -> str:
         """The name in the model of what may be a module of experts."""
-        name = rename_source_key(
-            f"{module}.down_proj", self._renamings, [], self.model.base_model_prefix, self.tensors
-        )[0]
-        return name.removesuffix(".down_proj")
+        key = f"{module}.{PARAMETER}"
+        prefix = self.model.base_model_prefix
+        return rename_source_key(key, self._renamings, [], prefix, self.tensors)[0].removesuffix(
+            f".{PARAMETER}"
+        )
 
     def ignores(self, keys: Iterable[str]) -> list[str]:
         """Which of the keys without a place are ignored; the others would change what the model computes.
@@ -184,5 +162,5 @@ class KeyMap:
         if int(number[:9]) < n_layers + (getattr(self.model.config, "num_nextn_predict_layers", None) or 0):
             return True
         usual = {LAYER.sub("", name) for name in self.tensors if name.startswith(f"{of}.")}
-        rest = (LAYER.sub("", name) for name in names if not EXPERT_KEY.match(name))
+        rest = (LAYER.sub("", name) for name in names if not self.family.expert_place(name))
         return any(name not in usual for name in rest)

@@ -21,11 +21,8 @@ import torch
 from torch import Tensor
 
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.weights.checksums import with_checks
-from mixtral_offload.weights.config_check import (
-    EXPERTS,
+from mixtral_offload.models.config_check import (
     MOST_INDEX_BYTES,
-    TOP_K,
     check_config,
     check_file,
     check_index,
@@ -34,27 +31,25 @@ from mixtral_offload.weights.config_check import (
     stated_experts,
     text_config,
 )
+from mixtral_offload.models.experts import FUSED, ExpertsShape
+from mixtral_offload.models.family import GENERIC, ExpertPlace
+from mixtral_offload.models.keys import FusedPlace, KeyMap, TrunkPlace
+from mixtral_offload.models.registry import family_of
+from mixtral_offload.models.skeleton import build_meta, check_experts, kept_in_fp32
+from mixtral_offload.weights.checksums import with_checks
 from mixtral_offload.weights.foreign import refuse_keys, refuse_method
 from mixtral_offload.weights.hqq import Quantization, check_replaceable, split_quantized
-from mixtral_offload.weights.keys import ExpertPlace, FusedPlace, KeyMap, TrunkPlace
-from mixtral_offload.weights.layout import MATRICES, ExpertLayout, Field
+from mixtral_offload.weights.layout import MATRICES, ExpertLayout, Field, Sizes
 from mixtral_offload.weights.manifest import Manifest, check_modules, read_manifest, recognise
 from mixtral_offload.weights.manifest import check_experts as check_stated_experts
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, read_header, read_headers
-from mixtral_offload.weights.skeleton import ExpertsShape, build_meta, check_experts, kept_in_fp32
 
 #: the small model that ships with the package
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WRONG_CONFIG = "check that config.json belongs to these files"
-#: what the matrices of an expert are called where a checkpoint with all experts in one tensor is written anew
-WRITTEN_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 ExpertId = tuple[int, int]  # (layer, expert)
-
-
-def first_attribute(config, *names: str) -> int | None:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -95,11 +90,12 @@ class Checkpoint:
     @property
     def top_k(self) -> int:
         """Experts that each token uses."""
-        top_k = first_attribute(self.config, *TOP_K)
+        family = family_of(self.config)
+        top_k = family.top_k(self.config)
         if type(top_k) is not int or top_k < 1:
             raise CheckpointError(
                 f"{self.config.model_type} does not say how many experts a token uses", path=self.folder / "config.json",
-                key=" or ".join(TOP_K), expected=f"1 to {self.n_experts}", found=top_k,
+                key=" or ".join(family.top_ks), expected=f"1 to {self.n_experts}", found=top_k,
             )  # fmt: skip
         return top_k
 
@@ -151,11 +147,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     headers = read_headers(sorted({folder / name for name in weight_map.values()}))
     headers = with_checks(folder / INDEX, headers)
     manifest = read_manifest(config, folder / "config.json")
-    found = _Found(folder, KeyMap(model, layers), layers, shape, manifest)
+    names = {layer.name: layer.number for layer in layers}
+    found = _Found(folder, KeyMap(model, names, family_of(config)), names, shape, manifest)
     for key in weight_map:
         found.add(key, folder / weight_map[key], headers[folder / weight_map[key]])
     ignored = found.ignore()
-    layout = _check_experts(folder, layers, shape, found.experts, manifest)
+    layout = _check_experts(folder, names, shape, found.experts, manifest)
     linears = found.check_trunk()
     check_modules(manifest, {split[0] for key in found.trunk if (split := split_quantized(key)) is not None})
     if ignored:
@@ -235,7 +232,7 @@ class _Found:
 
     def _add_fused(self, place: FusedPlace, key: str, stored: StoredTensor) -> None:
         """Each expert's part of a tensor `[experts, rows, columns]`; its matrices lie below each other."""
-        expected = tuple(self.key_map.tensors[f"{place.module}.{_fused_name(place)}"].shape)
+        expected = tuple(self.key_map.tensors[place.name].shape)
         if stored.shape != expected:
             raise _does_not_fit(stored, key, expected, torch.float16)
         n_experts, rows, columns = expected
@@ -243,7 +240,7 @@ class _Found:
         for expert in range(n_experts):
             for i, matrix in enumerate(place.matrices):
                 part = stored.rows(expert * rows + i * n, n, columns)
-                stem = f"{place.module}.{expert}.{WRITTEN_NAMES[matrix]}."
+                stem = f"{place.module}.{expert}.{self.key_map.family.written[matrix]}."
                 self._add_field((self.layers[place.module], expert), matrix, "weight", stem, key, part)
 
     def _add_field(self, expert: ExpertId, matrix: str, field: str, stem: str, key: str, stored) -> None:
@@ -316,10 +313,6 @@ def _twice(key: str, path: Path, other: str) -> CheckpointError:
     )  # fmt: skip
 
 
-def _fused_name(place: FusedPlace) -> str:
-    return "gate_up_proj" if len(place.matrices) == 2 else "down_proj"
-
-
 def _does_not_fit(
     stored: StoredTensor, key: str, expected: tuple[int, ...], dtype: torch.dtype
 ) -> CheckpointError:
@@ -345,22 +338,23 @@ def read_config(folder: Path):
             found="no such file",
         )
     config = load_config(folder / "config.json")
-    if n_experts_of(config):
+    if family_of(config).n_experts(config):
         return config
-    if n_experts_of(inner := text_config(config)):
+    if family_of(inner := text_config(config)).n_experts(inner):
         raise CheckpointError(
             f"{config.model_type} holds its language model inside another one: not supported yet",
             path=folder / "config.json", found=f"experts in {inner.model_type}",
         )  # fmt: skip
+    counts = "{}, {} or {}".format(*GENERIC.expert_counts)
     if stated := stated_experts(config.to_dict()):
         raise CheckpointError(
             f"{config.model_type} is a mixture of experts of a family that is not supported", path=folder / "config.json",
-            key=stated[0], expected="num_local_experts, num_experts or n_routed_experts, as in Mixtral, Qwen-MoE or DeepSeek",
+            key=stated[0], expected=f"{counts}, as in Mixtral, Qwen-MoE or DeepSeek",
             found=stated[1], hint="load it with transformers as it is, or take a model of a supported family",
         )  # fmt: skip
     raise CheckpointError(
         f"{config.model_type} is a dense model: it has no experts to offload", path=folder / "config.json",
-        expected="num_local_experts, num_experts or n_routed_experts", hint="load it with transformers as it is",
+        expected=counts, hint="load it with transformers as it is",
     )  # fmt: skip
 
 
@@ -379,10 +373,6 @@ def load_config(path: Path):
         ) from error  # fmt: skip
     check_config(config, path)
     return config
-
-
-def n_experts_of(config) -> int | None:
-    return first_attribute(config, *EXPERTS)
 
 
 def _absent(path: Path, key: str) -> CheckpointError:
@@ -437,8 +427,9 @@ def _check_experts(
     """The one layout of all experts; refuses a missing expert, a missing tensor, or an expert of another layout."""
     if not experts:
         name = next(iter(modules))
+        keys = f"{name}.0.{GENERIC.written['gate']}.weight or {name}.{next(iter(FUSED))}"
         raise CheckpointError(
-            "no expert weights found", path=folder, expected=f"keys like {name}.0.gate_proj.weight or {name}.gate_up_proj",
+            "no expert weights found", path=folder, expected=f"keys like {keys}",
             hint="other formats of experts are not supported",
         )  # fmt: skip
     layers = {layer for layer, _ in experts}
@@ -462,7 +453,7 @@ def _check_experts(
         if layout is None:
             reference, layout = (
                 sizes,
-                _layout(path, expert, shape.hidden, shape.intermediate, sizes, manifest),
+                _layout(path, expert, shape, sizes, manifest),
             )
         elif sizes != reference:
             wrong = min(
@@ -480,11 +471,13 @@ def _check_experts(
     return layout
 
 
-def _layout(path, expert, hidden, intermediate, sizes, manifest: Manifest | None) -> ExpertLayout:
-    shapes = dict.fromkeys(MATRICES, (intermediate, hidden)) | {"down": (hidden, intermediate)}
+def _layout(
+    path: Path, expert: ExpertId, shape: ExpertsShape, sizes: Sizes, manifest: Manifest | None
+) -> ExpertLayout:
+    shapes = dict(zip(MATRICES, shape.matrices))
     by_matrix = {
         matrix: {field: size for (m, field), size in sizes.items() if m == matrix} for matrix in shapes
     }
     name = f"expert {expert[1]} of layer {expert[0]}"
     check_stated_experts(manifest, path, name, shapes, by_matrix)
-    return ExpertLayout.build(hidden, intermediate, sizes, path, name)
+    return ExpertLayout.build(*reversed(shapes["gate"]), sizes, path, name)

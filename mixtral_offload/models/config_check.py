@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mixtral_offload.errors import CheckpointError, OffloadError
+from mixtral_offload.models.family import GENERIC
 
 T = TypeVar("T")
 MOST_BYTES = 16 << 20  # of a config.json; the largest that are known have some hundred kB
@@ -43,9 +44,6 @@ MAY_BE_ZERO = {
     "n_routed_experts",
 }
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-#: "top_k" comes last: in old files it may be a setting of sampling
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
 #: what other families call them; experts that all tokens share are part of a dense layer
 OTHER_EXPERTS = re.compile(r"(^|[._])(num|n)_(?!shared)(\w+_)?experts$")
 POSITIVE = (
@@ -197,8 +195,8 @@ def _check_heads(config: object, path: Path) -> None:
 
 
 def _check_experts(config: object, path: Path) -> None:
-    n_experts = next((n for name in EXPERTS if type(n := _value(config, name)) is int), None)
-    for name in TOP_K[:-1]:
+    n_experts = next((n for name in GENERIC.expert_counts if type(n := _value(config, name)) is int), None)
+    for name in GENERIC.top_ks[:-1]:
         top_k = _value(config, name)
         if n_experts and type(top_k) is int and top_k > n_experts:
             raise _error(path, name, f"at most {n_experts}, the number of experts", top_k)

@@ -1,33 +1,21 @@
 """A model without weights, on the meta device: its names, shapes and dtypes.
 
-Knows transformers' model classes and the modules of their experts interface. Knows no files.
+Knows transformers' model classes. Knows no files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mixtral_offload.errors import CheckpointError, OptionError
+from mixtral_offload.models.experts import FUSED, ExpertsShape, experts_shape, has_plain_experts
+from mixtral_offload.models.family import MoELayer
+from mixtral_offload.models.registry import family_of
 from mixtral_offload.weights.manifest import plain_config
-
-#: `model.layers.3.mlp.experts` -> the list of layers, and the layer's number
-LAYER = re.compile(r"^(?P<list>.*?\blayers)\.(?P<number>\d+)\.")
-
-
-@dataclass(frozen=True)
-class ExpertsShape:
-    """The experts of one module: how many there are, and the sizes of their matrices."""
-
-    n_experts: int
-    hidden: int
-    intermediate: int
 
 
 def build_meta(
@@ -68,53 +56,38 @@ def build_meta(
         ) from error  # fmt: skip
 
 
-def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of the modules that call transformers' experts interface (its decorator leaves these
-    attributes)."""
-    for name, module in model.named_modules():
-        if hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate"):
-            yield name, module
-
-
-def has_plain_experts(module: nn.Module) -> bool:
-    """Whether these are gated experts as `expert_forward` runs them: no bias, no norm, transformers' usual layout."""
-    plain = {"has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False}
-    as_usual = all(getattr(module, name, None) is value for name, value in plain.items())
-    return as_usual and not getattr(module, "has_post_expert_norm", False)
-
-
-def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[dict[str, int], ExpertsShape]:
-    """The modules of experts of a model that holds their parameters.
+def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[list[MoELayer], ExpertsShape]:
+    """The layers with experts of a model that holds their parameters.
 
     Args:
         model: On the meta device.
         path: Its configuration's file, for errors.
 
     Returns:
-        The number of the layer of each module, by the module's name in the model; and the shape that they share.
+        The layers, and the shape that their experts share.
 
     Raises:
         CheckpointError: For experts that this package cannot run.
     """
-    layers: dict[str, int] = {}
+    layers = family_of(model.config).layers(model)
+    unsupported = f"experts of {model.config.model_type} are not supported yet"
     shapes: dict[str, ExpertsShape] = {}
-    for name, module in experts_modules(model):
-        match = LAYER.match(name)
-        parameters = {of: tuple(parameter.shape) for of, parameter in module.named_parameters()}
-        if not has_plain_experts(module) or parameters.keys() != {"gate_up_proj", "down_proj"} or not match:
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        parameters = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+        known = has_plain_experts(module) and parameters.keys() == FUSED.keys()
+        if not known or not layer.in_list.endswith("layers"):
             raise CheckpointError(
-                f"experts of {model.config.model_type} are not supported yet", path=path, key=name,
+                unsupported, path=path, key=layer.name,
                 expected="gated experts without bias or norm, as in Mixtral, Qwen-MoE or OLMoE",
-                found=", ".join(f"{of} {list(shape)}" for of, shape in parameters.items()),
+                found=", ".join(f"{name} {shape}" for name, shape in parameters.items()),
             )  # fmt: skip
-        n_experts, hidden, intermediate = parameters["down_proj"]
-        layers[name], shapes[name] = int(match["number"]), ExpertsShape(n_experts, hidden, intermediate)
+        shapes[layer.name] = experts_shape(module)
     if not layers:
         raise CheckpointError(
-            f"experts of {model.config.model_type} are not supported yet", path=path, expected="modules on transformers' experts interface",
-            found="none",
-        )  # fmt: skip
-    if len(set(layers.values())) < len(layers) or len(set(shapes.values())) > 1:
+            unsupported, path=path, expected="modules on transformers' experts interface", found="none"
+        )
+    if len({layer.number for layer in layers}) < len(layers) or len(set(shapes.values())) > 1:
         raise CheckpointError(
             f"{model.config.model_type} has experts of several kinds, which is not supported yet",
             path=path, expected="one module of experts in a layer, all of one shape",

@@ -1,0 +1,126 @@
+"""The options of `from_pretrained`, declared once.
+
+The declaration makes the dataclass, the command line (`apps/parser.py`), and, through `docs/options.py`, the signature and
+the `Args` of `from_pretrained` and the README's table. Needs no torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mixtral_offload.core.policies import POLICIES, staging_rows
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _option(default: Any, help: str, *, flag: dict[str, Any] | None = None) -> Any:
+    """Declare one option.
+
+    Args:
+        help: What it means, for documentation. Ends with a full stop.
+        flag: Arguments of argparse's `add_argument`; None: not on the command line.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "flag": flag})
+
+
+def parse_cache_size(text: str) -> int | str:
+    """Read `--cache-size`. Raises ValueError."""
+    return text if text == "auto" else int(text)
+
+
+@dataclass(frozen=True)
+class OffloadOptions:
+    """How to offload. `runtime/options.py` makes one from what was given and checks it."""
+
+    device: str | torch.device | None = _option(
+        None, 'Where experts run: "cpu", "cuda", "cuda:1", ... Default: cuda where there is one.', flag={}
+    )
+    dtype: torch.dtype | str | None = _option(
+        None,
+        "Of activations and of the dense part: float16, bfloat16, float32, or "
+        '"auto" for the checkpoint\'s own. Default: float16 on CUDA, float32 on the CPU.',
+        flag={"choices": ("float16", "bfloat16", "float32", "auto")},
+    )
+    attn_implementation: str | None = _option(None, "As in transformers.")
+    cache_size: int | str | Sequence[int] | None = _option(
+        None,
+        'Experts of each layer on the device: one number, one for each layer, or "auto" for all that fit. '
+        'Default: what the checkpoint recommends, or "auto".',
+        flag={"type": parse_cache_size, "metavar": "N"},
+    )
+    store: str = _option(
+        "auto",
+        'Where the other experts are: "ram", "disk", or "auto" for RAM where it is large enough.',
+        flag={"choices": ("auto", "ram", "disk")},
+    )
+    vram: int | str | None = _option(
+        None,
+        'Device memory to use, in bytes or like "15GB". Default: what is free. On the CPU, vram and ram are one memory '
+        "and the smaller of those given counts.",
+        flag={},
+    )
+    ram: int | str | None = _option(
+        None, 'Host memory to use, in bytes or like "12GB". Default: what is free.', flag={}
+    )
+    context_length: int = _option(
+        4096, "Tokens to reserve memory for; a chat goes no further.", flag={"type": int, "metavar": "N"}
+    )
+    batch_size: int = _option(
+        1, "How many such contexts to reserve memory for; `generate_batch` shares them among its sequences."
+    )
+    prefetch: int | None = _option(
+        None,
+        "Experts of each coming layer to predict and copy ahead. Default: 2 on CUDA or with `throttle`, else 0.",
+        flag={"type": int, "metavar": "N"},
+    )
+    look_ahead: int = _option(1, "How many layers ahead to predict.", flag={"type": int, "metavar": "N"})
+    policy: str = _option(
+        "lru",
+        'Which expert is evicted: "lru" (least recently used), "lfu" (least often used) or "lrfu" (between the two).',
+        flag={"choices": tuple(POLICIES)},
+    )
+    shared_slots: bool = _option(False, "One pool of slots for all layers in place of one for each.", flag={})
+    compile: bool | str = _option(
+        "auto",
+        'Compute from packed weights with torch.compile: True, False, or "auto" where experts are large enough and '
+        "there is a compiler.",
+        flag={},
+    )
+    dequantize_on_load: bool = _option(
+        False,
+        "Dequantize all experts once at load time: as fast as a model that never was quantized, and as large. "
+        "Requires that they all fit on the device.",
+        flag={},
+    )
+    throttle: float | str | None = _option(
+        None,
+        'Limit copies to the device to this rate (bytes/s, or like "12GB"), to emulate a slower link.',
+        flag={},
+    )
+    progress: bool = _option(False, "Show progress bars.")
+
+    @property
+    def n_staging(self) -> int:
+        """Rows for predicted experts."""
+        return staging_rows(self.prefetch or 0, self.look_ahead)
+
+    def with_prefetch(self, possible: bool = True) -> OffloadOptions:
+        """With the default prefetch where none was asked for; 0 where the model's routing cannot be predicted."""
+        if self.prefetch is not None:
+            return self
+        worth = possible and (getattr(self.device, "type", None) == "cuda" or self.throttle is not None)
+        return dataclasses.replace(self, prefetch=2 if worth else 0)
+
+
+def declared() -> dict[str, dataclasses.Field]:
+    """The options by name; `field.metadata` has "help" and "flag", `field.type` the annotation's text."""
+    return {field.name: field for field in dataclasses.fields(OffloadOptions)}
+
+
+def command_line_names() -> list[str]:
+    """The options that the command line has."""
+    return [name for name, field in declared().items() if field.metadata["flag"] is not None]

@@ -1,0 +1,18 @@
+"""Mixtral. transformers renames `block_sparse_moe` of its stored keys by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixtral_offload.models.family import Family
+
+#: the published Mixtral-8x7B checkpoint holds no tokenizer. Its own page is gated; the second is an open copy
+MIXTRAL_8X7B = ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Xenova/mistral-tokenizer-v1")
+
+
+class Mixtral(Family):
+    def tokenizers(self, config: Any) -> tuple[str, ...]:
+        return MIXTRAL_8X7B if config.vocab_size == 32000 else ()
+
+
+FAMILY = Mixtral(("mixtral",), expert_counts=("num_local_experts",), top_ks=("num_experts_per_tok",))
