@@ -59,7 +59,7 @@ def test_each_variant_moves_what_its_name_says(offloaded, tokenizer, model):
     full, plain = counters["full"], counters["without prefetch"]
     assert (full["hits"], full["misses"]) == (plain["hits"], plain["misses"])
     assert full["hits"] + full["misses"] == forgetful["misses"] >= PASSES * 6 * 2
-    assert full["guesses"] > 0 == plain["guesses"] and full["prefetched"] > 0
+    assert full["predictions"] > 0 == plain["predictions"] and full["prefetched"] > 0
     assert full["bytes_moved"] == full["misses"] * expert + full["wasted_bytes"]
     assert plain["bytes_moved"] == plain["misses"] * expert
     assert all(len(found.seconds_per_token[name]) == 2 for name in found.tokens_per_s)

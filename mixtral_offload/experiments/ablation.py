@@ -76,8 +76,9 @@ class Ablation:
             paper = f"{PAPER[name] / PAPER['naive']:.2f}" if name in PAPER else ""
             row, rest = self.counters.get(name), ""
             if row:
+                hit_rate = row["hits"] / (row["hits"] + row["misses"])
                 moved, wasted = row["bytes_moved"] / 1e6, row["wasted_bytes"] / 1e6
-                rest = f"{CacheStats(**row).hit_rate:5.2f} {moved:8.0f} ({wasted:.0f})"
+                rest = f"{hit_rate:5.2f} {moved:8.0f} ({wasted:.0f})"
             line = f"{name:28}{speed:8.2f}  {self.over_naive(name):10.2f}  {paper:>22}  {rest}"
             lines.append(line.rstrip())
         low, median, high = (f"{share:.1%}" for share in self.prefetch_saves)

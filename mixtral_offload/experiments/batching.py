@@ -64,7 +64,8 @@ class Throughput:
 
     def hit_rate(self, key: int | str) -> float:
         """Share of uses that found their expert on the device; a pass uses an expert once."""
-        return CacheStats(**self.counters[key]).hit_rate
+        counters = self.counters[key]
+        return counters["hits"] / (counters["hits"] + counters["misses"])
 
     def over(self, key: int | str, other: int | str) -> float:
         """Throughput as a multiple of another's: the median of turns that followed each other."""

@@ -39,9 +39,14 @@ STYLES = {
 def plot_hit_rates(
     trace: RoutingTrace, policies: Sequence[str] = ("lru", "lfu", "lrfu", BELADY), shared: bool = False
 ) -> tuple[Figure, np.ndarray]:
-    """Hit rate against cache size, on average and (thin) LRU's by layer (2312.17238, figure 2, left).
+    """Draw the hit rate against the cache size, averaged, and (thin) LRU's by layer (2312.17238, figure 2).
 
-    Array: float64 [policies, sizes, L], sizes from the top-k to all experts.
+    Args:
+        policies: Eviction policies to replay.
+        shared: One pool of slots for all layers.
+
+    Returns:
+        The figure, and float64 [policies, sizes, L], sizes from the top-k to all experts.
     """
     curves = hit_rate_curves(trace, policies, shared=shared)
     sizes = np.arange(trace.top_k, trace.n_experts + 1)
@@ -60,9 +65,10 @@ def plot_hit_rates(
 
 
 def plot_recall(recall: Recall) -> tuple[Figure, np.ndarray]:
-    """Recall of speculative loading against the number of experts fetched ahead (2312.17238, figure 2, right).
+    """Draw the recall of predictions against the experts fetched ahead (2312.17238, figure 2, right).
 
-    Array: float64 [look-aheads, E + 1], averaged over layers.
+    Returns:
+        The figure, and float64 [look-aheads, E + 1], averaged over layers.
     """
     average, guesses = recall.average(), np.arange(recall.n_experts + 1)
     figure = new_figure(6.4, 4.2, f"Recall of speculative loading ({recall.n_tokens} tokens)")
@@ -77,7 +83,11 @@ def plot_recall(recall: Recall) -> tuple[Figure, np.ndarray]:
 
 
 def plot_hit_heatmap(trace: RoutingTrace, bins: int = 24) -> tuple[Figure, np.ndarray]:
-    """Hit rate by layer and position in the text. Array: float64 [L, bins], nan where nothing ran."""
+    """Draw the hit rate by layer and position in the text.
+
+    Returns:
+        The figure, and float64 [L, bins], nan where nothing ran.
+    """
     bins = min(bins, trace.n_passes)
     column = trace.use_pass * bins // max(trace.n_passes, 1)
     shape = trace.n_layers, bins
@@ -96,7 +106,11 @@ def plot_hit_heatmap(trace: RoutingTrace, bins: int = 24) -> tuple[Figure, np.nd
 
 
 def plot_speculation(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
-    """Precision (guesses that came true) and recall (misses that a guess had foreseen) by layer. Array: [2, L]."""
+    """Draw precision (predictions that came true) and recall (misses that were predicted) by layer.
+
+    Returns:
+        The figure, and float64 [2, L].
+    """
     count = trace.n_layers
     right = np.bincount(trace.use_layer[trace.use_outcome == PREFETCHED], minlength=count)
     missed = np.bincount(trace.use_layer[trace.use_outcome == MISS], minlength=count)
@@ -116,9 +130,10 @@ def plot_speculation(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
 
 
 def plot_reuse(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
-    """How soon an expert is used again: how many other experts of its layer came in between.
+    """Draw how soon an expert is used again: how many other experts of its layer came in between.
 
-    Array: float64 [L, E + 1], shares of a layer's uses; the last column counts first uses.
+    Returns:
+        The figure, and float64 [L, E + 1], shares of a layer's uses; the last column counts first uses.
     """
     counts = reuse_distances(trace)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

@@ -47,11 +47,16 @@ def _label_tokens(axes, trace: RoutingTrace, tokens: Sequence[int]) -> None:
 def plot_activations(
     trace: RoutingTrace, layers: Sequence[int] | None = None, tokens: Sequence[int] | slice = slice(0, 48), **settings
 ) -> tuple[Figure, np.ndarray]:  # fmt: skip
-    """Which experts each token used, with the cache behind it (2312.17238, figure 1).
+    """Draw which experts each token used, with the cache behind it (2312.17238, figure 1).
 
-    Blue squares: gate weight. Grey: the expert was in the cache when the token came; settings: of that cache, as for
-    `replay` (default: the run's own). layers: numbers, default four spread over the depth. Array: gate weights
-    float32 [layers, E, tokens], 0 where not chosen.
+    Blue squares: the router's weight. Grey: the expert was in the cache when the token came.
+
+    Args:
+        layers: Their numbers. Default: four spread over the depth.
+        settings: Of the cache, as for `replay`. Default: the run's own.
+
+    Returns:
+        The figure, and the router's weights, float32 [layers, E, tokens], 0 where not chosen.
     """
     tokens = np.arange(trace.n_tokens)[tokens]
     if layers is None:
@@ -92,8 +97,12 @@ def _squares(axes, weights: np.ndarray) -> None:
 
 
 def cells(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
-    """Of each token and layer: HIT_CELL, GUESS_CELL or STALL_CELL, the worst of its uses, int [N, L]; and how many
-    guesses were wasted on it, int [N, L] (a pass's on its first token)."""
+    """Find what became of each token in each layer.
+
+    Returns:
+        HIT_CELL, GUESS_CELL or STALL_CELL, the worst of its uses, int [N, L]; and how many predictions were
+        wasted on it, int [N, L] (a pass's on its first token).
+    """
     outcomes = trace.outcomes()
     found = np.where(
         (outcomes == MISS).any(-1),
@@ -107,9 +116,10 @@ def cells(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figure, np.ndarray]:
-    """Token by layer: was every expert there, guessed in time, or waited for; a cross marks wasted guesses.
+    """Draw, token by layer, if experts were cached, predicted or waited for; crosses mark wasted predictions.
 
-    Array: int [L, tokens] of HIT_CELL, GUESS_CELL, STALL_CELL.
+    Returns:
+        The figure, and int [L, tokens] of HIT_CELL, GUESS_CELL, STALL_CELL.
     """
     chosen = np.arange(trace.n_tokens)[tokens]
     found, wasted = cells(trace)
@@ -139,9 +149,14 @@ def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figur
 def plot_usage(
     usage: dict[str, np.ndarray], layers: Sequence[int] | None = None
 ) -> tuple[Figure, np.ndarray]:
-    """Do experts specialise? How each domain (or set of prompts) spreads over the experts, and the entropy per layer.
+    """Draw how each domain (or set of prompts) spreads over the experts, with the entropy per layer.
 
-    usage: name -> counts [L, E], as `RoutingTrace.usage` gives them. Array: shares float64 [L, domains, E].
+    Args:
+        usage: Name -> counts [L, E], as `RoutingTrace.usage` gives them.
+        layers: Numbers of the layers to draw. Default: all.
+
+    Returns:
+        The figure, and shares, float64 [L, domains, E].
     """
     names, counts = list(usage), np.stack(list(usage.values()), 1).astype(float)  # [L, domains, E]
     shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
@@ -172,14 +187,18 @@ def _grid(n_panels: int, most_columns: int) -> tuple[int, int]:
 
 
 def entropy(shares: np.ndarray) -> np.ndarray:
-    """In bits, over the last axis."""
+    """Compute the entropy in bits over the last axis."""
     return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(-1)
 
 
 def plot_transitions(trace: RoutingTrace, layer: int | None = None) -> tuple[Figure, np.ndarray]:
-    """Which expert follows which: the chance of each expert in the next layer, given one in this layer.
+    """Draw which expert follows which: the chance of each expert in the next layer, given one in this layer.
 
-    layer: its number; default: all. Array: float64 [L - 1, E, E], rows sum to the top-k.
+    Args:
+        layer: Its number. Default: all.
+
+    Returns:
+        The figure, and float64 [L - 1, E, E]; rows sum to the top-k.
     """
     n = trace.n_experts
     used = np.zeros((trace.n_tokens, trace.n_layers, n))

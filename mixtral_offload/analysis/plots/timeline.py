@@ -53,12 +53,19 @@ def plot_time_over_slots(
     trace: RoutingTrace, costs: DeviceCosts, cache_sizes: Sequence[int] | None = None,
     look_aheads: Sequence[int] = (0, 1, 2, 3), prefetch: int = 2, unit: str = "s",
 ) -> tuple[Figure, np.ndarray]:  # fmt: skip
-    """Time per token against the experts of each layer in the cache: a line for each look-ahead (0: no guesses), and
-    the floor that no guesses can beat.
+    """Draw time per token against the cache size: a line for each look-ahead, and the floor of all.
 
-    cache_sizes: default from the top-k to all. prefetch: experts guessed per layer, by the trace's own guesses. unit:
-    the costs'. Array: float64 [look-aheads + 1, sizes], the last row the floor. Raises OptionError as `timed_replay` does, and
-    for a trace without a pass of one token.
+    Args:
+        cache_sizes: Experts of each layer in the cache. Default: from the top-k to all.
+        look_aheads: Layers to predict ahead; 0: no predictions.
+        prefetch: Experts predicted per layer, by the trace's own predictions.
+        unit: The costs' unit of time.
+
+    Returns:
+        The figure, and float64 [look-aheads + 1, sizes], the last row the floor.
+
+    Raises:
+        OptionError: As `timed_replay` raises it, and for a trace without a pass of one token.
     """
     sizes = range(trace.top_k, trace.n_experts + 1) if cache_sizes is None else cache_sizes
     shown = np.empty((len(look_aheads) + 1, len(sizes)))
@@ -84,11 +91,19 @@ def plot_time_over_slots(
 def plot_replayed_pass(
     played: TimedReplay, pass_number: int | None = None, unit: str = "s"
 ) -> tuple[Figure, np.ndarray]:
-    """What the device and the link do during one pass; copies are labelled with their expert.
+    """Draw what the device and the link do during one pass; copies are labelled with their expert.
 
-    played: with its events. pass_number: default the decoding pass of median length. unit: the costs'. Array: float64
-    [bars, 4] of (lane, kind, begin, length) from the pass's begin; lane DEVICE, with the parts of `Events` and STALL,
-    or LINK, with its kinds. Raises OptionError where there are no events, or no such pass.
+    Args:
+        played: With its events.
+        pass_number: Default: the decoding pass of median length.
+        unit: The costs' unit of time.
+
+    Returns:
+        The figure, and float64 [bars, 4] of (lane, kind, begin, length) from the pass's begin; lane DEVICE
+        with the parts of `Events` and STALL, or LINK with its kinds.
+
+    Raises:
+        OptionError: There are no events, or no such pass.
     """
     if played.events is None:
         raise OptionError("there are no events to draw", hint="timed_replay(..., keep_events=True)")
@@ -153,7 +168,7 @@ def _add_legend(figure: Figure, bars: np.ndarray) -> None:
 
 
 def plot_recorded_pass(trace: RoutingTrace, number: int | None = None) -> tuple[Figure, np.ndarray]:
-    """Where the time of one pass (one token's generation) goes: compute, copies, stalls, on one clock.
+    """Draw where the time of one pass (one token's generation) goes: compute, copies, stalls, on one clock.
 
     Times are the host's; on CUDA, kernels run behind them.
 
