@@ -1,32 +1,30 @@
+"""Fixtures of all tests. torch is imported by those that need it: `tests/core` runs without it, in seconds."""
+
 import json
 import os
 import signal
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the tests' two processes would fight for the cores; before torch is imported
-
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from mixtral_offload.runtime.build import from_pretrained
-from mixtral_offload.weights.source import DEMO
+# the tests' two processes would compete for the cores; before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell starts what it puts into the background deaf to Ctrl-C
+):  # background jobs of a non-interactive shell ignore SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published-format"
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        for item in on_gpu if not torch.cuda.is_available() else ():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +36,16 @@ def published() -> Path:
 @pytest.fixture(scope="session")
 def expected() -> dict:
     """fp32 logits, router logits and a greedy continuation, computed from the dequantized weights."""
+    from safetensors.torch import load_file
+
     return load_file(PUBLISHED / "expected.safetensors")
 
 
 @pytest.fixture
 def by_length(tmp_path) -> Path:
     """The shipped model with position encodings that depend on the length of a pass, which changes at 48 tokens."""
+    from mixtral_offload.weights.source import DEMO
+
     folder = tmp_path / "by length"
     folder.mkdir()
     for path in (DEMO.parent / "fp16").iterdir():
@@ -62,6 +64,8 @@ def by_length(tmp_path) -> Path:
 @pytest.fixture
 def offloaded():
     """`from_pretrained` whose engines are closed after the test."""
+    from mixtral_offload import from_pretrained
+
     models = []
 
     def build(*arguments, **options):

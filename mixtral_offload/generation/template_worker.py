@@ -20,7 +20,7 @@ SHOWN = 300  # characters of a template's own error message
 
 
 def environment():
-    """The same as transformers' (`chat_template_utils.py`); `tests/test_templates.py` compares the two."""
+    """The same as transformers' (`chat_template_utils.py`); `tests/generation/test_templates.py` compares the two."""
     from datetime import datetime
 
     import jinja2

@@ -1,4 +1,4 @@
-"""The families that have a file of their own, which are those that tests/test_families.py runs whole.
+"""The families that have a file of their own, which are those that tests/models/test_families.py runs whole.
 
 To add one: a file beside this one with its `FAMILY`, a line here, and a tiny configuration in that test.
 """

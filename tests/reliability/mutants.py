@@ -53,7 +53,7 @@ MUTANTS = (
     Mutant(
         "the wait for a copy is dropped where a prediction had started it", "runtime/cache.py",
         "                load.copy.wait()\n", "                if not load.is_predicted: load.copy.wait()\n",
-        "tests/reliability/test_detect.py tests/test_prefetch.py",
+        "tests/reliability/test_detect.py tests/runtime/test_prefetch.py",
     ),
     Mutant(
         "slots are off by one", "runtime/cache.py",
@@ -64,7 +64,7 @@ MUTANTS = (
     Mutant(
         "w1 and w3 are swapped", "models/family.py",
         '    "w1": "gate",', '    "w1": "up",',
-        "tests/test_published_format.py",
+        "tests/models/test_published_format.py",
     ),
     Mutant(
         "experts of the wrong layer", "runtime/store.py",
@@ -75,7 +75,7 @@ MUTANTS = (
     Mutant(
         "a stale KV cache: a turn keeps the last turn's whole", "generation/chat.py",
         "            self._past.crop(-surplus)", "            pass",
-        "tests/test_chat.py tests/reliability/test_detect.py",
+        "tests/generation/test_chat.py tests/reliability/test_detect.py",
     ),
     Mutant(
         "routing weights are not the router's", "runtime/forward.py",
@@ -86,12 +86,12 @@ MUTANTS = (
     Mutant(
         "a prediction takes a slot in use", "core/residency.py",
         "            rows += pool.held.values()\n", "            rows += list(pool.held.values())[1:]\n",
-        "tests/reliability/test_detect.py tests/test_cache.py",
+        "tests/reliability/test_detect.py tests/runtime/test_cache.py",
     ),
     Mutant(
         "the mask is cut at the wrong end", "runtime/pass_state.py",
         "    real = mask[:, positions].reshape(-1).bool()", "    real = mask[:, -shape[1] :].reshape(-1).bool()",
-        "tests/test_passes.py -k masks_longer",
+        "tests/runtime/test_pass_state.py -k masks_longer",
     ),
     Mutant(
         "results are summed in the order in which experts arrive", "runtime/forward.py",
@@ -102,39 +102,39 @@ MUTANTS = (
     Mutant(
         "a forked child writes into the parent's slots", "runtime/store.py",
         "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS", "flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS",
-        "tests/test_passes.py -k forked",
+        "tests/runtime/test_pass_state.py -k forked",
     ),
     Mutant(
         "gradients use what the slots hold now", "runtime/forward.py",
         "            for expert, views in offload.cache.fetch(ctx.module.layer, needed):",
         "            for expert, views in zip(needed, offload.cache._views):",
-        "tests/test_passes.py -k gradients",
+        "tests/runtime/test_pass_state.py -k gradients",
     ),
     Mutant(
         "an interrupted copy's slot is handed out while it is still written", "runtime/cache.py",
         "        elif do is Do.ABANDON:\n            _abandon(load)\n", "",
-        "tests/test_cache.py",
+        "tests/runtime/test_cache.py",
     ),
     Mutant(
         "a quantized layer drops its bias", "weights/hqq.py",
         "        if self.bias is not None:\n", "        if self.bias is None:\n",
-        "tests/test_families.py -k quantized_attention",
+        "tests/models/test_families.py -k quantized_attention",
     ),
     Mutant(
         "experts of another module are taken for the model's own", "models/keys.py",
         'module = self.module_name(stored.module)',
         'module = re.sub(r"^.*?layers", "model.layers", self.module_name(stored.module))',
-        "tests/test_keys.py",
+        "tests/models/test_keys.py",
     ),
     Mutant(
         "what config.json states about bits is not compared", "weights/manifest.py",
         "    if matrix is not None and matrix.shape != shape:", "    if False:",
-        "tests/test_manifest.py",
+        "tests/weights/test_manifest.py",
     ),
     Mutant(
         "a checksum is not compared", "weights/checksums.py",
         "        if found != self.expected:", "        if False:",
-        "tests/test_checksums.py",
+        "tests/weights/test_checksums.py",
     ),
 )  # fmt: skip
 

@@ -231,7 +231,7 @@ def start(target, *options, **kwargs):
     )
     command = [sys.executable, "-c", code, "convert", str(PLAIN), str(target), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, **pipes, **kwargs)
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes, **kwargs)
 
 
 def wait_for(target, n_files, process):

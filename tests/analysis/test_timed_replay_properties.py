@@ -18,7 +18,7 @@ from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.policies import POLICIES, staging_rows
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.engines import RUNNING, Copy
-from tests.test_clock import copies, merged, routed
+from tests.analysis.test_timed_replay import copies, merged, routed
 
 # --- the live cache on a virtual clock -------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from . import browser
+from tests import browser
 
 pytestmark = pytest.mark.browser
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 BUILD = """from mixtral_offload import from_pretrained, load_tokenizer

@@ -9,7 +9,7 @@ from mixtral_offload import from_pretrained
 from mixtral_offload.apps.parser import OFFLOAD, build_parser, given
 from mixtral_offload.core.options import declared
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_what_is_written_out_is_what_is_declared():

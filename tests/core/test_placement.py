@@ -31,7 +31,7 @@ def test_enough_ram_means_no_resident_experts():
 def test_too_little_of_both_goes_to_disk_with_the_reason():
     plan = make_plan(MIXTRAL, 100 * EXPERT, int(5e9))
     assert plan.store == "disk" and plan.n_resident == 0 and sum(plan.slots.values()) == 100
-    assert any("home on disk" in reason for reason in plan.reasons)
+    assert any("are on disk" in reason for reason in plan.reasons)
 
 
 def test_a_large_card_needs_no_home():

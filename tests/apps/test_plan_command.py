@@ -18,8 +18,7 @@ from mixtral_offload.models.sizes import model_sizes
 from mixtral_offload.runtime import options
 from mixtral_offload.runtime.options import MARGIN_BYTES
 from mixtral_offload.weights import kernels as packed
-
-from .test_model_sizes import QWEN3_30B, mixtral_config
+from tests.models.test_sizes import QWEN3_30B, mixtral_config
 
 CARD = ["--vram", "15GB", "--ram", "10GB", "--link", "12GB/s"]
 
@@ -95,7 +94,7 @@ def test_of_a_hub_repository_only_the_configuration_is_fetched(capsys, mixtral, 
         fetched.append((*names, revision))
         return mixtral / "config.json"
 
-    monkeypatch.setattr("mixtral_offload.apps.reports.fetch_file", fetch)
+    monkeypatch.setattr("mixtral_offload.analysis.reports.fetch_file", fetch)
     assert main(["plan", "someone/model", *CARD, "--revision", "abc"]) == 0
     assert fetched == [("someone/model", "config.json", "abc")]
     assert "106 resident" in capsys.readouterr().out
@@ -200,8 +199,8 @@ def test_too_small_a_card_says_what_fits(sizes):
         (["--context-length", "0"], "impossible context_length"),
         (["--cache-size", "9"], "impossible cache_size"),
         (["--cache-size", "7"], "largest cache_size that fits is 5"),
-        (["--prefetch", "9"], "impossible guesses"),
-        (["--look-ahead", "32"], "impossible guesses"),
+        (["--prefetch", "9"], "impossible predictions"),
+        (["--look-ahead", "32"], "impossible predictions"),
         (["--look-ahead", "0"], "impossible look_ahead"),
         (["--curve", "hope"], "unknown curve"),
         (["--trace", "nowhere"], "cannot read a trace"),

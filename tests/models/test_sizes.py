@@ -18,7 +18,7 @@ from mixtral_offload.runtime.options import device_needs, parse_options
 from mixtral_offload.weights.hqq import PAPER, quantize
 from mixtral_offload.weights.source import DEMO
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from synthetic import mixtral_config
 
 QWEN3_30B = {

@@ -27,8 +27,7 @@ from mixtral_offload.system.files import (
 from mixtral_offload.weights.hqq import PAPER
 from mixtral_offload.weights.hub import Record
 from mixtral_offload.weights.source import DEMO
-
-from .job import Engine, run, write
+from tests.job import Engine, run, write
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The notebook chat without a browser (tests/test_browser.py has one): what the widgets hold, and what code can do."""
+"""The notebook chat without a browser (tests/apps/test_browser.py has one): what the widgets hold, and what code can do."""
 
 import html
 import threading

@@ -18,8 +18,7 @@ from mixtral_offload.errors import JobError, OptionError
 from mixtral_offload.generation.jobs import JobOptions
 from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.weights.source import DEMO
-
-from .job import Engine, names, read, run, write
+from tests.job import Engine, names, read, run, write
 
 COMMAND = [sys.executable, "-m", "mixtral_offload", "generate", "--device", "cpu", "--cache-size", "4"]
 QUESTIONS = [

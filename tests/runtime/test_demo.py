@@ -9,7 +9,7 @@ from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.weights.source import DEMO
 from training.evaluate import evaluate, expert_use, read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_held_out_prompts_and_the_score_in_the_readme(offloaded):

@@ -8,7 +8,7 @@ from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.engines import StreamEngine, ThreadEngine
 from mixtral_offload.weights.source import DEMO
-from tests.test_cache import LAYOUT, N_EXPERTS, FakeStore, serve
+from tests.runtime.test_cache import LAYOUT, N_EXPERTS, FakeStore, serve
 
 pytestmark = pytest.mark.gpu
 IDS = torch.arange(3, 60).unsqueeze(0)

@@ -12,8 +12,7 @@ from mixtral_offload.generation import journal
 from mixtral_offload.generation.journal import Journal
 from mixtral_offload.system import files
 from mixtral_offload.weights.source import DEMO
-
-from .job import Engine, names, read, run, write
+from tests.job import Engine, names, read, run, write
 
 PROMPTS = [{"prompt": f"What is {n} + {n}?", "id": n} for n in range(7)]
 

@@ -26,8 +26,7 @@ from mixtral_offload import (
 from mixtral_offload.analysis.recorder import Recorder
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights.source import DEMO
-
-from .twin import relative_error, twin
+from tests.twin import relative_error, twin
 
 SAME = 2e-5  # relative: sums in another order
 

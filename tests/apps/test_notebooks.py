@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SLUG = runpy.run_path(ROOT / "notebooks" / "set_slug.py")
 RUN = runpy.run_path(ROOT / "notebooks" / "run.py")

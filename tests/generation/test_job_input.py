@@ -9,8 +9,7 @@ from mixtral_offload.errors import JobError
 from mixtral_offload.generation.job_input import BadLine, read_lines
 from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.weights.source import DEMO
-
-from .job import Engine, names, read, run, write
+from tests.job import Engine, names, read, run, write
 
 USER = {"role": "user", "content": "Hello!"}
 BAD = [
