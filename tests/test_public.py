@@ -29,3 +29,10 @@ def test_the_package_and_the_core_need_no_torch():
     modules += "".join(f", mixtral_offload.core.{path.stem}" for path in core.glob("[a-z]*.py"))
     code = f"import sys, {modules}; assert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_tests_of_the_core_need_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-o", "addopts=", "--collect-only", "tests/core"]
+    root = Path(mixtral_offload.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code, *options], cwd=root, check=True, stdout=subprocess.DEVNULL)

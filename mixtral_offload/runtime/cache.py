@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -61,11 +62,7 @@ class ExpertCache:
         self.observers = Observers() if observers is None else observers
         self.store, self.engine, self.device = store, engine, torch.device(device)
         self.n_staging = n_staging = n_staging if store else 0
-        self._slots, self._policy, self._shared = (
-            {layer: n for layer, (n, _) in layers.items()},
-            policy,
-            shared,
-        )
+        self._slots = {layer: n for layer, (n, _) in layers.items()}
         n_rows = sum(self._slots.values()) + n_staging
         residents = [(layer, expert) for layer, (_, resident) in layers.items() for expert in resident]
         if lender is None:
@@ -76,7 +73,9 @@ class ExpertCache:
         self._resident = {key: row for row, key in enumerate(residents, n_rows)}
         self._n_rows, self._is_muted = n_rows, False
         self._views = [layout.views(row) for row in self.memory]
-        self._residency = Residency(self._make_pools, n_staging, n_rows)
+        # holds nothing of this cache, so that a dropped model frees its memory at once
+        make_pools = partial(_make_pools, self._slots, policy, self._resident, shared)
+        self._residency = Residency(make_pools, n_staging, n_rows)
 
     def lend(
         self,
@@ -103,11 +102,6 @@ class ExpertCache:
     def _lend(self, n_rows: int) -> list[Tensor]:
         more = _allocate(max(0, n_rows - self._n_rows), self.layout.n_bytes, self.device)
         return [*self.memory[: min(n_rows, self._n_rows)], *more, *self.memory[self._n_rows :]]
-
-    def _make_pools(self) -> dict[int, Pool]:
-        if self._shared:
-            return dict.fromkeys(self._slots, Pool(sum(self._slots.values()), self._policy(), self._resident))
-        return {layer: Pool(n, self._policy(), self._resident) for layer, n in self._slots.items()}
 
     @property
     def n_bytes(self) -> int:
@@ -270,6 +264,15 @@ class ExpertCache:
         self.drain()
         if self.engine is not None:
             self.engine.close()
+
+
+def _make_pools(
+    slots: dict[int, int], policy: Callable[[], Policy], resident: Collection[ExpertId], shared: bool
+) -> dict[int, Pool]:
+    """layer -> its pool; one and the same for all layers if it is shared."""
+    if shared:
+        return dict.fromkeys(slots, Pool(sum(slots.values()), policy(), resident))
+    return {layer: Pool(n, policy(), resident) for layer, n in slots.items()}
 
 
 def _abandon(load: Load) -> None:

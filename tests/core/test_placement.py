@@ -1,13 +1,11 @@
 """Plans on the sizes of real cards and hosts."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtral_offload.core.placement import Sizes, make_plan
 from mixtral_offload.errors import CapacityError, OptionError
-from mixtral_offload.runtime.options import parse_device
 from mixtral_offload.units import parse_size
 
 EXPERT = 66_400_000
@@ -111,12 +109,3 @@ def test_a_cache_size_for_each_layer():
         make_plan(sizes, 20 * EXPERT, 40 * EXPERT, cache_size=[2, 3, 1, 4])
     with pytest.raises(OptionError, match="4 numbers"):
         make_plan(sizes, 20 * EXPERT, 40 * EXPERT, cache_size=[2, 3])
-
-
-def test_cuda_without_a_number_is_the_current_card(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert parse_device("cuda") == torch.device("cuda", 1)
-    assert parse_device("cuda:0") == torch.device("cuda", 0)
-    with pytest.raises(OptionError, match="no such device"):
-        parse_device("cuda:2")
