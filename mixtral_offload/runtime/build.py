@@ -6,37 +6,33 @@ in place of the model's own experts.
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.core.options import OffloadOptions, declared
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import POLICIES
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.models.experts import FUSED, activation
-from mixtral_offload.models.family import MoELayer
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_dense
 from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.observer import Observers
+from mixtral_offload.runtime.offload import Offload, OffloadedModel, refuse_copy
 from mixtral_offload.runtime.options import compile_choice, device_layout, parse_options, plan_for
-from mixtral_offload.runtime.pass_state import Pass, Passes, track_passes
+from mixtral_offload.runtime.pass_state import Pass, track_passes
 from mixtral_offload.runtime.prefetch import Prefetcher
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.runtime.save import save_whole
@@ -44,118 +40,9 @@ from mixtral_offload.runtime.settings import read_generation_config
 from mixtral_offload.runtime.store import FileStore, RamStore
 from mixtral_offload.weights.checksums import finish_checks
 from mixtral_offload.weights.hqq import QuantizedLinear, matmul
-from mixtral_offload.weights.kernels import PACKED_TOKENS, Run, linear, make_run
-from mixtral_offload.weights.layout import ExpertLayout, dequantize_expert
+from mixtral_offload.weights.kernels import PACKED_TOKENS, linear, make_run
+from mixtral_offload.weights.layout import dequantize_expert
 from mixtral_offload.weights.source import resolve
-
-
-class _Counters:
-    """The counters of an `Offload`, which it refers to weakly: it is held by it."""
-
-    def __init__(self, offload: Offload):
-        self._offload = weakref.ref(offload)
-
-    def __call__(self) -> CacheStats:
-        return replace(self._offload().stats)
-
-
-@dataclass(eq=False)
-class Offload:
-    """What `from_pretrained` hangs under the model as `model.offload`."""
-
-    checkpoint: Checkpoint
-    options: OffloadOptions
-    plan: Plan
-    cache: ExpertCache
-    layers: list[MoELayer]  # those with experts
-    run: Run  # one expert, from its views
-    plain_run: Run  # the same without torch.compile, for autograd
-    compiled: tuple[bool, str]  # whether it is compiled, and why
-    prefetcher: Prefetcher | None = None
-    compile_s: float = 0.0  # what compiling took while building
-    passes: Passes = field(init=False)
-
-    def __post_init__(self):
-        self.passes = Passes(_Counters(self))
-        self.passes.on_begin.append(_tell(self.observers))
-        _built.add(self)
-
-    def __reduce_ex__(self, protocol):
-        _refuse_copy(protocol)
-
-    def after_fork(self) -> None:
-        """In a forked child: run on, with an empty cache; on CUDA, which does not survive a fork, refuse to."""
-        on_cuda = self.options.device.type == "cuda"
-        self.passes.after_fork("a model on CUDA cannot run in a forked process" if on_cuda else None)
-        if not on_cuda:
-            self.cache.after_fork()
-
-    @property
-    def stats(self) -> CacheStats:
-        return self.cache.stats
-
-    @property
-    def observers(self) -> Observers:
-        """Who watches the model run."""
-        return self.cache.observers
-
-    @property
-    def layout(self) -> ExpertLayout:
-        return self.cache.layout
-
-    def close(self) -> None:
-        """Wait for copies, end their thread, and release the store; the model must not be used afterwards."""
-        with self.passes.lock:
-            if self.prefetcher is not None:
-                self.prefetcher.close()
-                self.prefetcher = None
-            self.cache.close()
-            if self.cache.store is not None:
-                self.cache.store.close()
-
-    def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
-        """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
-        with self.cache.lock:
-            for observer in self.observers:
-                observer.predicted(layer, experts, distance)
-            self.cache.prefetch(layer, experts, distance)
-
-    def settings(self) -> dict:
-        """What a trace keeps of how the model ran, in JSON's types."""
-        checkpoint, options, plan = self.checkpoint, self.options, self.plan
-        return {"model": checkpoint.folder.name, "layers": list(checkpoint.layers), "n_experts": checkpoint.n_experts,
-                "expert_bytes": self.layout.n_bytes if plan.store == "ram" else self.layout.stored_bytes,
-                "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "store": plan.store,
-                "policy": options.policy, "shared_slots": options.shared_slots, "prefetch": options.prefetch,
-                "look_ahead": options.look_ahead, "device": str(options.device)}  # fmt: skip
-
-
-def _tell(observers: Observers) -> Callable[[Pass], None]:
-    def tell(current: Pass) -> None:
-        for observer in observers:
-            observer.pass_began(current)
-
-    return tell
-
-
-def _refuse_copy(protocol) -> NoReturn:
-    """Stand in for `__reduce_ex__`, which `copy` and `pickle` call."""
-    raise OptionError(
-        "a model with offloaded experts cannot be copied or pickled", found="copy.deepcopy, pickle or torch.save",
-        hint="build another one with from_pretrained; save_pretrained writes it to a folder",
-    )  # fmt: skip
-
-
-_built: weakref.WeakSet[Offload] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for offload in _built:
-        offload.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def from_pretrained(
@@ -182,7 +69,7 @@ def from_pretrained(
     # end of options
     hub: dict[str, Any] | None = None,
     **others: Any,
-) -> PreTrainedModel:
+) -> OffloadedModel:
     """Load an ordinary transformers model whose experts are offloaded.
 
     Args:
@@ -232,7 +119,7 @@ def from_pretrained(
         return _build(source, hub, parse_options(options))
 
 
-def _build(source: str | Path | None, hub: dict, options: OffloadOptions) -> PreTrainedModel:
+def _build(source: str | Path | None, hub: dict, options: OffloadOptions) -> OffloadedModel:
     folder = resolve(source, **hub)
     checkpoint = open_checkpoint(folder)
     generation = read_generation_config(folder)
@@ -323,7 +210,7 @@ def _attach(model: PreTrainedModel) -> None:
     model.set_experts_implementation("offloaded")
     save_whole(model)
     for module in (model, model.base_model):
-        module.__reduce_ex__ = _refuse_copy  # before a hook is met, which cannot be pickled either
+        module.__reduce_ex__ = refuse_copy  # before a hook is met, which cannot be pickled either
     track_passes(model.base_model, offload.passes)
     if not options.dequantize_on_load:  # then they are parameters
         offload.passes.on_begin.append(_refuse_untrainable(model))

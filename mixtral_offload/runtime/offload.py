@@ -1,0 +1,143 @@
+"""What a model built here carries as `model.offload`: its checkpoint, options, plan, cache and passes."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex
+
+from transformers import PreTrainedModel
+
+from mixtral_offload.core.counters import CacheStats
+from mixtral_offload.core.options import OffloadOptions
+from mixtral_offload.core.placement import Plan
+from mixtral_offload.errors import OptionError
+from mixtral_offload.models.checkpoint import Checkpoint
+from mixtral_offload.models.family import MoELayer
+from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.observer import Observers
+from mixtral_offload.runtime.pass_state import Pass, Passes
+from mixtral_offload.runtime.prefetch import Prefetcher
+from mixtral_offload.weights.kernels import Run
+from mixtral_offload.weights.layout import ExpertLayout
+
+
+class _Counters:
+    """The counters of an `Offload`, which it refers to weakly: it is held by it."""
+
+    def __init__(self, offload: Offload):
+        self._offload = weakref.ref(offload)
+
+    def __call__(self) -> CacheStats:
+        return replace(self._offload().stats)
+
+
+@dataclass(eq=False)
+class Offload:
+    """What `from_pretrained` hangs under the model as `model.offload`."""
+
+    checkpoint: Checkpoint
+    options: OffloadOptions
+    plan: Plan
+    cache: ExpertCache
+    layers: list[MoELayer]  # those with experts
+    run: Run  # one expert, from its views
+    plain_run: Run  # the same without torch.compile, for autograd
+    compiled: tuple[bool, str]  # whether it is compiled, and why
+    prefetcher: Prefetcher | None = None
+    compile_s: float = 0.0  # what compiling took while building
+    passes: Passes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.passes = Passes(_Counters(self))
+        self.passes.on_begin.append(_tell(self.observers))
+        _built.add(self)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        refuse_copy(protocol)
+
+    def after_fork(self) -> None:
+        """In a forked child: run on, with an empty cache; on CUDA, which does not survive a fork, refuse to."""
+        on_cuda = self.options.device.type == "cuda"
+        self.passes.after_fork("a model on CUDA cannot run in a forked process" if on_cuda else None)
+        if not on_cuda:
+            self.cache.after_fork()
+
+    @property
+    def stats(self) -> CacheStats:
+        return self.cache.stats
+
+    @property
+    def observers(self) -> Observers:
+        """Who watches the model run."""
+        return self.cache.observers
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return self.cache.layout
+
+    def close(self) -> None:
+        """Wait for copies, end their thread, and release the store; the model must not be used afterwards."""
+        with self.passes.lock:
+            if self.prefetcher is not None:
+                self.prefetcher.close()
+                self.prefetcher = None
+            self.cache.close()
+            if self.cache.store is not None:
+                self.cache.store.close()
+
+    def prefetch(self, layer: int, experts: list[int], distance: int) -> None:
+        """Start copies of experts that `layer`, `distance` layers from now, will probably need."""
+        with self.cache.lock:
+            for observer in self.observers:
+                observer.predicted(layer, experts, distance)
+            self.cache.prefetch(layer, experts, distance)
+
+    def settings(self) -> dict:
+        """What a trace keeps of how the model ran, in JSON's types."""
+        checkpoint, options, plan = self.checkpoint, self.options, self.plan
+        return {"model": checkpoint.folder.name, "layers": list(checkpoint.layers), "n_experts": checkpoint.n_experts,
+                "expert_bytes": self.layout.n_bytes if plan.store == "ram" else self.layout.stored_bytes,
+                "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "store": plan.store,
+                "policy": options.policy, "shared_slots": options.shared_slots, "prefetch": options.prefetch,
+                "look_ahead": options.look_ahead, "device": str(options.device)}  # fmt: skip
+
+
+def _tell(observers: Observers) -> Callable[[Pass], None]:
+    def tell(current: Pass) -> None:
+        for observer in observers:
+            observer.pass_began(current)
+
+    return tell
+
+
+def refuse_copy(protocol: SupportsIndex) -> NoReturn:
+    """Stand in for `__reduce_ex__`, which `copy` and `pickle` call."""
+    raise OptionError(
+        "a model with offloaded experts cannot be copied or pickled", found="copy.deepcopy, pickle or torch.save",
+        hint="build another one with from_pretrained; save_pretrained writes it to a folder",
+    )  # fmt: skip
+
+
+_built: weakref.WeakSet[Offload] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for offload in _built:
+        offload.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+if TYPE_CHECKING:
+
+    class OffloadedModel(PreTrainedModel):
+        """What `from_pretrained` returns: transformers' own model, with `offload`."""
+
+        offload: Offload
+else:
+    OffloadedModel = PreTrainedModel
