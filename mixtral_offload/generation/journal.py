@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mixtral_offload.errors import JobError
-from mixtral_offload.system.files import CAN_LOCK, is_there, open_locked, open_new, sync_path
+from mixtral_offload.system.files import CAN_LOCK, is_at, open_locked, open_new, sync_path
 
 FORMAT = "mixtral_offload job 1"
 MAGIC = b'{"format": "mixtral_offload job '  # every header begins so
@@ -122,7 +122,7 @@ class Journal:
         if self._file.closed:
             return
         with suppress(OSError):
-            if os.fstat(self._file.fileno()).st_size == 0 and is_there(self._file, self.path):
+            if os.fstat(self._file.fileno()).st_size == 0 and is_at(self._file, self.path):
                 self.path.unlink()
         self._file.close()
 
