@@ -45,8 +45,8 @@ def write_new(path: str | Path, data: bytes | str) -> None:
 def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
     """Replace a file atomically with a new one that the caller fills.
 
-    The new file is in the same folder and is renamed at the end: an existing file stays whole until then, a link
-    is replaced, not followed. If anything fails, the new file is removed.
+    The new file is in the same folder and is renamed at the end: an existing file stays whole until then, and
+    a link is replaced, not followed. If anything fails, the new file is removed.
 
     Args:
         path: The file to replace or create.

@@ -217,7 +217,7 @@ def test_ctrl_c_keeps_what_is_finished_and_a_second_process_is_refused(tmp_path,
         process.kill()
     assert process.returncode == 130 and "Traceback" not in told, told
     n_kept = int(
-        re.search(rf"(\d+) of 10 answers are kept in {journal}; the same command goes on from there", told)[1]
+        re.search(rf"(\d+) of 10 answers are kept in {journal}; the same command resumes the job", told)[1]
     )
     assert 2 <= n_kept == rows(journal) - 1 < 10
     assert main(command) == 0
@@ -230,15 +230,15 @@ def test_ctrl_c_keeps_what_is_finished_and_a_second_process_is_refused(tmp_path,
 
 def test_the_plan_leaves_room_for_the_whole_batch(monkeypatch, tmp_path):
     """Ten stories of up to 300 tokens at once need more than the one context that a chat has."""
-    from mixtral_offload.generation.batch import _Batch
+    from mixtral_offload.generation.batch import Batch
 
-    sizes, step = [], _Batch.step
+    sizes, step = [], Batch.step
 
     def spy(batch):
         sizes.append(len(batch.rows))
         step(batch)
 
-    monkeypatch.setattr(_Batch, "step", spy)
+    monkeypatch.setattr(Batch, "step", spy)
     write(tmp_path / "in.jsonl", *STORIES)
     files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from mixtral_offload.errors import (
     OptionError,
     TemplateError,
 )
-from mixtral_offload.generation import templates
+from mixtral_offload.generation import template_process
 from mixtral_offload.generation.job_input import encode_lines, read_lines
 from mixtral_offload.generation.templates import encode, render, turn_ends, whole
 from mixtral_offload.generation.tokenizer import INSTRUCT_TEMPLATE, RAW_TEMPLATE
@@ -164,7 +164,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_refused_within_the_bounds(tokenizer, monkeypatch, name):
-    monkeypatch.setattr(templates, "RENDER_S", 1.0)
+    monkeypatch.setattr(template_process, "RENDER_S", 1.0)
     encode(tokenizer, [USER])
     tokenizer.chat_template = BOMBS[name]
     before, began_s, peak = psutil.Process().memory_info().rss, time.perf_counter(), [0]
@@ -203,7 +203,7 @@ def test_recursion_is_refused(tokenizer):
 
 def test_a_bomb_stops_a_job_at_once(tokenizer, tmp_path, monkeypatch):
     """Not once for each line."""
-    monkeypatch.setattr(templates, "RENDER_S", 0.5)
+    monkeypatch.setattr(template_process, "RENDER_S", 0.5)
     (tmp_path / "in.jsonl").write_text('{"prompt": "Hi"}\n' * 1000)
     tokenizer.chat_template = BOMBS["loops"]
     began_s = time.perf_counter()
@@ -228,11 +228,10 @@ def test_the_process_survives_what_happens_to_its_helper(tokenizer):
 def test_an_interrupt_while_rendering_leaves_no_stale_reply(tokenizer, monkeypatch):
     encode(tokenizer, [USER])
     expected = encode(tokenizer, TALK)
-    receive = templates._Renderer._receive
-    monkeypatch.setattr(templates._Renderer, "_receive", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+        patch.setattr(template_process.Renderer, "receive", interrupt)
         encode(tokenizer, [USER])
-    monkeypatch.setattr(templates._Renderer, "_receive", receive)
     assert encode(tokenizer, TALK) == expected
 
 

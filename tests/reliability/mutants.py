@@ -73,8 +73,8 @@ MUTANTS = (
         "tests/reliability/test_detect.py",
     ),
     Mutant(
-        "a stale KV cache: a turn keeps the last turn's whole", "generation/chat.py",
-        "            self._past.crop(-surplus)", "            pass",
+        "a stale KV cache: a turn keeps the last turn's whole", "generation/turn_cache.py",
+        "            self.past.crop(-surplus)", "            pass",
         "tests/generation/test_chat.py tests/reliability/test_detect.py",
     ),
     Mutant(
