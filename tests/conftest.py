@@ -53,9 +53,13 @@ def by_length(tmp_path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     half = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]) // 2
     rope = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48,
-        "short_factor": [1.0] * half, "long_factor": [4.0] * half,
-    }  # fmt: skip
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 48,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+    }
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope, "rope_theta": None}))
     return folder

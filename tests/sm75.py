@@ -20,8 +20,16 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-T4 = {"major": 7, "minor": 5, "multi_processor_count": 40, "regs_per_multiprocessor": 65536,
-      "max_threads_per_multi_processor": 1024, "warp_size": 32, "total_memory": 15_800_000_000, "gcnArchName": ""}  # fmt: skip
+T4 = {
+    "major": 7,
+    "minor": 5,
+    "multi_processor_count": 40,
+    "regs_per_multiprocessor": 65536,
+    "max_threads_per_multi_processor": 1024,
+    "warp_size": 32,
+    "total_memory": 15_800_000_000,
+    "gcnArchName": "",
+}
 
 
 def triton_kernels(function, *shapes: tuple[torch.dtype, tuple[int, ...]]) -> dict[str, str]:
@@ -29,8 +37,11 @@ def triton_kernels(function, *shapes: tuple[torch.dtype, tuple[int, ...]]) -> di
     mode = FakeTensorMode()
 
     def on_cuda(tensor):
-        return FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"),
-                          torch.device("cuda", 0))  # fmt: skip
+        return FakeTensor(
+            mode,
+            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"),
+            torch.device("cuda", 0),
+        )
 
     with mode:
         inputs = [torch.empty(dims, dtype=dtype) for dtype, dims in shapes]
@@ -77,8 +88,11 @@ def _a_t4():
     yield mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5))
     yield mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(**T4))
     target = GPUTarget("cuda", 75, 32)
-    active = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0,
-                             get_active_torch_device=lambda: torch.device("cuda", 0))  # fmt: skip
+    active = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+    )
     yield _driver(driver, active)
 
 

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from mixtral_offload.errors import OptionError
 from mixtral_offload.generation.chat import context_length
 from mixtral_offload.generation.templates import encode, turn_ends
+from mixtral_offload.generation.turn_cache import uses_dynamic_cache
 from mixtral_offload.models.positions import depend_on_length
 from mixtral_offload.runtime.offload import OffloadedModel
 from mixtral_offload.runtime.options import pass_tokens
@@ -120,14 +121,14 @@ def generate_batch(
 ) -> Iterator[Answer]:
     """Answer requests, many in one batch, and yield each answer as it ends.
 
-    Each sequence gets the tokens that it would get alone, up to ties in the last bits of a logit; sampled ones
-    come from a generator of its own. `runtime/settings.py` has the rules for sampling and for end tokens.
+    Each sequence gets the tokens that it would get alone, up to ties in the last bits of a logit; sampled tokens
+    come from its own generator. `runtime/settings.py` has the rules for sampling and for end tokens.
 
     Args:
         model: From `from_pretrained`.
         requests: Taken one by one as places in the batch become free.
-        batch_size: Sequences at once. Fewer, with a warning, where the plan's KV cache (`context_length` x
-            `batch_size` tokens, see `OffloadOptions`) does not hold them; one at a time where the model's layers
+        batch_size: Sequences at once. Fewer, with a warning, where the plan's KV cache holds fewer: it has
+            `context_length` x `batch_size` tokens, see `OffloadOptions`. One at a time where the model's layers
             keep more than keys and values (recurrent states, indexes), which cannot be joined.
         temperature: 0 is greedy.
         top_p: Sample among the likeliest tokens that have this probability together.
@@ -304,7 +305,7 @@ class Batch:
 
 def _can_join(model: PreTrainedModel) -> bool:
     """Whether the KV cache holds each token's keys and values only, and they depend on no other sequence."""
-    if not model._supports_default_dynamic_cache() or depend_on_length(model):
+    if not uses_dynamic_cache(model) or depend_on_length(model):
         return False
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

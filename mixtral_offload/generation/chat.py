@@ -11,12 +11,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -141,7 +140,7 @@ class ChatSession:
     def after_fork(self) -> None:
         """Reset a forked child to the conversation before the answer under way, which the parent generates.
 
-        Threads of the parent may have held the locks, the generator's own included: they are made anew.
+        Threads of the parent may have held the locks, the generator's own included: they are replaced.
         """
         self.lock, self._generating = threading.RLock(), threading.Lock()
         answer, self._current = self._current, None
@@ -366,10 +365,9 @@ class ChatSession:
                 past = self.turn_cache.reuse(self.model, ids)
                 self.turn_cache.clear()  # its content changes from here on
             inputs = torch.tensor([ids], device=self.model.device)
-            # transformers' models mix it in, but PreTrainedModel's type does not say so
-            model = cast(GenerationMixin, with_own_settings(self.model))
+            model = with_own_settings(self.model)
             with forward_errors(self.model):
-                output = model.generate(
+                output = model.generate(  # type: ignore[operator]  # see `uses_dynamic_cache`
                     inputs,
                     attention_mask=torch.ones_like(inputs),
                     past_key_values=past,

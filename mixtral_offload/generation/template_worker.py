@@ -35,7 +35,7 @@ def environment() -> Environment:
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.CallBlock(self.call_method("_words"), [], [], body).set_lineno(line)
 
         def _words(self, caller: Callable[[], str]) -> str:

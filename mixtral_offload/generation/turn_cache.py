@@ -38,7 +38,7 @@ class TurnCache:
         Returns:
             An empty KV cache where nothing can be reused; None for a model that makes a kind of its own.
         """
-        if not model._supports_default_dynamic_cache():
+        if not uses_dynamic_cache(model):
             return None
         shared = 0
         limit = min(len(ids) - 1, len(self.ids))  # at least one token must be computed
@@ -52,6 +52,12 @@ class TurnCache:
         if surplus := self.past.get_seq_length() - shared:
             self.past.crop(-surplus)
         return self.past
+
+
+def uses_dynamic_cache(model: PreTrainedModel) -> bool:
+    """Tell whether the model's KV cache is transformers' DynamicCache."""
+    # of GenerationMixin, which the type of models lacks
+    return bool(model._supports_default_dynamic_cache())  # type: ignore[operator]
 
 
 def can_be_cut(past: DynamicCache) -> bool:

@@ -22,10 +22,27 @@ from tests.job import Engine, names, read, run, write
 
 COMMAND = [sys.executable, "-m", "mixtral_offload", "generate", "--device", "cpu", "--cache-size", "4"]
 QUESTIONS = [
-    "What is the capital of France?", "What is 47 + 38?", "Tell me a story about a fox.", "What is 47 + 38?", "How do I sort a list in Python?",
-]  # fmt: skip
-STORIES = [{"prompt": f"Tell me a story about a {who}.", "id": who} for who in
-           ("fox", "bird", "boy named Tom", "mirror", "king", "cat", "girl named Ana", "tree", "river", "dog")]  # fmt: skip
+    "What is the capital of France?",
+    "What is 47 + 38?",
+    "Tell me a story about a fox.",
+    "What is 47 + 38?",
+    "How do I sort a list in Python?",
+]
+STORIES = [
+    {"prompt": f"Tell me a story about a {who}.", "id": who}
+    for who in (
+        "fox",
+        "bird",
+        "boy named Tom",
+        "mirror",
+        "king",
+        "cat",
+        "girl named Ana",
+        "tree",
+        "river",
+        "dog",
+    )
+]
 
 
 def test_answers_are_those_of_a_chat(monkeypatch, tmp_path, offloaded):
@@ -37,9 +54,11 @@ def test_answers_are_those_of_a_chat(monkeypatch, tmp_path, offloaded):
         answers = read(tmp_path / "out.jsonl")
         for text, answer in zip(QUESTIONS, answers, strict=True):
             chat = ChatSession(
-                model, load_tokenizer(DEMO), system_prompt=settings.get("system"),
+                model,
+                load_tokenizer(DEMO),
+                system_prompt=settings.get("system"),
                 max_new_tokens=settings.get("max_tokens", 512),
-            )  # fmt: skip
+            )
             assert "".join(chat.send(text)) == answer["answer"] and chat.ended == answer["ended"]
             assert (chat.last.n_prompt, chat.last.n_tokens) == (answer["n_prompt"], answer["n_tokens"])
         n_tokens = sum(answer["n_tokens"] for answer in answers)
@@ -123,8 +142,12 @@ def test_an_engine_that_forgets_a_line_writes_no_output(monkeypatch, tmp_path):
 
 
 def test_options(tmp_path):
-    for options, message in (({"batch_size": 0}, "batch_size"), ({"bad_lines": "x"}, "bad_lines"), ({"temperature": -1}, "temperature"),
-                             ({"raw": True, "system": "a"}, "system prompt")):  # fmt: skip
+    for options, message in (
+        ({"batch_size": 0}, "batch_size"),
+        ({"bad_lines": "x"}, "bad_lines"),
+        ({"temperature": -1}, "temperature"),
+        ({"raw": True, "system": "a"}, "system prompt"),
+    ):
         with pytest.raises(OptionError, match=message):
             JobOptions(tmp_path / "in", tmp_path / "out", **options)
 

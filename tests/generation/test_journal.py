@@ -119,8 +119,12 @@ def test_killed_at_the_very_end(monkeypatch, tmp_path, undisturbed, end):
 @pytest.mark.parametrize("damage", ["garbage", "twice", "an answer to no line", "no line number"])
 def test_a_damaged_journal_is_refused_and_left_alone(monkeypatch, tmp_path, undisturbed, damage):
     rows = interrupt(monkeypatch, tmp_path).splitlines(keepends=True)
-    rows[2:2] = {"garbage": [b"\0\0\0\n"], "twice": [rows[3]], "no line number": [b'{"line": []}\n'],
-                 "an answer to no line": [b'{"line": 99, "answer": ""}\n']}[damage]  # fmt: skip
+    rows[2:2] = {
+        "garbage": [b"\0\0\0\n"],
+        "twice": [rows[3]],
+        "no line number": [b'{"line": []}\n'],
+        "an answer to no line": [b'{"line": 99, "answer": ""}\n'],
+    }[damage]
     (tmp_path / "out.jsonl.partial").write_bytes(b"".join(rows))
     with pytest.raises(JobError, match=r"(?s)journal is damaged.*out.jsonl.partial.*line .*--restart"):
         run(monkeypatch, tmp_path, Engine())
@@ -142,8 +146,10 @@ def test_a_file_that_is_no_journal_is_left_alone(monkeypatch, tmp_path, undistur
 def test_another_job_is_refused_by_what_differs(monkeypatch, tmp_path, undisturbed):
     kept = interrupt(monkeypatch, tmp_path)
     for options, told in (
-        ({"max_tokens": 3}, "max tokens: 512 there, 3 now"), ({"temperature": 0.5}, "temperature: 0.0 there, 0.5 now"),
-        ({"top_p": 0.5}, "top_p: 0.95 there, 0.5 now"), ({"seed": 3}, "seed: null there, 3 now"), ({"raw": True}, "raw: false there, true now"),
+        ({"max_tokens": 3}, "max tokens: 512 there, 3 now"),
+        ({"temperature": 0.5}, "temperature: 0.0 there, 0.5 now"),
+        ({"top_p": 0.5}, "top_p: 0.95 there, 0.5 now"), ({"seed": 3}, "seed: null there, 3 now"),
+        ({"raw": True}, "raw: false there, true now"),
         ({"system": "Be brief."}, 'system prompt: null there, "Be brief." now'),
         ({"offload": {"dtype": "bfloat16"}}, 'dtype: "float32" there, "bfloat16" now'),
         ({"offload": {"context_length": 64}}, "context length: 1024 there, 64 now"),
@@ -260,9 +266,10 @@ def test_a_full_disk_is_one_message_and_loses_nothing(monkeypatch, tmp_path, und
 
 def test_places_that_cannot_be_written(monkeypatch, tmp_path, undisturbed):
     for output, message in (
-        (tmp_path / "nowhere" / "out.jsonl", r"(?s)no such folder.*nowhere"), (tmp_path, "the output is not a file"),
+        (tmp_path / "nowhere" / "out.jsonl", r"(?s)no such folder.*nowhere"),
+        (tmp_path, "the output is not a file"),
         (tmp_path / "in.jsonl", "write over its input"),
-    ):  # fmt: skip
+    ):
         with pytest.raises((JobError, OptionError), match=message):
             run(monkeypatch, tmp_path, Engine(), output=output)
     for name in ("out.jsonl.partial", "out.jsonl.partial.ordered"):  # the journal would be the input

@@ -85,9 +85,11 @@ def test_the_text_is_transformers_own(tokenizer, template, messages):
 
 def test_what_the_sandbox_forbids_stays_forbidden(tokenizer):
     for template in (
-        "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
         "{{ (messages|attr('__class__')) }}{{ [].__class__.__base__.__subclasses__() }}",
-    ):  # fmt: skip
+    ):
         tokenizer.chat_template = template
         with pytest.raises(ConversationError, match=r"SecurityError|UndefinedError"):
             encode(tokenizer, [USER])
@@ -193,9 +195,12 @@ def test_bombs_are_refused_within_the_bounds(tokenizer, monkeypatch, name):
 
 def test_recursion_is_refused(tokenizer):
     for template in (
-        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
-        "{{ " + "-" * 99999 + "1 }}", "{% if 1 %}" * 9999 + "{% endif %}" * 9999, "{{ " + "[" * 99999,
-    ):  # fmt: skip
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
+        "{{ " + "-" * 99999 + "1 }}",
+        "{% if 1 %}" * 9999 + "{% endif %}" * 9999,
+        "{{ " + "[" * 99999,
+    ):
         tokenizer.chat_template = template
         with pytest.raises(TemplateError):
             encode(tokenizer, [USER])
@@ -353,9 +358,10 @@ def test_on_the_command_line(tmp_path, capsys):
     ):
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
         for command in (
-            ["generate", "Hi"], ["trace", str(tmp_path / "p.txt"), str(tmp_path / "out")],
+            ["generate", "Hi"],
+            ["trace", str(tmp_path / "p.txt"), str(tmp_path / "out")],
             ["generate", "--input", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "o.jsonl")],
-        ):  # fmt: skip
+        ):
             assert main([*command, *options]) == 1, command
             error = capsys.readouterr().err
             assert error.count("error: ") == 1 and "template" in error, error

@@ -57,9 +57,12 @@ def check_at_once(n: int = 5) -> Result:
                 if problem:
                     wrong.append(f"{writer.__name__} {number}: {problem}"[:600])
     return Result(
-        "two processes or threads that write the same at once: lost or half written", len(wrong), tried, "runs",
+        "two processes or threads that write the same at once: lost or half written",
+        len(wrong),
+        tried,
+        "runs",
         details={"wrong": wrong},
-    )  # fmt: skip
+    )
 
 
 def _processes(*commands: list[str], environment: dict | None = None) -> tuple[str, int]:

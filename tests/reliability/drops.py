@@ -36,9 +36,12 @@ def check_drops(n: int = 30, warm_up: int = 15) -> Result:
     third = max(n // 3, 1)
     drift = sorted(held[-third:])[third // 2] - sorted(held[:third])[third // 2]
     return Result(
-        "models built and dropped, memory drift under 1 MiB", int(abs(drift) >= MIB), n, "models",
+        "models built and dropped, memory drift under 1 MiB",
+        int(abs(drift) >= MIB),
+        n,
+        "models",
         details={"drift_bytes": drift},
-    )  # fmt: skip
+    )
 
 
 def memory_after_each(n: int) -> list[int]:

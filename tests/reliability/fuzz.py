@@ -40,8 +40,10 @@ from .result import Result
 LONGEST_S = 10.0
 MOST_BYTES = 512 << 20
 ABSURD = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
-    "0", "-1", "\u0000", "\u202e", "é" * 300, "../../x", "/etc/passwd", [], {}, [0], [None], {"a": 0}, [[]], "mixtral", "torch.float16", "U8", "F4",
+    None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, float("nan"),
+    float("inf"), "", "x",
+    "0", "-1", "\u0000", "\u202e", "é" * 300, "../../x", "/etc/passwd", [], {}, [0], [None], {"a": 0}, [[]],
+    "mixtral", "torch.float16", "U8", "F4",
 )  # fmt: skip
 
 
@@ -77,18 +79,29 @@ def check_fuzz(
             if (grown := process.memory_info().rss - begin_bytes) > MOST_BYTES:
                 faults.append(f"{kind}: memory has grown by {grown >> 20} MiB")
     return Result(
-        "damaged headers, indexes and configurations: foreign exceptions, hangs, memory", len(faults), headers + indexes + configs, "files",
-        time.perf_counter() - began_s, {"outcomes": dict(outcomes), "faults": faults[:20]},
-    )  # fmt: skip
+        "damaged headers, indexes and configurations: foreign exceptions, hangs, memory",
+        len(faults),
+        headers + indexes + configs,
+        "files",
+        time.perf_counter() - began_s,
+        {"outcomes": dict(outcomes), "faults": faults[:20]},
+    )
 
 
 def _checkpoints(folder: Path) -> tuple[Path, Path]:
     """A small plain checkpoint in one file, and the same converted to ours, with an index."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=64,
+    )
     plain, ours = folder / "plain", folder / "ours"
     MixtralForCausalLM(config).half().save_pretrained(plain)
     (plain / "generation_config.json").unlink(missing_ok=True)

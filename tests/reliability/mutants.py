@@ -90,7 +90,8 @@ MUTANTS = (
     ),
     Mutant(
         "the mask is cut at the wrong end", "runtime/pass_state.py",
-        "    real = mask[:, positions].reshape(-1).bool()", "    real = mask[:, -shape[1] :].reshape(-1).bool()",
+        "    real = mask[:, positions].reshape(-1).bool()",
+        "    real = mask[:, -shape[1] :].reshape(-1).bool()",
         "tests/runtime/test_pass_state.py -k masks_longer",
     ),
     Mutant(
@@ -167,9 +168,12 @@ def check_mutants(mutants: tuple[Mutant, ...] = MUTANTS) -> Result:
     tests = {mutant.what: noticed_by(mutant) for mutant in mutants}
     wrong = [what for what, test in tests.items() if test is None or fails_without_a_fault(test)]
     return Result(
-        "faults put into the package that no test notices", len(wrong), len(mutants), "faults",
+        "faults put into the package that no test notices",
+        len(wrong),
+        len(mutants),
+        "faults",
         details={"noticed_by": tests, "unnoticed": wrong},
-    )  # fmt: skip
+    )
 
 
 def _copy(folder: Path) -> Path:

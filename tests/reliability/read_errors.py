@@ -50,6 +50,9 @@ def check_read_errors(n: int = 100, seed: int = 0, n_tokens: int = 12) -> Result
         wrong += answer(model, tokenizer, text, n_tokens) != expected[text]
     model.offload.cache.close()
     return Result(
-        "answers during and after read errors", wrong + sum(foreign.values()), n, "answers",
+        "answers during and after read errors",
+        wrong + sum(foreign.values()),
+        n,
+        "answers",
         details={"ended_with_an_error": failed, "foreign_errors": foreign},
-    )  # fmt: skip
+    )

@@ -78,22 +78,32 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
     quarter = max(len(held) // 4, 1)
     growth = min(held[-quarter:]) - min(held[: 2 * quarter][quarter - 1 :])
     details = done | {
-        "models": len(settings), "growth_bytes": growth, "threads_at_the_end": psutil.Process().num_threads(),
+        "models": len(settings),
+        "growth_bytes": growth,
+        "threads_at_the_end": psutil.Process().num_threads(),
         "open_files_at_the_end": len(psutil.Process().open_files()),
-    }  # fmt: skip
+    }
     return Result(
-        "a soak of chats and long answers with random settings and interrupts", wrong + (growth > GROWTH),
-        done["turns"] + done["long"], "answers", time.perf_counter() - began_s, details,
-    )  # fmt: skip
+        "a soak of chats and long answers with random settings and interrupts",
+        wrong + (growth > GROWTH),
+        done["turns"] + done["long"],
+        "answers",
+        time.perf_counter() - began_s,
+        details,
+    )
 
 
 def _random_options(draw: random.Random) -> dict:
     prefetch = draw.choice((0, 2, 4))
     return {
-        "cache_size": draw.randint(2, 7), "prefetch": prefetch, "look_ahead": draw.randint(1, 3), "store": draw.choice(("ram", "disk")),
-        "policy": draw.choice(("lru", "lfu", "lrfu")), "shared_slots": draw.random() < 0.3,
+        "cache_size": draw.randint(2, 7),
+        "prefetch": prefetch,
+        "look_ahead": draw.randint(1, 3),
+        "store": draw.choice(("ram", "disk")),
+        "policy": draw.choice(("lru", "lfu", "lrfu")),
+        "shared_slots": draw.random() < 0.3,
         "throttle": draw.choice((None, "4GB")),
-    }  # fmt: skip
+    }
 
 
 def _disturb(chat: ChatSession, text: str, draw: random.Random) -> int:

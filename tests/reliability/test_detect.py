@@ -15,10 +15,14 @@ def reference():
     return model, [logits_of(model, ids, 6) for ids in prompts(2)]
 
 
-@pytest.mark.parametrize("options", [
-    {"cache_size": 2, "prefetch": 4, "look_ahead": 2, "throttle": "400MB"}, {"cache_size": 3, "store": "disk", "prefetch": 2},
-    {"cache_size": 2},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_size": 2, "prefetch": 4, "look_ahead": 2, "throttle": "400MB"},
+        {"cache_size": 3, "store": "disk", "prefetch": 2},
+        {"cache_size": 2},
+    ],
+)
 def test_logits_are_the_twins(offloaded, reference, options):
     model = offloaded(**options)
     for ids, expected in zip(prompts(2), reference[1]):
