@@ -1,7 +1,7 @@
 """What torch.compile would run on a T4, made and compiled without one.
 
-torch's CPU build writes the Triton kernels of a function for a CUDA device that is only described to it, and Triton's own
-compiler turns them into machine code for sm_75. Reaches into torch._inductor; tried with torch 2.13 and triton 3.6.
+torch's CPU build writes the Triton kernels of a function for a CUDA device that is only described to it, and
+Triton's compiler makes machine code for sm_75. Uses internals of torch; tried with torch 2.13 and triton 3.6.
 """
 
 import re
@@ -33,7 +33,12 @@ T4 = {
 
 
 def triton_kernels(function, *shapes: tuple[torch.dtype, tuple[int, ...]]) -> dict[str, str]:
-    """Name -> source of each kernel that inductor writes for `function(*tensors)` on a T4. shapes: of the tensors."""
+    """Write the kernels of `function(*tensors)` for a T4, by inductor; return name -> source.
+
+    Args:
+        function: What to compile.
+        shapes: dtype and shape of each tensor.
+    """
     mode = FakeTensorMode()
 
     def on_cuda(tensor):

@@ -1,4 +1,4 @@
-"""What benchmarks/ecosystem reports: a wrong figure fails, a missing program is skipped, a foreign failure is a fault."""
+"""benchmarks/ecosystem: wrong figures fail, missing programs are skipped, foreign failures are faults."""
 
 import subprocess
 import sys

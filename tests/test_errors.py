@@ -1,4 +1,4 @@
-"""What a message may hold: whatever the values are, it is short, readable, and without secrets."""
+"""Messages are short, readable and without secrets, for all values."""
 
 import copy
 import logging

@@ -121,15 +121,15 @@ def generate_batch(
 ) -> Iterator[Answer]:
     """Answer requests, many in one batch, and yield each answer as it ends.
 
-    Each sequence gets the tokens that it would get alone, up to ties in the last bits of a logit; sampled tokens
-    come from its own generator. `runtime/settings.py` has the rules for sampling and for end tokens.
+    Each sequence gets the tokens that it would get alone, up to ties in the last bits of a logit; sampled
+    tokens come from its own generator. `runtime/settings.py` has the rules for sampling and for end tokens.
 
     Args:
         model: From `from_pretrained`.
         requests: Taken one by one as places in the batch become free.
         batch_size: Sequences at once. Fewer, with a warning, where the plan's KV cache holds fewer: it has
-            `context_length` x `batch_size` tokens, see `OffloadOptions`. One at a time where the model's layers
-            keep more than keys and values (recurrent states, indexes), which cannot be joined.
+            `context_length` x `batch_size` tokens, see `OffloadOptions`. One at a time where the layers keep
+            more than keys and values (recurrent states, indexes), which cannot be joined.
         temperature: 0 is greedy.
         top_p: Sample among the likeliest tokens that have this probability together.
 

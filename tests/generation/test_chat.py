@@ -402,7 +402,7 @@ def test_an_error_leaves_how_the_last_answer_ended(session):
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_forked_child_goes_on_with_the_chat(session, temperature):
-    """Forked while the parent's thread is inside the model, and holds whatever it needs."""
+    """Forked while the parent's thread runs the model, and holds its locks."""
     session.temperature, session.seed = temperature, 1
     context, parent, go = multiprocessing.get_context("fork"), os.getpid(), threading.Event()
     list(session.send("My name is Ana."))

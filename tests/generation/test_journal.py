@@ -1,4 +1,4 @@
-"""The journal of a job: whatever moment a process is killed at, nothing is lost and nothing is there twice."""
+"""The journal of a job: a process killed at any moment loses nothing, and repeats nothing."""
 
 import errno
 import json
@@ -65,7 +65,7 @@ def test_interrupted_again_and_again(monkeypatch, tmp_path, undisturbed):
 
 
 def test_a_journal_cut_at_any_byte(monkeypatch, tmp_path, undisturbed):
-    """Killed while writing: every length of the header and of the last line, also all of it but its newline."""
+    """Killed while writing: every length of the header and of the last line, with and without its newline."""
     kept = interrupt(monkeypatch, tmp_path)
     lines = kept.splitlines(keepends=True)
     cuts = [*range(0, len(lines[0]), 7), len(lines[0]) - 1, *range(len(kept) - len(lines[-1]), len(kept) + 1)]
@@ -145,7 +145,7 @@ def test_a_file_that_is_no_journal_is_left_alone(monkeypatch, tmp_path, undistur
 
 def test_another_job_is_refused_by_what_differs(monkeypatch, tmp_path, undisturbed):
     kept = interrupt(monkeypatch, tmp_path)
-    for options, told in (
+    for options, message in (
         ({"max_tokens": 3}, "max tokens: 512 there, 3 now"),
         ({"temperature": 0.5}, "temperature: 0.0 there, 0.5 now"),
         ({"top_p": 0.5}, "top_p: 0.95 there, 0.5 now"), ({"seed": 3}, "seed: null there, 3 now"),
@@ -156,14 +156,14 @@ def test_another_job_is_refused_by_what_differs(monkeypatch, tmp_path, undisturb
     ):  # fmt: skip
         with pytest.raises(JobError, match=r"(?s)belongs to another job.*--restart") as caught:
             run(monkeypatch, tmp_path, Engine(), **options)
-        assert told in str(caught.value)
+        assert message in str(caught.value)
     write(tmp_path / "in.jsonl", *PROMPTS[1:], PROMPTS[0])
     with pytest.raises(JobError, match="sha256 of the input"):
         run(monkeypatch, tmp_path, Engine())
     assert (tmp_path / "out.jsonl.partial").read_bytes() == kept
 
 
-def test_a_journal_without_answers_is_in_nobodys_way(monkeypatch, tmp_path, undisturbed):
+def test_a_journal_without_answers_does_not_block_another_job(monkeypatch, tmp_path, undisturbed):
     """Left by a model that could not be loaded, say; the next try may have other options."""
     interrupt(monkeypatch, tmp_path, 0)
     job = run(monkeypatch, tmp_path, Engine(), max_tokens=3)
@@ -221,7 +221,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 
 def test_a_journal_that_ends_while_it_is_being_opened(monkeypatch, tmp_path):
-    """Its owner finished between open and lock: a lock on a file without a name keeps nobody out."""
+    """Its owner finished between open and lock: a lock on a deleted file excludes no other process."""
     flock, removals = files.fcntl.flock, iter([True])
 
     def late(file, how):
@@ -289,7 +289,7 @@ def test_a_system_without_locks_is_told_so(monkeypatch, tmp_path):
 
 
 def test_an_interrupt_while_the_disk_is_slow_loses_no_line(tmp_path, monkeypatch):
-    """Nor says one too few: what is told is what the next run finds."""
+    """And the number of answers that is reported is the number that the next run finds."""
     journal = Journal(tmp_path / "out.jsonl", restart=False)
     journal.begin({"of": "a test"}, [1, 2], {})
     journal.add(1, {"line": 1, "answer": "a"})

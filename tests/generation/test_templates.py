@@ -40,23 +40,28 @@ def tokenizer():
 # Equal to transformers'
 
 LLAMA_3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{{ '<|start_header_id|>assistant' }}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant' }}"
 )
 QWEN = """{%- if tools %}{{ 'tools' }}{%- endif %}
 {%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>')) %}
+    {%- if ns.multi_step_tool and message.role == "user"
+        and not(message.content.startswith('<tool_response>')) %}
         {%- set ns.multi_step_tool = false %}
         {%- set ns.last_query_index = index %}
     {%- endif %}
 {%- endfor %}
 {%- for message in messages %}
-    {%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}
+    {%- if message.content is string %}{%- set content = message.content %}
+    {%- else %}{%- set content = '' %}{%- endif %}
     {%- if message.reasoning_content is defined %}{{ message.reasoning_content }}{%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>' + '\\n' }}
+    {{- '<|im_start|>' + message.role + '\\n' + content.split('</think>')[-1].lstrip('\\n')
+        + '<|im_end|>' + '\\n' }}
     {%- if loop.index > 100 %}{% break %}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
@@ -64,9 +69,12 @@ OTHERS = [
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n    {% endfor %}x\n",
     "{{ messages | tojson(indent=2) }}{{ messages[0].content | tojson }}{{ tools is none }}{{ documents }}",
     "{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ additional_special_tokens }}{{ dict(a=1, b=[2]) }}",
-    "{% macro say(m) %}{{ m.role | upper }}: {{ m['content'] | trim }}{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}",
-    "{% for m in messages if m.role == 'user' %}{{ loop.index }}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% endfor %}",
-    "{{ strftime_now('%Y') }} {{ none }} {{ 3 // 2 }} {{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+    "{% macro say(m) %}{{ m.role | upper }}: {{ m['content'] | trim }}{% endmacro %}"
+    "{% for m in messages %}{{ say(m) }}{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ loop.index }}"
+    "{% if loop.first %}{% continue %}{% endif %}{{ m }}{% endfor %}",
+    "{{ strftime_now('%Y') }} {{ none }} {{ 3 // 2 }} "
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
 ]
 
 
@@ -122,7 +130,10 @@ def test_what_json_would_change_is_refused(tokenizer, value):
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_has_every_name_that_templates_read(tokenizer, name):
-    tokenizer.chat_template = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}{% endfor %}{{ messages | tojson }}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}{% endfor %}"
+        "{{ messages | tojson }}"
+    )
     messages = [USER, {"role": "assistant", "content": "yo", name: "because"}, {**TALK[1], name: None}]
     expected = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert encode(tokenizer, messages, add_generation_prompt=False) == expected
@@ -130,8 +141,9 @@ def test_reasoning_has_every_name_that_templates_read(tokenizer, name):
 
 def test_parts_and_no_content_are_transformers_own(tokenizer):
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% elif m.content is undefined %}"
-        "{{ m.tool_calls[0].name }}{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}"
+        "{% elif m.content is undefined %}{{ m.tool_calls[0].name }}"
+        "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
     )
     parts = [{"type": "text", "text": "One?"}, {"type": "text", "text": "Two?"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
@@ -145,8 +157,10 @@ def test_parts_and_no_content_are_transformers_own(tokenizer):
 # Bounds
 
 BOMBS = {
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "endless": "{% for i in range(99999) %}{% for j in range(99999) %}{{ messages|length }}{% endfor %}{% endfor %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "endless": "{% for i in range(99999) %}{% for j in range(99999) %}{{ messages|length }}"
+    "{% endfor %}{% endfor %}",
     "product": "{{ 'x' * 10**10 }}",
     "product at run time": "{{ messages[0].content * 10**9 }}",
     "list": "{{ [messages] * 10**9 }}",
@@ -155,7 +169,8 @@ BOMBS = {
     "indent": "{{ 'x\ny' | indent(10**10) }}",
     "format": "{{ '%10000000000d' | format(1) }}",
     "format of str": "{{ '{:10000000000}'.format(1) }}",
-    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+    "{{ n.x }}",
     "replace": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
     "join": "{{ range(99999) | join('x' * 99999) }}",
     "long text": "{{ 'x' * 9000000 }}",
@@ -277,7 +292,8 @@ def test_a_forked_child_renders_for_itself():
 
 
 def test_no_helper_is_left_behind():
-    code = "from mixtral_offload import load_tokenizer as l; from mixtral_offload.generation.templates import encode; import psutil; "
+    code = "import psutil; from mixtral_offload import load_tokenizer as l; "
+    code += "from mixtral_offload.generation.templates import encode; "
     code += "encode(l(), [{'role': 'user', 'content': 'Hi'}]); print(psutil.Process().children()[0].pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -329,7 +345,8 @@ def test_one_of_several_templates(tokenizer):
 
 
 def test_a_template_without_system_role_says_so(tokenizer):
-    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}Hi"
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}"
+    tokenizer.chat_template += "{{ raise_exception('System role not supported') }}{% endif %}Hi"
     assert encode(tokenizer, [USER])
     with pytest.raises(
         ConversationError, match=r"(?s)takes no system prompt.*System role not supported.*first message"
@@ -381,7 +398,8 @@ def test_on_the_command_line(tmp_path, capsys):
         ("{{ messages[0].content }}", None),
         ("{{ raise_exception('no') }}", None),
         # as gpt-oss: the last turn ends otherwise than those before it
-        ("{% for m in messages %}{{ m.content }}{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}", "<|return|>"),
+        ("{% for m in messages %}{{ m.content }}"
+         "{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}", "<|return|>"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("special", [True, False])

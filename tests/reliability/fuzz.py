@@ -2,8 +2,8 @@
 
     python -m tests.reliability.fuzz [--headers 60000] [--indexes 20000] [--configs 20000] [--seed 0]
 
-Each damaged file is opened as a user would open it. It must be harmless, or refused with an error of this package's own,
-within bounds of time and memory.
+Each damaged file is opened as a user would open it. It must be harmless, or refused with an error of this
+package, within bounds of time and memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ABSURD = (
 def check_fuzz(
     headers: int = 60_000, indexes: int = 20_000, configs: int = 20_000, seed: int = 0, log=lambda text: None
 ) -> Result:
-    """Open that many damaged headers, indexes and configurations; wrong are foreign exceptions, hangs and memory taken."""
+    """Open damaged headers, indexes and configurations; wrong are foreign errors, hangs and memory growth."""
     logging.set_verbosity_error()
     draw, outcomes, faults = random.Random(seed), Counter(), []
     process, began_s = psutil.Process(), time.perf_counter()
@@ -73,9 +73,8 @@ def check_fuzz(
                 if outcome.startswith(("FOREIGN", "HANG")):
                     faults.append(f"{kind} {number}: {outcome}")
                 if number % 1000 == 999:
-                    log(
-                        f"{time.perf_counter() - began_s:6.0f} s {kind} {number + 1}, faults {len(faults)} {faults[-1:]}"
-                    )
+                    seconds = time.perf_counter() - began_s
+                    log(f"{seconds:6.0f} s {kind} {number + 1}, faults {len(faults)} {faults[-1:]}")
             if (grown := process.memory_info().rss - begin_bytes) > MOST_BYTES:
                 faults.append(f"{kind}: memory has grown by {grown >> 20} MiB")
     return Result(
@@ -114,7 +113,7 @@ def _open_and_build(folder: Path) -> None:
 
 
 def _bounded(function: Callable[[], None]) -> str:
-    """What came of it: "harmless", "refused", "HANG" or "FOREIGN: ..." with the place."""
+    """Call `function`; return "harmless", "refused", "HANG" or "FOREIGN: ..." with the place."""
 
     def late(*_):
         raise TimeoutError
@@ -128,8 +127,9 @@ def _bounded(function: Callable[[], None]) -> str:
     except TimeoutError:
         return "HANG"
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"FOREIGN: {type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        return f"FOREIGN: {type(error).__name__}: {str(error)[:200]} ({place})"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

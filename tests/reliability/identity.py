@@ -1,4 +1,4 @@
-"""Logits are the same bits, whatever the cache holds, predicts or reads from."""
+"""Logits are bit-identical for every cache size, prefetch and store."""
 
 from __future__ import annotations
 

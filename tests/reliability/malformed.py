@@ -189,7 +189,9 @@ def kinds() -> list[Kind]:
         "model_type a list": {"model_type": ["mixtral"]},
         "rope_parameters text": {"rope_parameters": "x"},
         "offload.cache_size 99": {"offload": {"cache_size": 99}}, "offload a list": {"offload": [4]},
-        "foreign quantization": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "foreign quantization": {
+            "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        },
     }.items():  # fmt: skip
         add(f"config: {name}", DEMO, edit_json(config, **values))
     for name, data in {
@@ -307,7 +309,7 @@ def check_malformed(of: list[Kind] | None = None, log=lambda text: None) -> Resu
 
 @torch.no_grad()
 def _logits(folder: Path) -> torch.Tensor:
-    """Logits of some tokens, with experts on disk and in RAM; reads the tokenizer too, as every command does."""
+    """Logits with experts on disk and in RAM; reads the tokenizer too, as every command does."""
     if (folder / "tokenizer.json").is_file():
         load_tokenizer(folder)
     both = []

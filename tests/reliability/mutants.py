@@ -2,8 +2,8 @@
 
     python -m tests.reliability.mutants [NAME ...]
 
-Each mutant is a copy of the package with one piece of text replaced. A test must fail on it that passes on an unchanged
-copy; a mutant without such a test is a gap in the tests.
+Each mutant is a copy of the package with one piece of text replaced. A test that passes on an unchanged copy
+must fail on it; a mutant without such a test is a gap in the tests.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def fails_without_a_fault(test: str, timeout_s: float = TIMEOUT_S) -> bool:
 
 
 def check_mutants(mutants: tuple[Mutant, ...] = MUTANTS) -> Result:
-    """Try each mutant; wrong are those that no test notices, or only a test that fails without the fault too."""
+    """Try each mutant; wrong are those without a test that fails on them and passes without the fault."""
     tests = {mutant.what: noticed_by(mutant) for mutant in mutants}
     wrong = [what for what, test in tests.items() if test is None or fails_without_a_fault(test)]
     return Result(

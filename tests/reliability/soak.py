@@ -1,4 +1,4 @@
-"""Hours of use in one process: chats and long answers, other settings again and again, interrupts: no growth, no divergence.
+"""Hours of use in one process: chats, long answers, changing settings, interrupts; no growth, no divergence.
 
 python -m tests.reliability.soak [--turns 2000] [--tokens 100000] [--seed 0]
 """
@@ -31,11 +31,10 @@ GROWTH = 16 * MIB  # of the process's own memory between the first and the last 
 
 
 def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lambda text: None) -> Result:
-    """Chat for `turns` turns and generate `tokens` tokens, the rest of them in long answers, on models of random settings.
+    """Chat for `turns` turns and generate `tokens` tokens, the rest in long answers, with random settings.
 
-    A turn of a conversation, and a long answer, is compared with the same on a model that has every expert on the
-    device, which takes part in the same conversations, undisturbed. A tenth of the turns is interrupted first, by
-    SIGINT or by `stop`, and then asked again.
+    Every turn and long answer is compared with that of a model with all experts on the device, which takes part
+    in the same conversations, undisturbed. A tenth of the turns is first interrupted, by SIGINT or `stop`.
 
     Returns:
         Wrong are answers that differ, and growth over GROWTH.
