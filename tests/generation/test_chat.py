@@ -101,7 +101,7 @@ def test_seed_makes_sampling_repeatable(session):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_the_end_of_the_context_is_said_before_it_is_hit(session):
+def test_a_prompt_longer_than_the_context_is_refused(session):
     with pytest.raises(OptionError, match=r"(?s)longer than the model's context.*next step: clear"):
         list(session.send("hello " * 2000))
     assert session.messages == []

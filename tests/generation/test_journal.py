@@ -282,7 +282,7 @@ def test_places_that_cannot_be_written(monkeypatch, tmp_path, undisturbed):
         run(monkeypatch, tmp_path, Engine())
 
 
-def test_a_system_without_locks_is_told_so(monkeypatch, tmp_path):
+def test_a_system_without_locks_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(journal, "CAN_LOCK", False)
     with pytest.raises(JobError, match="file locks"):
         Journal(tmp_path / "out.jsonl")

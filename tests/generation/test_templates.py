@@ -232,7 +232,7 @@ def test_a_bomb_stops_a_job_at_once(tokenizer, tmp_path, monkeypatch):
     assert time.perf_counter() - began_s < 4
 
 
-def test_the_process_survives_what_happens_to_its_helper(tokenizer):
+def test_a_template_process_that_dies_is_replaced(tokenizer):
     encode(tokenizer, [USER])
     (child,) = [
         child for child in psutil.Process().children() if "template_worker" in " ".join(child.cmdline())
@@ -291,7 +291,7 @@ def test_a_forked_child_renders_for_itself():
     assert done.returncode == 0, done.stderr
 
 
-def test_no_helper_is_left_behind():
+def test_no_template_process_is_left_running():
     code = "import psutil; from mixtral_offload import load_tokenizer as l; "
     code += "from mixtral_offload.generation.templates import encode; "
     code += "encode(l(), [{'role': 'user', 'content': 'Hi'}]); print(psutil.Process().children()[0].pid)"
@@ -344,7 +344,7 @@ def test_one_of_several_templates(tokenizer):
     assert render(tokenizer, [USER]) == "O"
 
 
-def test_a_template_without_system_role_says_so(tokenizer):
+def test_a_template_without_system_role_is_reported(tokenizer):
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}"
     tokenizer.chat_template += "{{ raise_exception('System role not supported') }}{% endif %}Hi"
     assert encode(tokenizer, [USER])
@@ -421,7 +421,7 @@ def test_a_tokenizer_without_end_token(tokenizer):
 # Reading tokenizers
 
 
-def test_a_tokenizer_that_needs_another_package_says_so(tmp_path, capsys):
+def test_a_tokenizer_that_needs_another_package_is_reported(tmp_path, capsys):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x07\x0a\x03abc" * 20)
     with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)

@@ -2,8 +2,8 @@
 
     python -m tests.reliability.run [--only NAME ...] [--soak-turns 2000] [--soak-tokens 100000]
 
-Writes benchmarks/results/reliability.json, from which `python benchmarks/readme.py` makes the README's table: each
-check that was run replaces its earlier record, with the machine it ran on.
+Each check that was run replaces its record in benchmarks/results/reliability.json, with the machine. The
+README's table is made from that file (`python benchmarks/readme.py`).
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ GROWTH = 16 * MIB  # of the process's own memory between the first and the last 
 def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lambda text: None) -> Result:
     """Chat for `turns` turns and generate `tokens` tokens, the rest in long answers, with random settings.
 
-    Every turn and long answer is compared with that of a model with all experts on the device, which takes part
-    in the same conversations, undisturbed. A tenth of the turns is first interrupted, by SIGINT or `stop`.
+    Every turn and long answer is compared with that of a model with all experts on the device, which takes
+    part in the same conversations, undisturbed. A tenth of the turns is interrupted first, by SIGINT or stop.
 
     Returns:
         Wrong are answers that differ, and growth over GROWTH.

@@ -156,7 +156,7 @@ def test_a_target_that_is_a_link_to_nowhere(shared):
     assert not (shared.parent / "new").exists()
 
 
-def test_nobody_writes_in_another_way():
+def test_files_are_written_in_no_other_way():
     """All that the package writes goes through files.py."""
     direct = re.compile(
         r"""\bopen\([^)]*["'][wax]|write_text|write_bytes|save_file\(|shutil\.copy|savefig\(|np\.save\(|mkdtemp|NamedTemp|"""
@@ -268,7 +268,7 @@ def test_locks_and_folders(tmp_path):
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to give a folder away"
 )
-def test_somebody_elses_work_folder(shared):
+def test_a_work_folder_of_another_user(shared):
     """Its finished files might be planted."""
     (shared / "target.converting").mkdir()
     os.chown(shared / "target.converting", 12345, 12345)
