@@ -43,24 +43,14 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
     questions = [json.loads(line)["messages"][0]["content"] for line in HELD_OUT.read_text().splitlines()]
     reference = from_pretrained(device="cpu", cache_size=8)
     done = {"turns": 0, "long": 0, "tokens": 0, "interrupts": 0}
-    wrong, held, settings, began_s = 0, [], [], time.perf_counter()
+    wrong, held, began_s = 0, [], time.perf_counter()
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         while done["turns"] < turns or done["tokens"] < tokens:
-            options = _random_options(draw)
-            settings.append(options)
-            model = from_pretrained(device="cpu", **options)
+            model = from_pretrained(device="cpu", **_random_options(draw))
             chats = [ChatSession(of, tokenizer, max_new_tokens=TURN_TOKENS) for of in (model, reference)]
             for _ in range(min(TURNS_PER_MODEL, turns - done["turns"])):
-                if draw.random() < 0.2 or chats[1].context_used > 300:
-                    for chat in chats:
-                        chat.clear()
-                text = draw.choice(questions)
-                if draw.random() < 0.1:
-                    done["interrupts"] += _disturb(chats[0], text, draw)
-                wrong += "".join(chats[0].send(text)) != "".join(chats[1].send(text))
-                done["turns"] += 1
-                done["tokens"] += chats[0].last.n_tokens
+                wrong += not _same_turn(chats, draw.choice(questions), draw, done)
             if done["tokens"] < tokens:
                 ids = torch.tensor([tokenizer(draw.choice(questions)).input_ids])
                 length = {"max_new_tokens": LONG_TOKENS, "min_new_tokens": LONG_TOKENS, "do_sample": False}
@@ -77,7 +67,7 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
     quarter = max(len(held) // 4, 1)
     growth = min(held[-quarter:]) - min(held[: 2 * quarter][quarter - 1 :])
     details = done | {
-        "models": len(settings),
+        "models": len(held),
         "growth_bytes": growth,
         "threads_at_the_end": psutil.Process().num_threads(),
         "open_files_at_the_end": len(psutil.Process().open_files()),
@@ -90,6 +80,19 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
         time.perf_counter() - began_s,
         details,
     )
+
+
+def _same_turn(chats: list[ChatSession], text: str, draw: random.Random, done: dict[str, int]) -> bool:
+    """Whether both chats give the same answer, the first one perhaps after an interrupt; counts in `done`."""
+    if draw.random() < 0.2 or chats[1].context_used > 300:
+        for chat in chats:
+            chat.clear()
+    if draw.random() < 0.1:
+        done["interrupts"] += _disturb(chats[0], text, draw)
+    is_same = "".join(chats[0].send(text)) == "".join(chats[1].send(text))
+    done["turns"] += 1
+    done["tokens"] += chats[0].last.n_tokens
+    return is_same
 
 
 def _random_options(draw: random.Random) -> dict:
