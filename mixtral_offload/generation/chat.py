@@ -242,8 +242,8 @@ class ChatSession:
         answer = _Answer()
         try:
             self._begin(answer, conversation)
-            ids = self.prompt(answer.messages)
-            answer.config = self.config(len(ids))
+            ids = self._prompt(answer.messages)
+            answer.config = self._config(len(ids))
             streamer = _Streamer(self.tokenizer, self.ends)
             answer.worker = _Worker(target=self._generate, args=(ids, streamer, answer), name="generate")
             with self.lock:
@@ -317,7 +317,7 @@ class ChatSession:
         """Token ids that end an answer: the model's and the chat template's."""
         return model_ends(self.model) | turn_ends(self.tokenizer)
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    def _prompt(self, messages: list[Message]) -> list[int]:
         """Encode a conversation; raises OptionError where it is longer than the context."""
         ids = encode(self.tokenizer, messages, self.system_prompt)
         if not ids:
@@ -399,7 +399,7 @@ class ChatSession:
 
         return count
 
-    def config(self, n_prompt: int) -> GenerationConfig:
+    def _config(self, n_prompt: int) -> GenerationConfig:
         """Tell `generate` the length and the end tokens; `settings.choose` chooses tokens."""
         room = min(self.max_new_tokens, self.context_length - n_prompt)
         ends = sorted(self.ends)

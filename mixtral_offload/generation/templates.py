@@ -73,8 +73,7 @@ def whole(text: str) -> str:
 def _cleaned(message: Message) -> Message:
     """Check a message, drop keys of value None, and give its reasoning every name that templates read.
 
-    Templates print objects of any type, such as tuples, as Python does: only text and lists of parts are
-    accepted.
+    Templates print objects of any type, as Python does, so only text and lists of parts are accepted.
     """
     if not isinstance(message, dict):
         expected = 'a dict like {"role": "user", "content": "..."}'
@@ -116,7 +115,8 @@ def render(
     if "text" in reply:
         return reply["text"]
     source, found = _source(tokenizer), reply["error"]
-    may_be_system = reply["kind"] in ("refused", "broken") and [m["role"] for m in messages[:1]] == ["system"]
+    has_system = bool(messages) and messages[0].get("role") == "system"
+    may_be_system = has_system and reply["kind"] in ("refused", "broken")
     if may_be_system and "text" in _reply(tokenizer, messages[1:], add_generation_prompt):
         what = "the chat template takes no system prompt"
         hint = "leave out the system prompt, or put its text into the first message"

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache, MixtralConfig
+from transformers import DynamicCache, GenerationConfig, MixtralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from mixtral_offload import ChatSession
@@ -101,13 +101,20 @@ def test_seed_makes_sampling_repeatable(session):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_a_prompt_longer_than_the_context_is_refused(session):
+def test_a_prompt_longer_than_the_context_is_refused(session, monkeypatch):
     with pytest.raises(OptionError, match=r"(?s)longer than the model's context.*next step: clear"):
         list(session.send("hello " * 2000))
     assert session.messages == []
+    limits = []
+
+    def spy(**settings):
+        limits.append(settings["max_new_tokens"])
+        return GenerationConfig(**settings)
+
+    monkeypatch.setattr("mixtral_offload.generation.chat.GenerationConfig", spy)
     session.max_new_tokens = 10_000
-    ids = session.prompt([{"role": "user", "content": "hello " * 400}])
-    assert session.config(len(ids)).max_new_tokens == session.context_length - len(ids)
+    next(session.send("hello " * 400))
+    assert limits == [session.context_length - session.last.n_prompt]
 
 
 def test_counts(session):

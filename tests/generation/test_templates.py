@@ -354,6 +354,12 @@ def test_a_template_without_system_role_is_reported(tokenizer):
         encode(tokenizer, [USER], "Be brief.")
 
 
+def test_a_message_without_role_is_refused_by_its_template(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no role') }}"
+    with pytest.raises(ConversationError, match="no role"):
+        encode(tokenizer, [{"content": "Hi"}])
+
+
 def test_a_tokenizer_that_fails_is_one_message(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: 1 / 0)
     with pytest.raises(ConversationError, match=r"(?s)the tokenizer fails.*ZeroDivisionError"):
