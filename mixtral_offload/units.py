@@ -1,4 +1,4 @@
-"""Numbers and sizes as people write and read them."""
+"""Parse, check and format numbers and sizes."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-
-
-#: no machine has so much: what is larger is a slip
+#: larger sizes are typing errors: no machine has as much
 MOST_BYTES = 1 << 60
 
 
 def parse_size(text: str | int | float) -> int:
-    """Bytes from a number or from text such as `15GB`, `512MiB`; of a rate, like `12GB/s`, those of a second."""
-    n_bytes = text
+    """Parse a size.
+
+    Args:
+        text: A number of bytes, or text such as `15GB`, `512MiB`, or the rate `12GB/s`.
+
+    Returns:
+        Bytes; of a rate, bytes per second.
+    """
+    n_bytes = text if isinstance(text, int | float) else math.nan
     if not isinstance(text, int | float):
         match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)(?:/s)?\s*", str(text))
-        known = match is not None and match[2].upper() in UNITS
-        n_bytes = float(match[1]) * UNITS[match[2].upper()] if known else math.nan
-    if not abs(n_bytes) < MOST_BYTES:  # nan is not either
-        raise OptionError(
-            "cannot read a size", expected="a number of bytes, or like 15GB, 512MiB or 12GB/s", found=str(text)[:100]
-        )  # fmt: skip
+        if match and match[2].upper() in UNITS:
+            n_bytes = float(match[1]) * UNITS[match[2].upper()]
+    if not abs(n_bytes) < MOST_BYTES:  # also for nan
+        expected = "a number of bytes, or like 15GB, 512MiB or 12GB/s"
+        raise OptionError("cannot read a size", expected=expected, found=str(text)[:100])
     return int(n_bytes)
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> None:
-    """Refuse what is not a whole number from `least` to `most`.
-
-    Raises:
-        OptionError: With the number's name, what was expected and what was found.
-    """
+    """Raise OptionError unless `value` is a whole number from `least` to `most`."""
     if type(value) is not int or value < least or (most is not None and value > most):
         limit = "" if most is None else f" to {most}"
         raise OptionError(f"impossible {name}", expected=f"a whole number from {least}{limit}", found=value)
 
 
 def listed(parts: dict[str, int]) -> str:
-    """Name each part that is not empty with its bytes."""
+    """List the parts that are not empty, each with its size."""
     return ", ".join(f"{name} {gb(n_bytes)}" for name, n_bytes in parts.items() if n_bytes)
 
 
 def gb(n_bytes: float) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes in GB, MB or kB."""
     if n_bytes >= 1e8:
         return f"{n_bytes / 1e9:.2f} GB"
     return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.0f} kB"

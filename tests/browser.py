@@ -49,8 +49,12 @@ def jupyterlab(folder: Path):
     with open(home / "log", "wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--allow-root"],
-            cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
     try:
         yield _address(server, home)
     finally:
@@ -67,9 +71,10 @@ def _configure(home: Path) -> None:
             "LabApp": {"open_browser": False, "expose_app_in_browser": True, "user_settings_dir": str(home)},
         },
         "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
-            "fetchNews": "false", "checkForUpdates": False,
+            "fetchNews": "false",
+            "checkForUpdates": False,
         },
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""Fixtures of all tests. torch is imported by those that need it: `tests/core` runs without it, in seconds."""
+"""Fixtures of all tests. Those that need torch import it: `tests/core` runs without it, in seconds."""
 
 import json
 import os
@@ -10,9 +10,8 @@ import pytest
 # the tests' two processes would compete for the cores; before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # background jobs of a non-interactive shell ignore SIGINT
+# background jobs of a non-interactive shell ignore SIGINT
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published-format"
@@ -43,7 +42,7 @@ def expected() -> dict:
 
 @pytest.fixture
 def by_length(tmp_path) -> Path:
-    """The shipped model with position encodings that depend on the length of a pass, which changes at 48 tokens."""
+    """The shipped model with position encodings that change when a pass is longer than 48 tokens."""
     from mixtral_offload.weights.source import DEMO
 
     folder = tmp_path / "by length"
@@ -53,9 +52,13 @@ def by_length(tmp_path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     half = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]) // 2
     rope = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48,
-        "short_factor": [1.0] * half, "long_factor": [4.0] * half,
-    }  # fmt: skip
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 48,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+    }
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope, "rope_theta": None}))
     return folder

@@ -1,7 +1,7 @@
 """A hub on 127.0.0.1 for tests: serves a folder as one repository, and misbehaves on demand.
 
-Knows the routes huggingface_hub uses to read a model: its description with file hashes, the tree listing, and
-HEAD and GET of a file with ETag, commit, size and Range. Does not know about uploads, Xet or redirects.
+Has the routes with which huggingface_hub reads a model: its description with file hashes, the tree listing,
+and HEAD and GET of a file with ETag, commit, size and Range. No uploads, Xet or redirects.
 """
 
 import contextlib
@@ -19,16 +19,17 @@ LARGE = (".safetensors", ".bin", ".model")
 
 
 class HubServer:
-    """Use as a context manager. The attributes below may be set at any time.
+    """Serve a folder; use as a context manager. The attributes may be set at any time.
 
-    drop: name -> bytes after which the connection ends, each time (`drops_left` limits how often)
-    flip: name -> offset of a byte that arrives changed
-    slow: name -> seconds of pause after each KiB
-    missing: names that are listed and answer 404
-    answer: None, or for every request 401, 404, 503, "gated"; "gated-files" spares the description
-    headers: more headers of every answer
-    on_headers: called with the headers of every request
-    on_get: called with the name before a file's body is sent
+    Attributes:
+        drop: Name -> bytes after which the connection ends, each time (`drops_left` limits how often).
+        flip: Name -> offset of a byte that arrives changed.
+        slow: Name -> seconds of pause after each KiB.
+        missing: Names that are listed and answer 404.
+        answer: None, or for every request 401, 404, 503, "gated"; "gated-files" exempts the description.
+        headers: More headers of every answer.
+        on_headers: Called with the headers of every request.
+        on_get: Called with the name before a file's body is sent.
     """
 
     def __init__(self, folder, repo_id="someone/model"):

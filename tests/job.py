@@ -1,4 +1,4 @@
-"""What the tests of jobs share: a job on the shipped model's tokenizer, and an engine that answers out of order."""
+"""For the tests of jobs: a job on the shipped model's tokenizer, and an engine that answers out of order."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,9 +18,12 @@ MODEL = SimpleNamespace(
 
 @dataclass
 class Engine:
-    """Stands in for `generate_batch`: every third request first. An answer follows from its prompt and seed alone.
+    """Replaces `generate_batch`: every third request first; an answer depends on its prompt and seed only.
 
-    dies_after: raise `error` after so many answers. seen: the requests that came.
+    Attributes:
+        dies_after: Number of answers after which `error` is raised.
+        error: What is raised.
+        seen: The requests so far.
     """
 
     dies_after: int | None = None
@@ -39,14 +42,14 @@ class Engine:
 
 
 def write(path, *lines):
-    """Objects as JSON, bytes as they are."""
+    """Write objects as JSON lines, bytes as they are; return the path."""
     lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
 def run(monkeypatch, folder, engine=None, *, model=MODEL, offload=None, **options):
-    """`in.jsonl` to `out.jsonl`; returns the job. engine None: the real one."""
+    """Run `in.jsonl` to `out.jsonl`, with `generate_batch` where `engine` is None; return the job."""
     options = {"input": folder / "in.jsonl", "output": folder / "out.jsonl", **options}
     with monkeypatch.context() as patch, Job(JobOptions(**options)) as job:
         if engine is not None:

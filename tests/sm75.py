@@ -1,7 +1,7 @@
 """What torch.compile would run on a T4, made and compiled without one.
 
-torch's CPU build writes the Triton kernels of a function for a CUDA device that is only described to it, and Triton's own
-compiler turns them into machine code for sm_75. Reaches into torch._inductor; tried with torch 2.13 and triton 3.6.
+torch's CPU build writes the Triton kernels of a function for a CUDA device that is only described to it, and
+Triton's compiler makes machine code for sm_75. Uses internals of torch; tried with torch 2.13 and triton 3.6.
 """
 
 import re
@@ -20,17 +20,33 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-T4 = {"major": 7, "minor": 5, "multi_processor_count": 40, "regs_per_multiprocessor": 65536,
-      "max_threads_per_multi_processor": 1024, "warp_size": 32, "total_memory": 15_800_000_000, "gcnArchName": ""}  # fmt: skip
+T4 = {
+    "major": 7,
+    "minor": 5,
+    "multi_processor_count": 40,
+    "regs_per_multiprocessor": 65536,
+    "max_threads_per_multi_processor": 1024,
+    "warp_size": 32,
+    "total_memory": 15_800_000_000,
+    "gcnArchName": "",
+}
 
 
 def triton_kernels(function, *shapes: tuple[torch.dtype, tuple[int, ...]]) -> dict[str, str]:
-    """Name -> source of each kernel that inductor writes for `function(*tensors)` on a T4. shapes: of the tensors."""
+    """Write the kernels of `function(*tensors)` for a T4, by inductor; return name -> source.
+
+    Args:
+        function: What to compile.
+        shapes: dtype and shape of each tensor.
+    """
     mode = FakeTensorMode()
 
     def on_cuda(tensor):
-        return FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"),
-                          torch.device("cuda", 0))  # fmt: skip
+        return FakeTensor(
+            mode,
+            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"),
+            torch.device("cuda", 0),
+        )
 
     with mode:
         inputs = [torch.empty(dims, dtype=dtype) for dtype, dims in shapes]
@@ -77,8 +93,11 @@ def _a_t4():
     yield mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5))
     yield mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(**T4))
     target = GPUTarget("cuda", 75, 32)
-    active = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0,
-                             get_active_torch_device=lambda: torch.device("cuda", 0))  # fmt: skip
+    active = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+    )
     yield _driver(driver, active)
 
 

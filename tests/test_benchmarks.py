@@ -191,7 +191,7 @@ def test_sticky_experts_stay_as_often_as_stated():
 
 
 def _drawn_again(stay: float) -> float:
-    """How likely an expert that did not stay is drawn nevertheless, one of 8 - kept being drawn 2 - kept times."""
+    """Probability that an expert that did not stay is drawn again: 2 - kept draws among 8 - kept."""
     return (1 - stay) * 2 / 8 + stay * 1 / 7
 
 
@@ -211,17 +211,17 @@ def test_scaling_counts_resident_and_offloaded_layers(published):
     assert found["offloaded_bytes"] == 2 * layer_bytes
 
 
-def test_guesses_are_right_as_often_as_stated():
+def test_forced_predictions_have_the_stated_recall():
     from types import SimpleNamespace
 
     from forced_routing import ForcedGuesses, sticky_experts
 
     experts = torch.from_numpy(sticky_experts(3000, 2, 8, 2, 0.0).astype(np.int64)).transpose(0, 1)
     routing = SimpleNamespace(experts=experts, position={0: 5, 1: 5})
-    guesses = ForcedGuesses(routing, 8, recall=0.7)
-    logits = guesses(torch.zeros(2995, 4), [SimpleNamespace(layer=0), SimpleNamespace(layer=1)])
-    guessed = logits.topk(2).indices
-    right = (guessed.unsqueeze(-1) == experts[:, 5:].unsqueeze(-2)).any(-2).float().mean()
+    predictions = ForcedGuesses(routing, 8, recall=0.7)
+    logits = predictions(torch.zeros(2995, 4), [SimpleNamespace(layer=0), SimpleNamespace(layer=1)])
+    predicted = logits.topk(2).indices
+    right = (predicted.unsqueeze(-1) == experts[:, 5:].unsqueeze(-2)).any(-2).float().mean()
     assert right == pytest.approx(0.7, abs=0.02)
 
 

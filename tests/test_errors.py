@@ -1,4 +1,4 @@
-"""What a message may hold: whatever the values are, it is short, readable, and without secrets."""
+"""Messages are short, readable and without secrets, for all values."""
 
 import copy
 import logging
@@ -77,7 +77,7 @@ def test_errors_survive_pickle_and_copy(kind):
         assert type(made) is kind and str(made) == str(error)
 
 
-def test_a_foreign_error_is_described_as_ours_are():
+def test_foreign_errors_are_made_safe_too():
     assert describe(CheckpointError("wrong", key="k")) == "wrong\n  key: k"
     text = describe(ValueError("\x1b[2J" + "x" * 9000))
     assert text.startswith("ValueError: \\x1b[2J") and len(text) < 400
@@ -151,7 +151,7 @@ def test_an_exception_that_keeps_its_secret_leaves_the_chain():
     assert error.__cause__ is None
 
 
-def test_words_are_no_secrets(monkeypatch):
+def test_ordinary_words_are_not_redacted(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "x")  # too short to be one: would spoil every word that holds it
     for text in (
         "the next expert",

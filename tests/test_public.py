@@ -8,7 +8,7 @@ from pathlib import Path
 import mixtral_offload
 
 
-def test_every_name_is_there_for_everybody():
+def test_every_public_name_exists():
     names = set(mixtral_offload.__all__)
     assert names == set(mixtral_offload._MODULES) and names <= set(dir(mixtral_offload))
     assert all(getattr(mixtral_offload, name) is not None for name in names)

@@ -171,7 +171,7 @@ def run_job(arguments) -> None:
             job.finish()
         except BaseException:
             if job.journal.places:
-                print(f"\n{job.how_to_go_on}", file=sys.stderr)
+                print(f"\n{job.resume_hint}", file=sys.stderr)
             raise
     print(job.summary, file=sys.stderr)
 

@@ -1,7 +1,4 @@
-"""The lines of a job's input, read, checked and encoded: every line becomes a `Line` or a `BadLine`.
-
-Knows JSON Lines and the tokenizer. Knows nothing of models, answers or how a job is kept.
-"""
+"""Read, check and encode the lines of a job's input; does not know models, answers or the journal."""
 
 from __future__ import annotations
 
@@ -10,8 +7,11 @@ import hashlib
 import json
 import math
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from mixtral_offload.errors import ConversationError, JobError, OptionError
 from mixtral_offload.generation.templates import encode
@@ -20,36 +20,56 @@ from mixtral_offload.runtime.settings import check_sampling
 KEYS = ("prompt", "messages", "system", "max_tokens", "seed", "id")
 EXPECTED = "prompt or messages, and if wanted system, max_tokens, seed, id"
 ROLES = ("system", "user", "assistant")
-SHOWN = 20  # bad lines that are named one by one
+SHOWN = 20  # bad lines that are listed
 
 
 @dataclass(frozen=True)
 class Line:
-    """One request. number: from 1, as editors count. kept: what goes to the answer as it is, {"id": ...} or nothing."""
+    """One request.
+
+    Attributes:
+        number: Counted from 1, as in editors.
+        messages: The conversation, as chat templates take it.
+        system: The line's own system prompt.
+        max_tokens: The longest answer; None for the job's.
+        seed: The line's own seed.
+        kept: Copied to the answer: {"id": ...} or {}.
+        ids: The prompt's tokens; empty until `encode_lines`.
+    """
 
     number: int
     messages: list[dict[str, str]]
     system: str | None
     max_tokens: int | None
     seed: int | None
-    kept: dict
-    ids: array | None = None  # the prompt's tokens, once encoded
+    kept: dict[str, Any]
+    ids: array[int] = field(default_factory=lambda: array("i"))
 
 
 @dataclass(frozen=True)
 class BadLine:
+    """A line that cannot be answered, and why."""
+
     number: int
     error: str
 
 
 class _Bad(ValueError):
-    """What is wrong with a line."""
+    """Raised with what is wrong with a line."""
 
 
 def read_lines(path: Path, raw: bool = False) -> tuple[str, list[Line | BadLine]]:
-    """The file's sha256, and its lines but for blank ones, not encoded yet. raw: without chat template.
+    """Read and check a job's input.
 
-    Raises JobError for a file that cannot be read or has no lines.
+    Args:
+        path: A file of JSON lines.
+        raw: Whether prompts are continued as they are, without a chat template.
+
+    Returns:
+        The file's sha256, and its lines except blank ones, not encoded yet.
+
+    Raises:
+        JobError: The file cannot be read or has no lines.
     """
     if path.exists() and not path.is_file():
         raise JobError("the input is not a file", path=path, hint="a job needs a file, to resume from")
@@ -61,23 +81,29 @@ def read_lines(path: Path, raw: bool = False) -> tuple[str, list[Line | BadLine]
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     found = [_read(number, line, raw) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise JobError(
-            "no lines in the input", path=path, expected='lines like {"prompt": "..."}', found="nothing"
-        )
+        expected = 'lines like {"prompt": "..."}'
+        raise JobError("no lines in the input", path=path, expected=expected, found="nothing")
     return hashlib.sha256(content).hexdigest(), found
 
 
 def encode_lines(
     lines: list[Line | BadLine],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     context_length: int,
     system: str | None = None,
     vocabulary: int | None = None,
 ) -> list[Line | BadLine]:
-    """The same lines with their token ids. A line that cannot be encoded, or is too long, becomes a bad one.
+    """Encode the lines; one that cannot be encoded, or is too long, becomes a `BadLine`.
 
-    system: for lines that bring no system prompt of their own. vocabulary: how many tokens the model has. Raises
-    TemplateError where the chat template can render no line.
+    Args:
+        lines: From `read_lines`.
+        tokenizer: The model's.
+        context_length: Tokens of prompt and answer together.
+        system: System prompt of lines without one of their own.
+        vocabulary: The model's number of tokens; None for no check.
+
+    Raises:
+        TemplateError: The chat template cannot render any line.
     """
     return [
         line if isinstance(line, BadLine) else _encode(line, tokenizer, context_length, system, vocabulary)
@@ -85,14 +111,18 @@ def encode_lines(
     ]
 
 
-def tell(bad: list[BadLine]) -> str:
-    """What is wrong, line by line, the first of them; then how many more."""
+def list_bad(bad: list[BadLine]) -> str:
+    """List what is wrong with the first SHOWN bad lines, and the number of the others."""
     told = [f"line {line.number}: {line.error}" for line in bad[:SHOWN]]
     return "\n".join([*told, f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else told)
 
 
 def _encode(
-    line: Line, tokenizer, context_length: int, system: str | None, vocabulary: int | None
+    line: Line,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    system: str | None,
+    vocabulary: int | None,
 ) -> Line | BadLine:
     own = line.messages[0]["role"] == "system" or line.system is not None
     try:
@@ -117,8 +147,8 @@ def _read(number: int, line: bytes, raw: bool) -> Line | BadLine:
         return BadLine(number, str(error))
 
 
-def _parse(line: bytes):
-    """Strict JSON: no key twice, no number that JSON could not write again."""
+def _parse(line: bytes) -> object:
+    """Parse strict JSON: no repeated keys, no numbers that JSON cannot write."""
     try:
         return json.loads(
             line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_number, parse_float=_number
@@ -135,7 +165,7 @@ def _parse(line: bytes):
         raise _Bad(f"not readable as JSON: {error}") from None
 
 
-def _unique(pairs: list) -> dict:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     read = dict(pairs)
     if len(read) < len(pairs):
         names = [name for name, _ in pairs]
@@ -149,7 +179,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _line(number: int, value, raw: bool) -> Line:
+def _line(number: int, value: object, raw: bool) -> Line:
     if not isinstance(value, dict):
         raise _Bad(f'expected an object like {{"prompt": "..."}}, found {_show(value)}')
     for key in value:
@@ -172,7 +202,7 @@ def _line(number: int, value, raw: bool) -> Line:
     return Line(number, messages, system, value.get("max_tokens"), value.get("seed"), kept)
 
 
-def _prompt(text) -> dict[str, str]:
+def _prompt(text: object) -> dict[str, str]:
     if not isinstance(text, str):
         raise _Bad(f"prompt: expected a string, found {_show(text)}")
     if not text.strip():
@@ -180,7 +210,7 @@ def _prompt(text) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _messages(messages) -> list[dict[str, str]]:
+def _messages(messages: object) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise _Bad(f"messages: expected a list of {{role, content}}, found {_show(messages)}")
     for place, message in enumerate(messages, 1):
@@ -198,10 +228,10 @@ def _messages(messages) -> list[dict[str, str]]:
     return messages
 
 
-def _check_number(key: str, setting: str, value) -> None:
+def _check_number(key: str, setting: str, value: object) -> None:
     if type(value) is not int:
         raise _Bad(f"{key}: expected a whole number, found {_show(value)}")
-    good = {"max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": None}
+    good: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": None}
     try:
         check_sampling(**{**good, setting: value})
     except OptionError:
@@ -209,7 +239,7 @@ def _check_number(key: str, setting: str, value) -> None:
         raise _Bad(f"{key}: expected {expected}, found {value}") from None
 
 
-def _show(value) -> str:
-    """A value as JSON, shortened."""
+def _show(value: object) -> str:
+    """Write a value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}..."

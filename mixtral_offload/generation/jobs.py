@@ -1,8 +1,4 @@
-"""A job: a file of prompts in, a file of answers out, interrupted at any moment and gone on with.
-
-Knows the input's lines, the journal, and what decides an answer. Of models it knows `generate_batch`, counters and the
-tokenizer; nothing of how answers come about, or of terminals.
-"""
+"""A job: a file of prompts becomes a file of answers, and resumes after an interrupt."""
 
 from __future__ import annotations
 
@@ -13,24 +9,42 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.errors import JobError, OptionError
 from mixtral_offload.generation.batch import GenerationRequest, generate_batch
 from mixtral_offload.generation.chat import TurnStats, context_length
-from mixtral_offload.generation.job_input import BadLine, Line, encode_lines, read_lines, tell
+from mixtral_offload.generation.job_input import BadLine, Line, encode_lines, list_bad, read_lines
 from mixtral_offload.generation.journal import Journal, journal_of, ordered_of
 from mixtral_offload.generation.templates import answer_text, turn_ends
 from mixtral_offload.generation.tokenizer import RAW_TEMPLATE
 from mixtral_offload.models.checkpoint import INDEX, read_config
+from mixtral_offload.runtime.offload import OffloadedModel
 from mixtral_offload.runtime.settings import check_sampling, ends_in, read_generation_config
 from mixtral_offload.units import check_whole
 
 
 @dataclass(frozen=True)
 class JobOptions:
-    """max_tokens, seed and system count for lines that bring none of their own. bad_lines: "refuse" or "skip". raw: prompts
-    are continued as they are. restart: forget what an earlier run has left."""
+    """The options of a job; `max_tokens`, `seed` and `system` are for lines without their own.
+
+    Attributes:
+        input: A file of JSON lines.
+        output: The file of answers.
+        max_tokens: The longest answer.
+        temperature: 0 is greedy.
+        top_p: Sample among the likeliest tokens that have this probability together.
+        seed: Makes sampled answers repeatable; None draws one, which the journal keeps.
+        system: System prompt.
+        raw: Continue prompts as they are, without a chat template.
+        batch_size: Sequences at once.
+        bad_lines: "refuse" the job, or "skip" them.
+        restart: Discard what an earlier run has left.
+    """
 
     input: Path
     output: Path
@@ -44,7 +58,7 @@ class JobOptions:
     bad_lines: str = "refuse"
     restart: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
         check_whole("batch_size", self.batch_size)
         if self.bad_lines not in ("refuse", "skip"):
@@ -59,29 +73,44 @@ class JobOptions:
 
 
 class Job:
-    """`prepare` (no model is needed yet), `answer` where lines are `pending`, `finish`. Holds the output's lock: close it,
-    or use it in `with`. Raises JobError."""
+    """A job on its output, which it locks: use it in `with`, or close it.
 
-    def __init__(self, options: JobOptions):
+    Call `prepare`, which needs no model; then `answer`, if lines are `pending`; then `finish`.
+
+    Attributes:
+        options: The job's options.
+        lines: The input's lines, encoded by `prepare`.
+        journal: The answers so far.
+        seed: The seed of sampled answers, known after `prepare`.
+        n_kept: Answers of earlier runs.
+        took: Counters of this run.
+
+    Raises:
+        JobError: The input or the output cannot be used.
+    """
+
+    def __init__(self, options: JobOptions) -> None:
         self.options = options
         self.sha256, self.lines = read_lines(options.input, options.raw)
-        output = options.output  # of a link, the link itself is replaced: nothing is written through it
+        output = options.output  # only its folder is resolved: a link is replaced, not written through
         self.journal = Journal(Path(os.path.realpath(output.parent)) / output.name, options.restart)
         self.seed: int | None = None
-        self.n_kept = 0  # answers that were there before this run
+        self.n_kept = 0
         self.took = TurnStats()
 
     def __enter__(self) -> Job:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
+        """Unlock the output."""
         self.journal.close()
 
     @property
     def bad(self) -> list[BadLine]:
+        """Lines that cannot be answered."""
         return [line for line in self.lines if isinstance(line, BadLine)]
 
     @property
@@ -92,15 +121,23 @@ class Job:
 
     @property
     def n_contexts(self) -> int:
-        """How many whole contexts the plan must leave room for, so that the longest pending lines can be in one batch."""
+        """Contexts in the plan's KV cache that a batch of the longest pending lines needs."""
         options = self.options
-        longest = max(
-            (len(line.ids) + (line.max_tokens or options.max_tokens) for line in self.pending), default=1
-        )
+        lengths = (len(line.ids) + (line.max_tokens or options.max_tokens) for line in self.pending)
+        longest = max(lengths, default=1)
         return -(-options.batch_size * min(longest, self.context) // self.context)
 
-    def prepare(self, tokenizer, folder: Path, offload: OffloadOptions) -> None:
-        """Check every line, and that the journal is of this job. folder: the model's. offload: how it will be run."""
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, folder: Path, offload: OffloadOptions) -> None:
+        """Encode and check every line, and check that the journal belongs to this job.
+
+        Args:
+            tokenizer: The model's; a raw job replaces its chat template.
+            folder: The checkpoint.
+            offload: The options that the model will be built with.
+
+        Raises:
+            JobError: Bad lines are refused, or the journal belongs to another job.
+        """
         options = self.options
         if options.raw:
             tokenizer.chat_template = RAW_TEMPLATE
@@ -112,9 +149,11 @@ class Job:
         self.lines = encode_lines(self.lines, tokenizer, context, options.system, n_tokens)
         if self.bad and options.bad_lines == "refuse":
             raise JobError(
-                f"{len(self.bad)} of {len(self.lines)} lines cannot be answered", path=options.input,
-                found=tell(self.bad).replace("\n", "\n    "), hint="mend them, or answer the others: --bad-lines skip",
-            )  # fmt: skip
+                f"{len(self.bad)} of {len(self.lines)} lines cannot be answered",
+                path=options.input,
+                found=list_bad(self.bad).replace("\n", "\n    "),
+                hint="fix these lines, or skip them with --bad-lines skip",
+            )
         drawn = (self.journal.header or {}).get("drawn_seed")
         if options.temperature > 0 and options.seed is None and drawn is None:
             drawn = secrets.randbits(32)
@@ -123,14 +162,22 @@ class Job:
         self.journal.begin(self._decides(folder, context, offload), numbers, {"drawn_seed": drawn})
         self.n_kept = len(self.journal.places)
 
-    def answer(self, model, progress: Callable[[int], object] = lambda n: None) -> None:
-        """Answer the pending lines; each answer is in the journal before the next is taken. progress: called with 1 for each."""
+    def answer(self, model: OffloadedModel, progress: Callable[[int], object] = lambda n: None) -> None:
+        """Answer the pending lines; each answer is in the journal before the next one is generated.
+
+        Args:
+            model: Built with the options given to `prepare`.
+            progress: Called with 1 after each answer.
+        """
         options, pending, cache = self.options, self.pending, model.offload.stats
         begin, before = time.perf_counter(), replace(cache)
         answers = generate_batch(
-            model, self._requests(pending), batch_size=options.batch_size, temperature=options.temperature,
+            model,
+            self._requests(pending),
+            batch_size=options.batch_size,
+            temperature=options.temperature,
             top_p=options.top_p,
-        )  # fmt: skip
+        )
         for answer in answers:
             line = pending[answer.number]
             text = answer_text(self.tokenizer, answer.ids, self.ends)
@@ -146,16 +193,18 @@ class Job:
             )
 
     def finish(self) -> None:
-        """Write the output."""
+        """Write the output: answers, and errors of bad lines, in the input's order."""
         errors = {bad.number: {"line": bad.number, "error": bad.error} for bad in self.bad}
         self.journal.finish([line.number for line in self.lines], errors)
 
     @property
     def skipped(self) -> str:
-        return f"skipped, {_count(len(self.bad), 'bad line')} of {len(self.lines)}:\n{tell(self.bad)}"
+        """The bad lines, for a message."""
+        return f"skipped, {_count(len(self.bad), 'bad line')} of {len(self.lines)}:\n{list_bad(self.bad)}"
 
     @property
     def summary(self) -> str:
+        """What the job has done, for a message."""
         took, cache = self.took, self.took.cache
         text = _count(len(self.journal.places), "answer")
         if self.n_kept:
@@ -164,18 +213,17 @@ class Job:
             text += f", {_count(len(self.bad), 'bad line')} skipped"
         if not took.n_tokens:
             return text
+        tokens = f"{took.n_tokens} tokens, {took.tokens_per_s:.1f} tokens/s"
         moved = f"{cache.bytes_moved / took.n_tokens / 1e6:.2f} MB moved per token"
-        return (
-            f"{text}: {took.n_tokens} tokens, {took.tokens_per_s:.1f} tokens/s, {cache.hits_as_text}, {moved}"
-        )
+        return f"{text}: {tokens}, {cache.hits_as_text}, {moved}"
 
     @property
-    def how_to_go_on(self) -> str:
-        """For a job that has not come to its end."""
+    def resume_hint(self) -> str:
+        """How to resume an interrupted job, for a message."""
         n_answers, n_lines = len(self.journal.places), len(self.lines) - len(self.bad)
-        command = "the same command without --restart" if self.options.restart else "the same command"
+        kept = f"{n_answers} of {n_lines} answers are kept in {self.journal.path}"
         return (
-            f"{n_answers} of {n_lines} answers are kept in {self.journal.path}; {command} goes on from there"
+            f"{kept}; the same command{' without --restart' if self.options.restart else ''} resumes the job"
         )
 
     def _requests(self, pending: list[Line]) -> Iterator[GenerationRequest]:
@@ -184,15 +232,18 @@ class Job:
             yield GenerationRequest(list(line.ids), n_tokens, self._seed_of(line), self.turn_ends)
 
     def _seed_of(self, line: Line) -> int | None:
-        """Of the job's seed and the line's number alone: no matter what runs beside it, or when."""
+        """Derive a line's seed from the job's and the line's number only, so that no other line matters."""
         if line.seed is not None or self.seed is None:
             return line.seed
         return int.from_bytes(hashlib.sha256(f"{self.seed} {line.number}".encode()).digest()[:7], "big")
 
-    def _decides(self, folder: Path, context: int, offload: OffloadOptions) -> dict:
-        """All that decides the answers, by names that a message can use. Batch size and cache do not. The weights
-        themselves are not hashed: name, configuration and index stand for them."""
+    def _decides(self, folder: Path, context: int, offload: OffloadOptions) -> dict[str, Any]:
+        """Collect what decides the answers, by names for messages; batch size and cache do not.
+
+        The weights are not hashed: name, configuration and index represent them.
+        """
         options, tokens = self.options, hashlib.sha256()
+        assert isinstance(offload.device, torch.device)  # of parsed options
         for line in self.lines:
             if isinstance(line, Line):
                 tokens.update(f"{line.number}:".encode() + line.ids.tobytes())

@@ -1,11 +1,6 @@
-"""Renders chat templates in a process of its own: started by `generation/templates.py`, which kills it when a bound is passed.
+"""Render chat templates in a process of its own, which `template_process.py` starts, and kills at a bound.
 
-Imports the standard library and jinja2 only, so that it starts in about 0.1 s. A template is a program that came with a
-checkpoint: here it can neither hold the model's process up nor fill its memory.
-
-Protocol: JSON, one object on each line. In: first {"path": [...], "memory_bytes": n}, then {"template", "variables",
-"most_characters"}. Out: first {"ready": true}, then {"text"} or {"error", "kind"}; kind: "refused" (the template's own
-`raise_exception`), "broken", or "memory".
+Imports the standard library and jinja2 only, to start quickly. `main` has the protocol.
 """
 
 from __future__ import annotations
@@ -14,13 +9,19 @@ import functools
 import json
 import signal
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-RENDER_S = 5.0  # what one rendering may take
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template, nodes
+    from jinja2.parser import Parser
+
+RENDER_S = 5.0  # for one rendering
 SHOWN = 300  # characters of a template's own error message
 
 
-def environment():
-    """The same as transformers' (`chat_template_utils.py`); `tests/generation/test_templates.py` compares the two."""
+def environment() -> Environment:
+    """Make the same jinja2 environment as transformers (`chat_template_utils.py`); tests compare the two."""
     from datetime import datetime
 
     import jinja2
@@ -28,24 +29,31 @@ def environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`, which marks an assistant's words: rendered as if it were not there."""
+        """`{% generation %}`, which marks an assistant's text: rendered as if it were absent."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  # jinja2's own way
 
-        def parse(self, parser):
+        def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.CallBlock(self.call_method("_words"), [], [], body).set_lineno(line)
 
-        def _words(self, caller):
+        def _words(self, caller: Callable[[], str]) -> str:
             return caller()
 
-    def raise_exception(message):
+    def raise_exception(message: object) -> None:
         raise Refused(message)
 
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
+    def tojson(
+        x: object,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     found = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
@@ -57,15 +65,17 @@ def environment():
 
 
 class Refused(Exception):
-    """What a template says through `raise_exception`."""
+    """A template called `raise_exception`."""
 
 
 @functools.lru_cache(8)
-def compiled(template: str):
+def compiled(template: str) -> Template:
+    """Compile a template; the last 8 are kept."""
     return environment().from_string(template)
 
 
-def answer(request: dict) -> dict:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Render one request; returns {"text"} or {"error", "kind"}."""
     try:
         text = compiled(request["template"]).render(request["variables"])
     except Refused as error:
@@ -80,7 +90,7 @@ def answer(request: dict) -> dict:
 
 
 def bound_memory(n_bytes: int) -> None:
-    """Where the system can; `generation/templates.py` watches the process too."""
+    """Limit this process's memory where the system can; `template_process.py` watches it too."""
     try:
         import resource
 
@@ -91,28 +101,34 @@ def bound_memory(n_bytes: int) -> None:
 
 
 def main() -> None:
+    """Answer requests until the input ends: JSON, one object on each line.
+
+    In: first {"path": [...], "memory_bytes": n}, then {"template", "variables", "most_characters"}.
+    Out: first {"ready": true}, then {"text"} or {"error", "kind"}, with kind "refused" (the template called
+    `raise_exception`), "broken" or "memory".
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     source, target = sys.stdin.buffer, sys.stdout.buffer
 
-    def say(reply: dict) -> None:
-        target.write(json.dumps(reply).encode() + b"\n")
+    def reply(message: dict[str, Any]) -> None:
+        target.write(json.dumps(message).encode() + b"\n")
         target.flush()
 
     first = json.loads(source.readline())
     sys.path[:] = first["path"]
     environment()  # its imports, before memory is bounded
     bound_memory(first["memory_bytes"])
-    say({"ready": True})
+    reply({"ready": True})
     for line in source:
-        if hasattr(signal, "setitimer"):  # should the other process be gone, this one ends all the same
+        if hasattr(signal, "setitimer"):  # ends this process even if the other one is gone
             signal.setitimer(signal.ITIMER_REAL, 2 * RENDER_S)
         try:
-            reply = answer(json.loads(line))
+            message = answer(json.loads(line))
         except MemoryError:
-            reply = {"kind": "memory", "error": "it needs too much memory"}
+            message = {"kind": "memory", "error": "it needs too much memory"}
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
-        say(reply)
+        reply(message)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The tokenizer that belongs to a checkpoint, with a chat template.
-
-Knows where tokenizers are found. Knows nothing of models.
-"""
+"""Find and load the tokenizer of a checkpoint, with a chat template; does not know models."""
 
 from __future__ import annotations
 
@@ -21,17 +18,17 @@ from mixtral_offload.weights.hub_access import hub_token
 from mixtral_offload.weights.source import resolve
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-#: Mixtral-8x7B-Instruct's prompt format, for a tokenizer that comes without a template
+#: Mixtral-8x7B-Instruct's prompt format, for tokenizers without a template
 INSTRUCT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
     "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %}[INST] {{ m.content }} [/INST]{{ eos_token }}{% endif %}{% endfor %}"
 )
-MOST_BYTES = 64 << 20  # of each file; the largest that are known have 35 MB
-MOST_GROWTH = 1000
+MOST_BYTES = 64 << 20  # of each file; the largest known has 35 MB
+MOST_GROWTH = 1000  # factor by which a tokenizer's replacements may lengthen a text
 SHOWN = 300  # characters of another library's message
 OTHER = "name another: --tokenizer FOLDER_OR_REPO"
-#: continues a text as it is
+#: continues a prompt as it is
 RAW_TEMPLATE = "{{ bos_token }}{{ messages[0].content }}"
 
 
@@ -39,24 +36,30 @@ def load_tokenizer(
     path_or_repo_id: str | Path | None = None,
     tokenizer: str | Path | None = None,
     *,
-    hub: dict | None = None,
+    hub: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in the checkpoint (None: the shipped model's), or the one named `tokenizer` (folder or hub repository).
+    """Load the tokenizer of a checkpoint, or download the family's where the checkpoint has none.
 
-    Where a Mixtral-8x7B checkpoint has none, Mixtral's own is fetched. hub: arguments of the download, as `from_pretrained`
-    takes them. arguments: those of transformers' own `from_pretrained`, as there: token, revision, cache_dir and
-    local_files_only are understood, what changes nothing is accepted, the rest is refused. revision and local_dir apply to
-    the checkpoint's own repository only. Raises DownloadError if none can be had, CheckpointError for one that cannot be
-    read, OptionError for an argument.
+    Args:
+        path_or_repo_id: The checkpoint; None for the shipped model.
+        tokenizer: Another folder or hub repository with the tokenizer.
+        hub: Arguments of the download, as `from_pretrained` takes them. revision and local_dir apply to the
+            checkpoint's own repository only.
+        arguments: Those of transformers' `from_pretrained`: token, revision, cache_dir and local_files_only
+            are used, and what has no effect is accepted.
+
+    Raises:
+        DownloadError: There is no tokenizer.
+        CheckpointError: The tokenizer cannot be read.
+        OptionError: An argument is not supported.
     """
     options, hub = split_arguments(arguments, hub)
     for name, value in options.items():
         if value is not None:
             hint = "set it on the tokenizer afterwards, if it is the tokenizer's"
-            raise OptionError(
-                "load_tokenizer has no such argument", expected=", ".join(HUB), found=name, hint=hint
-            )
+            what = "load_tokenizer has no such argument"
+            raise OptionError(what, expected=", ".join(HUB), found=name, hint=hint)
     elsewhere = {name: value for name, value in hub.items() if name not in ("revision", "local_dir")}
     if tokenizer is not None:
         return _read(resolve(tokenizer, **elsewhere))
@@ -69,7 +72,7 @@ def load_tokenizer(
     for candidate in candidates:
         try:
             return _with_template(AutoTokenizer.from_pretrained(candidate, **where))
-        except Exception as error:  # of the hub, of transformers, or of a package that is not here
+        except Exception as error:  # of the hub, of transformers, or of a missing package
             errors.append(f"{candidate}: {[*str(error).splitlines(), type(error).__name__][0][:SHOWN]}")
     raise DownloadError(
         "the checkpoint has no tokenizer",
@@ -81,7 +84,7 @@ def load_tokenizer(
 
 
 def _of_transformers(hub: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the download, for transformers' own; a token for another endpoint is not sent to the usual one."""
+    """Arguments for transformers' download; a token for another endpoint is not sent to the usual one."""
     where = {name: hub[name] for name in ("cache_dir", "local_files_only") if hub.get(name) is not None}
     if hub.get("endpoint") is None and (token := hub_token(hub.get("token"))) is not None:
         where["token"] = token
@@ -89,6 +92,7 @@ def _of_transformers(hub: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder, after checks of its size."""
     try:
         for name in FILES:
             if (folder / name).is_file():
@@ -100,14 +104,19 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # transformers and tokenizers raise many kinds on damaged files
         raise CheckpointError(
-            "cannot read the tokenizer", path=folder, expected=" or ".join(FILES),
-            found=f"{type(error).__name__}: {str(error)[:SHOWN]}", hint=f"download it again, or {OTHER}",
-        ) from error  # fmt: skip
+            "cannot read the tokenizer",
+            path=folder,
+            expected=" or ".join(FILES),
+            found=f"{type(error).__name__}: {str(error)[:SHOWN]}",
+            hint=f"download it again, or {OTHER}",
+        ) from error
 
 
 def _check_growth(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuses a tokenizer whose replacements could make a text, or an answer, more than MOST_GROWTH times as long: some
-    lines in tokenizer.json that replace a letter by two, again and again, would fill any memory."""
+    """Raise CheckpointError if the tokenizer's replacements could make a text MOST_GROWTH times longer.
+
+    Repeated replacements of one letter by two, in a tokenizer.json, would fill any memory.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         steps = getattr(backend, part, None)
@@ -116,13 +125,17 @@ def _check_growth(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             growth *= max(len(content.encode("utf-8", "replace")), 1)
         if growth > MOST_GROWTH:
             raise CheckpointError(
-                "the tokenizer's replacements make any text too long", path=folder / "tokenizer.json", key=part,
-                expected=f"at most {MOST_GROWTH} times as long", found=f"{growth:.3g} times", hint=OTHER,
-            )  # fmt: skip
+                "the tokenizer's replacements make any text too long",
+                path=folder / "tokenizer.json",
+                key=part,
+                expected=f"at most {MOST_GROWTH} times as long",
+                found=f"{growth:.3g} times",
+                hint=OTHER,
+            )
 
 
 def _replacements(steps: object) -> Iterator[str]:
-    """What is put in place of something else, or in front of it, anywhere in a tokenizer's steps."""
+    """Yield every text that a tokenizer's steps insert or put in place of another."""
     left = [steps]
     while left:
         step = left.pop()

@@ -1,8 +1,6 @@
-"""Write files and folders the way a shared folder needs it, and read small ones within bounds.
+"""Write files and folders safely in shared folders; read small files within bounds.
 
-New files get mode 0666 and new folders 0777, both less the umask. A symbolic link planted where a file is to be written
-is never followed: files are made under a name of their own (O_EXCL, O_NOFOLLOW) and renamed, which replaces a link and
-leaves its target alone. Knows nothing of what the files hold.
+New files get mode 0666, new folders 0777, less the umask. A link in the place of a new file is not followed.
 """
 
 from __future__ import annotations
@@ -18,12 +16,12 @@ from typing import BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module, or None
 
 CAN_LOCK = fcntl is not None
-#: the largest file of a checkpoint that is no weights, a tokenizer with a large vocabulary, has some 40 MB
+#: limit for a checkpoint's files other than weights; the largest known tokenizer has about 40 MB
 SMALL_BYTES = 256 << 20
-#: of such files: configurations, tokenizers, chat templates
+#: configurations, tokenizers, chat templates
 SMALL_SUFFIXES = (".json", ".model", ".jinja", ".txt")
 _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
@@ -32,24 +30,30 @@ def open_new(path: str | Path) -> BinaryIO:
     """Create a file and open it for writing.
 
     Raises:
-        FileExistsError: something has that name already, be it a link that leads nowhere.
+        FileExistsError: The name is taken, if only by a dangling link.
     """
     return os.fdopen(os.open(path, os.O_RDWR | _NEW, 0o666), "w+b")
 
 
 def write_new(path: str | Path, data: bytes | str) -> None:
-    """Create a file with this content; see `open_new`."""
+    """Create a file with this content. Raises FileExistsError, see `open_new`."""
     with open_new(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
 def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
-    """Give a new empty file in the same folder to fill; it becomes `path` at the end, and is removed if that fails.
+    """Replace a file atomically with a new one that the caller fills.
+
+    The new file is in the same folder and is renamed at the end: an existing file stays whole until then, and
+    a link is replaced, not followed. If anything fails, the new file is removed.
 
     Args:
-        path: what is there already stays whole until it is replaced; a link is replaced, not followed.
-        sync: return only when the file and its name are on the disk.
+        path: The file to replace or create.
+        sync: Return only when the file and its name are on the disk.
+
+    Yields:
+        The path of the new, empty file.
     """
     path = Path(path)
     part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
@@ -57,9 +61,8 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
         with open_new(part) as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield part
-        if (
-            stat.S_IMODE(os.lstat(part).st_mode) != mode
-        ):  # safetensors makes a file of its own, for its owner alone
+        # safetensors replaces the file by one that only its owner can read
+        if stat.S_IMODE(os.lstat(part).st_mode) != mode:
             os.chmod(part, mode)
         if sync:
             sync_path(part)
@@ -73,18 +76,18 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
 
 
 def replace_file(path: str | Path, data: bytes | str, sync: bool = False) -> None:
-    """Write the whole file or leave what is there; see `replacing`."""
+    """Replace a file's content atomically; see `replacing`."""
     with replacing(path, sync) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def read_small(path: str | Path, limit: int = SMALL_BYTES) -> bytes:
-    """Read a regular file of at most `limit` bytes; a link to one (the hub's cache has them) is as good.
+    """Read a regular file of at most `limit` bytes, also through a link: the hub's cache has links.
 
     Raises:
-        OSError: it is missing, a device, a pipe or a folder, or larger.
+        OSError: It is missing, no regular file, or larger.
     """
-    # a pipe without a writer would block; with O_NONBLOCK it opens, and is refused
+    # without O_NONBLOCK, opening a pipe without a writer would block
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         found = os.fstat(descriptor)
@@ -92,7 +95,7 @@ def read_small(path: str | Path, limit: int = SMALL_BYTES) -> bytes:
             raise OSError(0, "not a regular file", os.fspath(path))
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(limit + 1) if found.st_size <= limit else None
-        if data is None or len(data) > limit:  # it may grow meanwhile
+        if data is None or len(data) > limit:  # the file may have grown after fstat
             raise OSError(0, f"larger than {limit} bytes, which no file of this kind is", os.fspath(path))
         return data
     finally:
@@ -100,10 +103,10 @@ def read_small(path: str | Path, limit: int = SMALL_BYTES) -> bytes:
 
 
 def own_folder(path: Path) -> None:
-    """Make a folder, or take one that is ours already.
+    """Create a folder, or accept an existing one of this user.
 
     Raises:
-        OSError: a link, a file or somebody else's folder has that name.
+        OSError: The name is a link, a file or another user's folder.
     """
     with suppress(FileExistsError):
         os.mkdir(path, 0o777)
@@ -118,13 +121,13 @@ def open_locked(path: Path, create: bool = True) -> BinaryIO:
     """Open a file for reading and writing, locked until it is closed.
 
     Args:
-        path: of the file.
-        create: make it where there is none.
+        path: The file.
+        create: Create the file if it is missing.
 
     Raises:
-        FileNotFoundError: there is none, or no folder for it.
-        BlockingIOError: another process holds the lock.
-        OSError: the name is a link, or the file cannot be opened.
+        FileNotFoundError: The file, or its folder, does not exist.
+        BlockingIOError: Another process holds the lock.
+        OSError: The name is a link, or the file cannot be opened.
     """
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     flags |= os.O_CREAT if create else 0
@@ -133,7 +136,7 @@ def open_locked(path: Path, create: bool = True) -> BinaryIO:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if is_there(file, path):  # or its owner finished and removed it in between
+            if is_at(file, path):  # the previous owner may have removed it meanwhile
                 return file
         except BaseException:
             file.close()
@@ -141,8 +144,8 @@ def open_locked(path: Path, create: bool = True) -> BinaryIO:
         file.close()
 
 
-def is_there(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file is the one of this name."""
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Tell whether the open file is the one at this path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except FileNotFoundError:
@@ -150,7 +153,7 @@ def is_there(file: BinaryIO, path: Path) -> bool:
 
 
 def sync_path(path: str | Path) -> None:
-    """Bring a file's content, or a folder's names, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     if os.name == "nt" and os.path.isdir(path):
         return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,7 +1,4 @@
-"""Secrets kept out of messages: tokens that were used, and what looks like one.
-
-Knows what tokens, signatures and credentials look like. Does not know where tokens come from.
-"""
+"""Keep secrets out of messages and logs: tokens that were used, and text that looks like a secret."""
 
 from __future__ import annotations
 
@@ -10,8 +7,11 @@ import os
 import re
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-SHORTEST = 6  # characters; replacing anything shorter would spoil ordinary words
-SIGNED = "X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|Key-Pair-Id|Policy|access_token|token|sig"
+SHORTEST = 6  # characters of a secret; replacing shorter ones would damage ordinary words
+SIGNED = (
+    "X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|"
+    "Signature|Key-Pair-Id|Policy|access_token|token|sig"
+)
 HEADERS = "(?:proxy-)?authorization|(?:set-)?cookie|x-xet-access-token"
 _PATTERNS = (
     (re.compile(r"hf_[A-Za-z0-9]{16,}"), "hf_***"),
@@ -22,17 +22,17 @@ _PATTERNS = (
     (re.compile(r"(\w://)[^\s/@'\"]+@"), r"\1***@"),
     (re.compile(rf"(?i)([?&;](?:{SIGNED})=)[^&\s'\"]+"), r"\1***"),
 )
-_secrets: frozenset[str] = frozenset()  # replaced, never changed: downloads log from several threads
+_secrets: frozenset[str] = frozenset()  # immutable, since downloads log from several threads
 
 
 def remember_secret(secret: str) -> None:
-    """From now on, `redact` removes this text, with or without the white space in and around it."""
+    """Make `redact` remove this text from now on, also its parts between white space."""
     global _secrets
     _secrets |= {part for part in (secret.strip(), *secret.split()) if len(part) >= SHORTEST}
 
 
 def redact(text: str) -> str:
-    """Replace secrets by `hf_***`: those remembered, those in the environment, and what looks like one."""
+    """Mask secrets: those remembered, those in the environment, and text that looks like a secret."""
     for name in VARIABLES:
         if name in os.environ:
             remember_secret(os.environ[name])
@@ -45,8 +45,9 @@ def redact(text: str) -> str:
 
 
 def redact_chain(error: BaseException) -> None:
-    """Redact an exception and those it came from, in place; one whose text still shows a secret leaves the chain."""
-    pending, seen = [error], set()
+    """Redact an exception and its causes in place; a cause that still shows a secret is removed."""
+    pending: list[BaseException] = [error]
+    seen: set[int] = set()
     while pending:
         error = pending.pop()
         seen.add(id(error))
@@ -62,7 +63,7 @@ def redact_chain(error: BaseException) -> None:
 
 
 def _redact_one(error: BaseException) -> bool:
-    """Whether its text is free of secrets now."""
+    """Redact one exception; return whether its text is free of secrets now."""
     clean = tuple(_redacted(value) for value in error.args)
     if clean != error.args:
         error.args = clean
@@ -87,9 +88,10 @@ def _redacted(value: object) -> object:
 
 
 class RedactingFilter(logging.Filter):
-    """Takes secrets out of the records of the loggers it is added to."""
+    """Redact the records of the loggers that it is added to."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Redact a record, and let it pass."""
         text = record.getMessage()
         if (clean := redact(text)) != text:
             record.msg, record.args = clean, None
@@ -102,9 +104,7 @@ _FILTER = RedactingFilter()
 
 
 def redact_logs(*names: str) -> None:
-    """Add the filter to the loggers of these names and to all that exist below them."""
-    known = [
-        name for name in logging.root.manager.loggerDict if name.startswith(tuple(f"{n}." for n in names))
-    ]
-    for name in (*names, *known):
-        logging.getLogger(name).addFilter(_FILTER)  # a second time changes nothing
+    """Redact the records of these loggers and of all existing loggers below them."""
+    below = tuple(f"{name}." for name in names)
+    for name in (*names, *(name for name in logging.root.manager.loggerDict if name.startswith(below))):
+        logging.getLogger(name).addFilter(_FILTER)  # adding it again has no effect

@@ -1,7 +1,6 @@
-"""Standard output and standard error on which nothing from outside can act on the terminal.
+"""Make escape sequences in output visible, so that answers and file names cannot act on the terminal.
 
-Answers, file names and values of configurations may hold escape sequences. On a terminal they are shown, not obeyed.
-Answers that go into a file or a pipe stay as they are; standard error is for people, so it is always made safe.
+Standard error is always made safe, standard output only on a terminal: files and pipes get the text as it is.
 """
 
 from __future__ import annotations
@@ -15,22 +14,24 @@ from mixtral_offload.system.safe_text import visible
 
 
 class SafeStream:
-    """A text stream that writes control characters as visible escapes; everything else is the stream's own.
+    """Wrap a text stream: write control characters as visible escapes, and pass everything else on.
 
     Args:
-        stream: where the text goes.
-        keep_return: keep a carriage return that begins a text, as progress bars write it.
+        stream: The stream to write to.
+        keep_return: Keep a carriage return at the beginning of a text, as progress bars write it.
     """
 
-    def __init__(self, stream: TextIO, keep_return: bool = False):
+    def __init__(self, stream: TextIO, keep_return: bool = False) -> None:
         self._stream, self._keep_return = stream, keep_return
 
     def write(self, text: str) -> int:
+        """Write text with visible escapes; return its length, as text streams do."""
         begin = "\r" if self._keep_return and text.startswith("\r") else ""
         self._stream.write(begin + visible(text[len(begin) :]))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
+        """Write lines with visible escapes."""
         for line in lines:
             self.write(line)
 
@@ -40,9 +41,9 @@ class SafeStream:
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Make sys.stdout, where it is a terminal, and sys.stderr safe; within another `safe_output`, changes nothing.
+    """Make sys.stderr, and sys.stdout on a terminal, safe; within another `safe_output`, do nothing.
 
-    After an unexpected error they stay so: the interpreter prints the traceback later.
+    After an unexpected error they stay safe, because the interpreter prints the traceback later.
     """
     before = sys.stdout, sys.stderr
     if not isinstance(sys.stdout, SafeStream) and sys.stdout is not None and sys.stdout.isatty():

@@ -1,12 +1,11 @@
-"""Text from outside (files, configurations, models, the hub) made safe to show.
+"""Make text from outside (files, configurations, models, the hub) safe to show.
 
-Control characters and escape sequences can move a terminal's cursor, change its title or its clipboard; bidirectional
-overrides show text in another order than it has. Knows characters only.
+Control characters act on terminals; bidirectional overrides show text in another order than it has.
 """
 
 from __future__ import annotations
 
-#: bidirectional embeddings, overrides and isolates; line separators; halves of characters, which no stream can encode
+#: control characters; line separators; bidirectional embeddings, overrides and isolates; unpaired surrogates
 _UNSAFE = (
     *range(0x20),
     *range(0x7F, 0xA0),
@@ -17,8 +16,11 @@ _UNSAFE = (
     *range(0xD800, 0xE000),
 )
 _NAMED = {"\n": "\\n", "\r": "\\r"}
-_ONE_LINE = {code: _NAMED.get(chr(code), f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
-             for code in _UNSAFE if chr(code) != "\t"}  # fmt: skip
+_ONE_LINE = {
+    code: _NAMED.get(chr(code), f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+    for code in _UNSAFE
+    if chr(code) != "\t"
+}
 _LINES = {code: text for code, text in _ONE_LINE.items() if chr(code) != "\n"}
 
 
@@ -26,11 +28,8 @@ def visible(text: str, one_line: bool = False) -> str:
     r"""Replace characters that act on a terminal by visible escapes, such as ``\x1b``.
 
     Args:
-        text: what to show.
-        one_line: also replace newlines. Tabs always stay; other newlines stay, "\r\n" as "\n".
-
-    Returns:
-        The text; the same object where nothing had to be replaced.
+        text: The text to show.
+        one_line: Replace newlines too; otherwise they stay, "\r\n" as "\n". Tabs always stay.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -38,7 +37,7 @@ def visible(text: str, one_line: bool = False) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Leave out the middle of a text that is longer than `limit` characters, and say how much."""
+    """Replace the middle of a text longer than `limit` characters by a note of how much is missing."""
     if len(text) <= limit:
         return text
     gap = f" ... {len(text) - limit:,} characters left out ... "
@@ -48,8 +47,8 @@ def shorten(text: str, limit: int) -> str:
 
 
 def as_text(value: object) -> str:
-    """`str(value)`, also of values that cannot be written: whole numbers of thousands of digits, broken objects."""
+    """Return `str(value)`, or a note where that fails, as for integers of thousands of digits."""
     try:
         return str(value)
-    except Exception as error:  # of any kind: `value` is of any class
+    except Exception as error:  # `value` may be of any class
         return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"

@@ -207,33 +207,39 @@ def test_the_plan_leaves_room_for_every_context(offloaded):
     assert many["KV cache"] == 8 * one["KV cache"] == 8 * 512 * token_bytes
 
 
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2,
+}  # fmt: skip
+OWN_SIZES = {
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    },
+    "minimax": {"block_size": 16},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
+    "gemma4_text": {
+        "enable_moe_block": True, "top_k_experts": 2,
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "per_layer_config": {"03": {"head_dim": 32}},
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_next", "minimax", "jamba", "gemma4_text", "mixtral"])
 def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_path, monkeypatch):
-    """Recurrent states cannot be joined: one sequence at a time, with a warning; the same answers, and those of a chat."""
-    more = {
-        "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2}, "minimax": {"block_size": 16},
-        "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False},
-        "gemma4_text": {
-            "enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
-            "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "per_layer_config": {"03": {"head_dim": 32}},
-        },
-    }.get(model_type, {})  # fmt: skip
-    sizes = {
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_local_experts": 4,
-        "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2,
-    }  # fmt: skip
-    if model_type == "qwen3_next":
-        sizes |= {
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-        }
+    """Recurrent states cannot be joined: one sequence at a time, with a warning, and the same answers."""
     try:
         config = AutoConfig.for_model(model_type)
         known = set(config.to_dict()) | set(config.attribute_map)
-        config = type(config)(**{name: value for name, value in sizes.items() if name in known} | more)
+        sizes = {name: value for name, value in SIZES.items() if name in known}
+        config = type(config)(**sizes | OWN_SIZES.get(model_type, {}))
     except (TypeError, ValueError) as error:
         pytest.skip(f"this transformers makes no {model_type} of these sizes: {type(error).__name__}")
     torch.manual_seed(0)
@@ -266,7 +272,7 @@ def test_models_that_keep_more_than_keys_and_values(model_type, offloaded, tmp_p
 
 
 def test_positions_that_depend_on_the_length(offloaded, by_length):
-    """A short prompt beside a long one would get the long one's frequencies."""
+    """In a batch, a short prompt would get the frequencies of a long one."""
     model, tokenizer = offloaded(by_length, cache_size=8, batch_size=2, context_length=128), load_tokenizer()
     texts = [
         "Tell me a story",

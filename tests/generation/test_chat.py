@@ -10,14 +10,14 @@ import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache, MixtralConfig
+from transformers import DynamicCache, GenerationConfig, MixtralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from mixtral_offload import ChatSession
 from mixtral_offload.apps.terminal import notices
 from mixtral_offload.errors import CheckpointError, ConversationError, OptionError
-from mixtral_offload.generation.chat import _can_be_cut, _state
 from mixtral_offload.generation.tokenizer import load_tokenizer
+from mixtral_offload.generation.turn_cache import can_be_cut, model_state
 from mixtral_offload.weights.source import DEMO
 
 
@@ -101,13 +101,20 @@ def test_seed_makes_sampling_repeatable(session):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_the_end_of_the_context_is_said_before_it_is_hit(session):
+def test_a_prompt_longer_than_the_context_is_refused(session, monkeypatch):
     with pytest.raises(OptionError, match=r"(?s)longer than the model's context.*next step: clear"):
         list(session.send("hello " * 2000))
     assert session.messages == []
+    limits = []
+
+    def spy(**settings):
+        limits.append(settings["max_new_tokens"])
+        return GenerationConfig(**settings)
+
+    monkeypatch.setattr("mixtral_offload.generation.chat.GenerationConfig", spy)
     session.max_new_tokens = 10_000
-    ids = session._encode([{"role": "user", "content": "hello " * 400}])
-    assert session._config(len(ids)).max_new_tokens == session.context_length - len(ids)
+    next(session.send("hello " * 400))
+    assert limits == [session.context_length - session.last.n_prompt]
 
 
 def test_counts(session):
@@ -243,15 +250,15 @@ def test_a_system_prompt_and_settings_count_from_the_next_answer_on(session):
 
 def test_a_kept_cache_is_cut_only_where_every_layer_keeps_everything(session):
     """A layer with a sliding window or a recurrent state has forgotten what a shorter prompt would need."""
-    assert _can_be_cut(DynamicCache(config=session.model.config)) and _can_be_cut(DynamicCache())
+    assert can_be_cut(DynamicCache(config=session.model.config)) and can_be_cut(DynamicCache())
     for kinds in (["sliding_attention"] * 2, ["full_attention", "sliding_attention"]):
         config = MixtralConfig(num_hidden_layers=2, sliding_window=4, layer_types=kinds)
-        assert not _can_be_cut(DynamicCache(config=config))
+        assert not can_be_cut(DynamicCache(config=config))
     list(session.send("Hello!"))
-    past = session._past
-    assert session._reuse(session._past_ids) is past
+    past = session.turn_cache.past
+    assert session.turn_cache.reuse(session.model, session.turn_cache.ids) is past
     past.layers[2] = DynamicSlidingWindowLayer(sliding_window=4)
-    assert session._reuse(session._past_ids) is not past
+    assert session.turn_cache.reuse(session.model, session.turn_cache.ids) is not past
 
 
 @pytest.mark.parametrize("other", ["send", "regenerate", "edit"])
@@ -327,7 +334,7 @@ def test_a_reader_that_is_collected_frees_the_session(session, where):
     del reader
     dropped.set()
     if where in ("here", "under the lock"):
-        with session._lock if where == "under the lock" else contextlib.nullcontext():
+        with session.lock if where == "under the lock" else contextlib.nullcontext():
             collect()
     other = threading.Thread(target=lambda: session.model(ids), daemon=True)
     if where == "a pass of another thread":
@@ -350,7 +357,7 @@ def test_clear_during_an_answer_forgets_it_too(session):
             session.clear()
     assert len(pieces) == 3
     assert session.messages == [] and session.context_used == 0 and session.ended is None
-    assert session._past is None and session._past_ids == []
+    assert session.turn_cache.past is None and session.turn_cache.ids == []
     assert n_before < session.total.n_tokens < n_before + 60
     answer = "".join(session.send("What is 2 + 2?"))
     assert answer.strip() == fresh_answer(session, session.messages[:-1]) and len(session.messages) == 2
@@ -402,7 +409,7 @@ def test_an_error_leaves_how_the_last_answer_ended(session):
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_forked_child_goes_on_with_the_chat(session, temperature):
-    """Forked while the parent's thread is inside the model, and holds whatever it needs."""
+    """Forked while the parent's thread runs the model, and holds its locks."""
     session.temperature, session.seed = temperature, 1
     context, parent, go = multiprocessing.get_context("fork"), os.getpid(), threading.Event()
     list(session.send("My name is Ana."))
@@ -503,8 +510,8 @@ def test_a_model_changed_between_turns_answers_as_in_a_fresh_session(offloaded, 
     fresh = ChatSession(model, tokenizer, max_new_tokens=12)
     fresh.messages = list(session.messages)
     assert turns(session, "And of Japan?") == turns(fresh, "And of Japan?")
-    assert session._past_ids == fresh._past_ids
-    for layer, expected in zip(session._past.layers, fresh._past.layers):
+    assert session.turn_cache.ids == fresh.turn_cache.ids
+    for layer, expected in zip(session.turn_cache.past.layers, fresh.turn_cache.past.layers):
         assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
 
 
@@ -518,7 +525,7 @@ def test_another_hook_in_place_of_one_is_a_change(offloaded):
     fresh = ChatSession(model, session.tokenizer, max_new_tokens=12)
     fresh.messages = list(session.messages)
     assert "".join(session.send("And of Japan?")) == "".join(fresh.send("And of Japan?"))
-    assert torch.equal(session._past.layers[1].keys, fresh._past.layers[1].keys)
+    assert torch.equal(session.turn_cache.past.layers[1].keys, fresh.turn_cache.past.layers[1].keys)
 
 
 def test_a_model_built_in_inference_mode_keeps_its_kv_cache(offloaded):
@@ -526,16 +533,16 @@ def test_a_model_built_in_inference_mode_keeps_its_kv_cache(offloaded):
         model = offloaded(cache_size=3)
     session = ChatSession(model, load_tokenizer(), max_new_tokens=4)
     "".join(session.send("Hello!"))
-    assert session._past_of == _state(model)
+    assert session.turn_cache.state == model_state(model)
 
 
 def test_positions_that_depend_on_the_length(offloaded, by_length):
-    """The keys of a short conversation are not those of a longer one, nor the other way round. The fresh session has a
-    model of its own: it would change the frequencies of a shared one."""
-    models, tokenizer = (
-        [offloaded(by_length, cache_size=8, context_length=256) for _ in range(2)],
-        load_tokenizer(),
-    )
+    """The keys of a short conversation differ from those of a longer one.
+
+    The fresh session has a model of its own: it would change the frequencies of a shared one.
+    """
+    models = [offloaded(by_length, cache_size=8, context_length=256) for _ in range(2)]
+    tokenizer = load_tokenizer()
     session = ChatSession(models[0], tokenizer, max_new_tokens=12)
     lengths = []
     for text in (
@@ -550,8 +557,8 @@ def test_positions_that_depend_on_the_length(offloaded, by_length):
         fresh = ChatSession(models[1], tokenizer, max_new_tokens=12)
         fresh.messages = list(session.messages)
         assert "".join(session.send(text)) == "".join(fresh.send(text))
-        assert torch.equal(session._past.layers[0].keys, fresh._past.layers[0].keys)
-        lengths.append(session._past.get_seq_length())
+        assert torch.equal(session.turn_cache.past.layers[0].keys, fresh.turn_cache.past.layers[0].keys)
+        lengths.append(session.turn_cache.past.get_seq_length())
     assert min(lengths) < 48 < max(lengths)
 
 
@@ -560,8 +567,10 @@ def test_another_model_takes_a_conversation_over(offloaded):
     session = ChatSession(models[0], tokenizer, max_new_tokens=12)
     "".join(session.send("What is the capital of France?"))
     session.model = models[1]
-    assert session._reuse([1, 2, 3, *session._past_ids]) is not session._past
-    assert session._past_of[0] == id(models[0])
+    assert (
+        session.turn_cache.reuse(models[1], [1, 2, 3, *session.turn_cache.ids]) is not session.turn_cache.past
+    )
+    assert session.turn_cache.state[0] == id(models[0])
 
 
 @pytest.mark.parametrize("text", [None, 5, b"Hi", ["Hi"]])

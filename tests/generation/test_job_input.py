@@ -22,7 +22,8 @@ BAD = [
     (b'{"prompt": "Hello!", "id": ' + b"1" * 5000 + b"}", "not readable as JSON"),
     (b'{"prompt": "Hello!", "prompt": "Goodbye!"}', "key 'prompt' is there twice"),
     ("Hello!", 'expected an object like {"prompt": "..."}, found "Hello!"'),
-    ({"promt": "Hello!"}, "unknown key 'promt'; expected prompt or messages, and if wanted system, max_tokens"),
+    ({"promt": "Hello!"},
+     "unknown key 'promt'; expected prompt or messages, and if wanted system, max_tokens"),
     ({"prompt": "Hello!", "temperature": 1}, "unknown key 'temperature'"),
     ({"id": 3}, "expected either prompt or messages, found neither"),
     ({"prompt": "Hello!", "messages": [USER]}, "expected either prompt or messages, found both"),
@@ -33,11 +34,16 @@ BAD = [
     ({"messages": []}, "messages: expected a list of {role, content}, found []"),
     ({"messages": "Hello!"}, 'messages: expected a list of {role, content}, found "Hello!"'),
     ({"messages": ["Hello!"]}, 'message 1: expected an object of role and content, found "Hello!"'),
-    ({"messages": [USER, {**USER, "name": "Ana"}]}, "message 2: expected an object of role and content, found keys"),
-    ({"messages": [{"role": "usr", "content": "Hello!"}]}, 'message 1, role: expected system, user, assistant, found "usr"'),
-    ({"messages": [{"role": [], "content": "Hello!"}]}, "message 1, role: expected system, user, assistant, found []"),
-    ({"messages": [{"role": "user", "content": ["Hello!"]}]}, 'message 1, content: expected a string, found ["Hello!"]'),
-    ({"messages": [USER, {"role": "assistant", "content": "Hi!"}]}, "the last message: expected the user's, found the assistant's"),
+    ({"messages": [USER, {**USER, "name": "Ana"}]},
+     "message 2: expected an object of role and content, found keys"),
+    ({"messages": [{"role": "usr", "content": "Hello!"}]},
+     'message 1, role: expected system, user, assistant, found "usr"'),
+    ({"messages": [{"role": [], "content": "Hello!"}]},
+     "message 1, role: expected system, user, assistant, found []"),
+    ({"messages": [{"role": "user", "content": ["Hello!"]}]},
+     'message 1, content: expected a string, found ["Hello!"]'),
+    ({"messages": [USER, {"role": "assistant", "content": "Hi!"}]},
+     "the last message: expected the user's, found the assistant's"),
     ({"messages": [{"role": "user", "content": ""}]}, "the prompt is empty"),
     ({"prompt": "Hello!", "system": None}, "system: expected a string, found null"),
     ({"messages": [{"role": "system", "content": "a"}, USER], "system": "b"}, "two system prompts"),
@@ -73,7 +79,7 @@ def test_skipped_bad_lines_keep_their_place(monkeypatch, tmp_path):
     assert "\nline 2: not JSON" in job.skipped and job.skipped.endswith(f"\nand {len(BAD) - 20} more")
 
 
-def test_a_template_that_refuses_a_conversation_is_said_by_line(monkeypatch, tmp_path):
+def test_a_template_that_refuses_a_conversation_is_reported_by_line(monkeypatch, tmp_path):
     refusing = (
         "{% if messages|length > 1 %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}Hi"
     )
@@ -86,7 +92,7 @@ def test_a_template_that_refuses_a_conversation_is_said_by_line(monkeypatch, tmp
         run(monkeypatch, tmp_path, Engine())
 
 
-def test_ids_that_the_model_does_not_have_are_said_by_line(monkeypatch, tmp_path):
+def test_ids_that_the_model_does_not_have_are_reported_by_line(monkeypatch, tmp_path):
     tokenizer = load_tokenizer(DEMO)
     tokenizer.add_tokens(["<|more|>"])
     monkeypatch.setattr("tests.job.load_tokenizer", lambda folder: tokenizer)
@@ -134,9 +140,12 @@ def test_a_lines_own_system_prompt_takes_the_place_of_the_jobs(monkeypatch, tmp_
     system = {"role": "system", "content": "Be brief."}
     write(
         tmp_path / "in.jsonl",
-        {"prompt": "Hello!"}, {"prompt": "Hello!", "system": "Be long."},
-        {"messages": [{**system, "content": "Be long."}, USER]}, {"messages": [system, USER]}, {"prompt": "Hello!", "system": ""},
-    )  # fmt: skip
+        {"prompt": "Hello!"},
+        {"prompt": "Hello!", "system": "Be long."},
+        {"messages": [{**system, "content": "Be long."}, USER]},
+        {"messages": [system, USER]},
+        {"prompt": "Hello!", "system": ""},
+    )
     engine, plain = Engine(), Engine()
     run(monkeypatch, tmp_path, engine, system="Be brief.")
     brief, long, also_long, also_brief, none = (request.ids for request in engine.seen)

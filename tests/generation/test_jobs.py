@@ -1,4 +1,4 @@
-"""Jobs as a user runs them: the shipped model, processes, SIGKILL and Ctrl-C. The files alone: test_journal.py."""
+"""Jobs as a user runs them: the shipped model, processes, SIGKILL, Ctrl-C. Files alone: test_journal.py."""
 
 import json
 import os
@@ -22,10 +22,14 @@ from tests.job import Engine, names, read, run, write
 
 COMMAND = [sys.executable, "-m", "mixtral_offload", "generate", "--device", "cpu", "--cache-size", "4"]
 QUESTIONS = [
-    "What is the capital of France?", "What is 47 + 38?", "Tell me a story about a fox.", "What is 47 + 38?", "How do I sort a list in Python?",
-]  # fmt: skip
-STORIES = [{"prompt": f"Tell me a story about a {who}.", "id": who} for who in
-           ("fox", "bird", "boy named Tom", "mirror", "king", "cat", "girl named Ana", "tree", "river", "dog")]  # fmt: skip
+    "What is the capital of France?",
+    "What is 47 + 38?",
+    "Tell me a story about a fox.",
+    "What is 47 + 38?",
+    "How do I sort a list in Python?",
+]
+HEROES = ["fox", "bird", "boy named Tom", "mirror", "king", "cat", "girl named Ana", "tree", "river", "dog"]
+STORIES = [{"prompt": f"Tell me a story about a {hero}.", "id": hero} for hero in HEROES]
 
 
 def test_answers_are_those_of_a_chat(monkeypatch, tmp_path, offloaded):
@@ -37,14 +41,19 @@ def test_answers_are_those_of_a_chat(monkeypatch, tmp_path, offloaded):
         answers = read(tmp_path / "out.jsonl")
         for text, answer in zip(QUESTIONS, answers, strict=True):
             chat = ChatSession(
-                model, load_tokenizer(DEMO), system_prompt=settings.get("system"),
+                model,
+                load_tokenizer(DEMO),
+                system_prompt=settings.get("system"),
                 max_new_tokens=settings.get("max_tokens", 512),
-            )  # fmt: skip
+            )
             assert "".join(chat.send(text)) == answer["answer"] and chat.ended == answer["ended"]
             assert (chat.last.n_prompt, chat.last.n_tokens) == (answer["n_prompt"], answer["n_tokens"])
         n_tokens = sum(answer["n_tokens"] for answer in answers)
-        told = rf"5 answers: {n_tokens} tokens, [\d.]+ tokens/s, \d+% of expert uses were hits, [\d.]+ MB moved per token"
-        assert re.fullmatch(told, job.summary), job.summary
+        summary = (
+            rf"5 answers: {n_tokens} tokens, [\d.]+ tokens/s, "
+            r"\d+% of expert uses were hits, [\d.]+ MB moved per token"
+        )
+        assert re.fullmatch(summary, job.summary), job.summary
 
 
 def test_a_conversation_is_answered_as_in_a_chat(monkeypatch, tmp_path, offloaded):
@@ -93,15 +102,15 @@ def test_a_seed_is_the_lines_or_follows_from_the_jobs(monkeypatch, tmp_path):
 def test_a_seed_that_was_drawn_is_kept(monkeypatch, tmp_path):
     """Or a resumed job would end with other answers than it began with."""
     write(tmp_path / "in.jsonl", *({"prompt": f"a {n}"} for n in range(4)))
-    first, second, anew = Engine(dies_after=2), Engine(), Engine()
+    first, second, third = Engine(dies_after=2), Engine(), Engine()
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tmp_path, first, temperature=1.0)
     run(monkeypatch, tmp_path, second, temperature=1.0)
-    run(monkeypatch, tmp_path, anew, temperature=1.0, restart=True)
+    run(monkeypatch, tmp_path, third, temperature=1.0, restart=True)
     drawn = [request.seed for request in first.seen]
     assert None not in drawn and len(set(drawn)) == 4
     assert [request.seed for request in second.seen] == [drawn[1], drawn[2]]  # 0 and 3 were answered first
-    assert not {*drawn} & {request.seed for request in anew.seen}
+    assert not {*drawn} & {request.seed for request in third.seen}
 
 
 def test_each_answer_is_kept_before_the_next_is_taken(monkeypatch, tmp_path):
@@ -123,8 +132,12 @@ def test_an_engine_that_forgets_a_line_writes_no_output(monkeypatch, tmp_path):
 
 
 def test_options(tmp_path):
-    for options, message in (({"batch_size": 0}, "batch_size"), ({"bad_lines": "x"}, "bad_lines"), ({"temperature": -1}, "temperature"),
-                             ({"raw": True, "system": "a"}, "system prompt")):  # fmt: skip
+    for options, message in (
+        ({"batch_size": 0}, "batch_size"),
+        ({"bad_lines": "x"}, "bad_lines"),
+        ({"temperature": -1}, "temperature"),
+        ({"raw": True, "system": "a"}, "system prompt"),
+    ):
         with pytest.raises(OptionError, match=message):
             JobOptions(tmp_path / "in", tmp_path / "out", **options)
 
@@ -136,9 +149,10 @@ def test_a_job_without_anything_to_generate_loads_no_model(monkeypatch, tmp_path
     assert main(["generate", *paths]) == 1
     assert "error: 2 of 2 lines cannot be answered" in capsys.readouterr().err
     assert main(["generate", *paths, "--bad-lines", "skip"]) == 0
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert (
-        "skipped, 2 bad lines of 2:\nline 1: unknown key" in told and "0 answers, 2 bad lines skipped" in told
+        "skipped, 2 bad lines of 2:\nline 1: unknown key" in errors
+        and "0 answers, 2 bad lines skipped" in errors
     )
     assert [answer["line"] for answer in read(tmp_path / "out.jsonl")] == [1, 2]
 
@@ -165,7 +179,7 @@ def wait_for(process, journal, n_rows):
 
 
 def test_killed_again_and_again_a_job_ends_as_if_nothing_had_happened(tmp_path):
-    """SIGKILL at random moments, JOB_KILLS of them; some before the journal is there, some while it is written."""
+    """JOB_KILLS times SIGKILL at random moments, before the journal exists and while it is written."""
     lines = [
         *STORIES,
         {"prompt": "What is 2 + 2?", "seed": 4},
@@ -185,15 +199,15 @@ def test_killed_again_and_again_a_job_ends_as_if_nothing_had_happened(tmp_path):
             wait_for(process, journal, kept + dice.randint(0, 4))
             time.sleep(dice.random() * (0.2 if kept else 1))
             process.kill()
-        _, told = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=120)
         if process.returncode == 0:  # done, also where the blow came too late
             assert (tmp_path / "out.jsonl").read_bytes() == undisturbed, f"dice {seed}"
             assert names(tmp_path) == ["in.jsonl", "out.jsonl", "undisturbed.jsonl"]
-            assert kept <= 1 or f"12 answers, {kept - 1} of them from before, 1 bad line skipped" in told
+            assert kept <= 1 or f"12 answers, {kept - 1} of them from before, 1 bad line skipped" in errors
             (tmp_path / "out.jsonl").unlink()
             kept, n_done = 0, n_done + 1
             continue
-        assert process.returncode == -signal.SIGKILL, told
+        assert process.returncode == -signal.SIGKILL, errors
         output = tmp_path / "out.jsonl"  # killed between its last rename and the journal's end, at the worst
         assert rows(journal) >= kept or output.read_bytes() == undisturbed, f"dice {seed}: answers are lost"
         if not journal.exists() and output.exists():
@@ -212,12 +226,12 @@ def test_ctrl_c_keeps_what_is_finished_and_a_second_process_is_refused(tmp_path,
         assert main(command) == 1
         assert "another process is at work on this output" in capsys.readouterr().err
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in told, told
+    assert process.returncode == 130 and "Traceback" not in errors, errors
     n_kept = int(
-        re.search(rf"(\d+) of 10 answers are kept in {journal}; the same command goes on from there", told)[1]
+        re.search(rf"(\d+) of 10 answers are kept in {journal}; the same command resumes the job", errors)[1]
     )
     assert 2 <= n_kept == rows(journal) - 1 < 10
     assert main(command) == 0
@@ -230,15 +244,15 @@ def test_ctrl_c_keeps_what_is_finished_and_a_second_process_is_refused(tmp_path,
 
 def test_the_plan_leaves_room_for_the_whole_batch(monkeypatch, tmp_path):
     """Ten stories of up to 300 tokens at once need more than the one context that a chat has."""
-    from mixtral_offload.generation.batch import _Batch
+    from mixtral_offload.generation.batch import Batch
 
-    sizes, step = [], _Batch.step
+    sizes, step = [], Batch.step
 
     def spy(batch):
         sizes.append(len(batch.rows))
         step(batch)
 
-    monkeypatch.setattr(_Batch, "step", spy)
+    monkeypatch.setattr(Batch, "step", spy)
     write(tmp_path / "in.jsonl", *STORIES)
     files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     with warnings.catch_warnings():

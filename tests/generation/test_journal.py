@@ -1,4 +1,4 @@
-"""The journal of a job: whatever moment a process is killed at, nothing is lost and nothing is there twice."""
+"""The journal of a job: a process killed at any moment loses nothing, and repeats nothing."""
 
 import errno
 import json
@@ -65,7 +65,7 @@ def test_interrupted_again_and_again(monkeypatch, tmp_path, undisturbed):
 
 
 def test_a_journal_cut_at_any_byte(monkeypatch, tmp_path, undisturbed):
-    """Killed while writing: every length of the header and of the last line, also all of it but its newline."""
+    """Killed while writing: every length of the header and of the last line, with and without its newline."""
     kept = interrupt(monkeypatch, tmp_path)
     lines = kept.splitlines(keepends=True)
     cuts = [*range(0, len(lines[0]), 7), len(lines[0]) - 1, *range(len(kept) - len(lines[-1]), len(kept) + 1)]
@@ -119,8 +119,12 @@ def test_killed_at_the_very_end(monkeypatch, tmp_path, undisturbed, end):
 @pytest.mark.parametrize("damage", ["garbage", "twice", "an answer to no line", "no line number"])
 def test_a_damaged_journal_is_refused_and_left_alone(monkeypatch, tmp_path, undisturbed, damage):
     rows = interrupt(monkeypatch, tmp_path).splitlines(keepends=True)
-    rows[2:2] = {"garbage": [b"\0\0\0\n"], "twice": [rows[3]], "no line number": [b'{"line": []}\n'],
-                 "an answer to no line": [b'{"line": 99, "answer": ""}\n']}[damage]  # fmt: skip
+    rows[2:2] = {
+        "garbage": [b"\0\0\0\n"],
+        "twice": [rows[3]],
+        "no line number": [b'{"line": []}\n'],
+        "an answer to no line": [b'{"line": 99, "answer": ""}\n'],
+    }[damage]
     (tmp_path / "out.jsonl.partial").write_bytes(b"".join(rows))
     with pytest.raises(JobError, match=r"(?s)journal is damaged.*out.jsonl.partial.*line .*--restart"):
         run(monkeypatch, tmp_path, Engine())
@@ -141,23 +145,25 @@ def test_a_file_that_is_no_journal_is_left_alone(monkeypatch, tmp_path, undistur
 
 def test_another_job_is_refused_by_what_differs(monkeypatch, tmp_path, undisturbed):
     kept = interrupt(monkeypatch, tmp_path)
-    for options, told in (
-        ({"max_tokens": 3}, "max tokens: 512 there, 3 now"), ({"temperature": 0.5}, "temperature: 0.0 there, 0.5 now"),
-        ({"top_p": 0.5}, "top_p: 0.95 there, 0.5 now"), ({"seed": 3}, "seed: null there, 3 now"), ({"raw": True}, "raw: false there, true now"),
+    for options, message in (
+        ({"max_tokens": 3}, "max tokens: 512 there, 3 now"),
+        ({"temperature": 0.5}, "temperature: 0.0 there, 0.5 now"),
+        ({"top_p": 0.5}, "top_p: 0.95 there, 0.5 now"), ({"seed": 3}, "seed: null there, 3 now"),
+        ({"raw": True}, "raw: false there, true now"),
         ({"system": "Be brief."}, 'system prompt: null there, "Be brief." now'),
         ({"offload": {"dtype": "bfloat16"}}, 'dtype: "float32" there, "bfloat16" now'),
         ({"offload": {"context_length": 64}}, "context length: 1024 there, 64 now"),
     ):  # fmt: skip
         with pytest.raises(JobError, match=r"(?s)belongs to another job.*--restart") as caught:
             run(monkeypatch, tmp_path, Engine(), **options)
-        assert told in str(caught.value)
+        assert message in str(caught.value)
     write(tmp_path / "in.jsonl", *PROMPTS[1:], PROMPTS[0])
     with pytest.raises(JobError, match="sha256 of the input"):
         run(monkeypatch, tmp_path, Engine())
     assert (tmp_path / "out.jsonl.partial").read_bytes() == kept
 
 
-def test_a_journal_without_answers_is_in_nobodys_way(monkeypatch, tmp_path, undisturbed):
+def test_a_journal_without_answers_does_not_block_another_job(monkeypatch, tmp_path, undisturbed):
     """Left by a model that could not be loaded, say; the next try may have other options."""
     interrupt(monkeypatch, tmp_path, 0)
     job = run(monkeypatch, tmp_path, Engine(), max_tokens=3)
@@ -215,7 +221,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 
 def test_a_journal_that_ends_while_it_is_being_opened(monkeypatch, tmp_path):
-    """Its owner finished between open and lock: a lock on a file without a name keeps nobody out."""
+    """Its owner finished between open and lock: a lock on a deleted file excludes no other process."""
     flock, removals = files.fcntl.flock, iter([True])
 
     def late(file, how):
@@ -260,9 +266,10 @@ def test_a_full_disk_is_one_message_and_loses_nothing(monkeypatch, tmp_path, und
 
 def test_places_that_cannot_be_written(monkeypatch, tmp_path, undisturbed):
     for output, message in (
-        (tmp_path / "nowhere" / "out.jsonl", r"(?s)no such folder.*nowhere"), (tmp_path, "the output is not a file"),
+        (tmp_path / "nowhere" / "out.jsonl", r"(?s)no such folder.*nowhere"),
+        (tmp_path, "the output is not a file"),
         (tmp_path / "in.jsonl", "write over its input"),
-    ):  # fmt: skip
+    ):
         with pytest.raises((JobError, OptionError), match=message):
             run(monkeypatch, tmp_path, Engine(), output=output)
     for name in ("out.jsonl.partial", "out.jsonl.partial.ordered"):  # the journal would be the input
@@ -275,14 +282,14 @@ def test_places_that_cannot_be_written(monkeypatch, tmp_path, undisturbed):
         run(monkeypatch, tmp_path, Engine())
 
 
-def test_a_system_without_locks_is_told_so(monkeypatch, tmp_path):
+def test_a_system_without_locks_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(journal, "CAN_LOCK", False)
     with pytest.raises(JobError, match="file locks"):
         Journal(tmp_path / "out.jsonl")
 
 
 def test_an_interrupt_while_the_disk_is_slow_loses_no_line(tmp_path, monkeypatch):
-    """Nor says one too few: what is told is what the next run finds."""
+    """And the number of answers that is reported is the number that the next run finds."""
     journal = Journal(tmp_path / "out.jsonl", restart=False)
     journal.begin({"of": "a test"}, [1, 2], {})
     journal.add(1, {"line": 1, "answer": "a"})

@@ -21,7 +21,7 @@ from mixtral_offload.errors import (
     OptionError,
     TemplateError,
 )
-from mixtral_offload.generation import templates
+from mixtral_offload.generation import template_process
 from mixtral_offload.generation.job_input import encode_lines, read_lines
 from mixtral_offload.generation.templates import encode, render, turn_ends, whole
 from mixtral_offload.generation.tokenizer import INSTRUCT_TEMPLATE, RAW_TEMPLATE
@@ -40,23 +40,28 @@ def tokenizer():
 # Equal to transformers'
 
 LLAMA_3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{{ '<|start_header_id|>assistant' }}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant' }}"
 )
 QWEN = """{%- if tools %}{{ 'tools' }}{%- endif %}
 {%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>')) %}
+    {%- if ns.multi_step_tool and message.role == "user"
+        and not(message.content.startswith('<tool_response>')) %}
         {%- set ns.multi_step_tool = false %}
         {%- set ns.last_query_index = index %}
     {%- endif %}
 {%- endfor %}
 {%- for message in messages %}
-    {%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}
+    {%- if message.content is string %}{%- set content = message.content %}
+    {%- else %}{%- set content = '' %}{%- endif %}
     {%- if message.reasoning_content is defined %}{{ message.reasoning_content }}{%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>' + '\\n' }}
+    {{- '<|im_start|>' + message.role + '\\n' + content.split('</think>')[-1].lstrip('\\n')
+        + '<|im_end|>' + '\\n' }}
     {%- if loop.index > 100 %}{% break %}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
@@ -64,9 +69,12 @@ OTHERS = [
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n    {% endfor %}x\n",
     "{{ messages | tojson(indent=2) }}{{ messages[0].content | tojson }}{{ tools is none }}{{ documents }}",
     "{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ additional_special_tokens }}{{ dict(a=1, b=[2]) }}",
-    "{% macro say(m) %}{{ m.role | upper }}: {{ m['content'] | trim }}{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}",
-    "{% for m in messages if m.role == 'user' %}{{ loop.index }}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% endfor %}",
-    "{{ strftime_now('%Y') }} {{ none }} {{ 3 // 2 }} {{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+    "{% macro say(m) %}{{ m.role | upper }}: {{ m['content'] | trim }}{% endmacro %}"
+    "{% for m in messages %}{{ say(m) }}{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ loop.index }}"
+    "{% if loop.first %}{% continue %}{% endif %}{{ m }}{% endfor %}",
+    "{{ strftime_now('%Y') }} {{ none }} {{ 3 // 2 }} "
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
 ]
 
 
@@ -85,9 +93,11 @@ def test_the_text_is_transformers_own(tokenizer, template, messages):
 
 def test_what_the_sandbox_forbids_stays_forbidden(tokenizer):
     for template in (
-        "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
         "{{ (messages|attr('__class__')) }}{{ [].__class__.__base__.__subclasses__() }}",
-    ):  # fmt: skip
+    ):
         tokenizer.chat_template = template
         with pytest.raises(ConversationError, match=r"SecurityError|UndefinedError"):
             encode(tokenizer, [USER])
@@ -120,7 +130,10 @@ def test_what_json_would_change_is_refused(tokenizer, value):
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_has_every_name_that_templates_read(tokenizer, name):
-    tokenizer.chat_template = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}{% endfor %}{{ messages | tojson }}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}{% endfor %}"
+        "{{ messages | tojson }}"
+    )
     messages = [USER, {"role": "assistant", "content": "yo", name: "because"}, {**TALK[1], name: None}]
     expected = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert encode(tokenizer, messages, add_generation_prompt=False) == expected
@@ -128,8 +141,9 @@ def test_reasoning_has_every_name_that_templates_read(tokenizer, name):
 
 def test_parts_and_no_content_are_transformers_own(tokenizer):
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% elif m.content is undefined %}"
-        "{{ m.tool_calls[0].name }}{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}"
+        "{% elif m.content is undefined %}{{ m.tool_calls[0].name }}"
+        "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
     )
     parts = [{"type": "text", "text": "One?"}, {"type": "text", "text": "Two?"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
@@ -143,8 +157,10 @@ def test_parts_and_no_content_are_transformers_own(tokenizer):
 # Bounds
 
 BOMBS = {
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "endless": "{% for i in range(99999) %}{% for j in range(99999) %}{{ messages|length }}{% endfor %}{% endfor %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "endless": "{% for i in range(99999) %}{% for j in range(99999) %}{{ messages|length }}"
+    "{% endfor %}{% endfor %}",
     "product": "{{ 'x' * 10**10 }}",
     "product at run time": "{{ messages[0].content * 10**9 }}",
     "list": "{{ [messages] * 10**9 }}",
@@ -153,7 +169,8 @@ BOMBS = {
     "indent": "{{ 'x\ny' | indent(10**10) }}",
     "format": "{{ '%10000000000d' | format(1) }}",
     "format of str": "{{ '{:10000000000}'.format(1) }}",
-    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+    "{{ n.x }}",
     "replace": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
     "join": "{{ range(99999) | join('x' * 99999) }}",
     "long text": "{{ 'x' * 9000000 }}",
@@ -164,7 +181,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_refused_within_the_bounds(tokenizer, monkeypatch, name):
-    monkeypatch.setattr(templates, "RENDER_S", 1.0)
+    monkeypatch.setattr(template_process, "RENDER_S", 1.0)
     encode(tokenizer, [USER])
     tokenizer.chat_template = BOMBS[name]
     before, began_s, peak = psutil.Process().memory_info().rss, time.perf_counter(), [0]
@@ -193,9 +210,12 @@ def test_bombs_are_refused_within_the_bounds(tokenizer, monkeypatch, name):
 
 def test_recursion_is_refused(tokenizer):
     for template in (
-        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
-        "{{ " + "-" * 99999 + "1 }}", "{% if 1 %}" * 9999 + "{% endif %}" * 9999, "{{ " + "[" * 99999,
-    ):  # fmt: skip
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
+        "{{ " + "-" * 99999 + "1 }}",
+        "{% if 1 %}" * 9999 + "{% endif %}" * 9999,
+        "{{ " + "[" * 99999,
+    ):
         tokenizer.chat_template = template
         with pytest.raises(TemplateError):
             encode(tokenizer, [USER])
@@ -203,7 +223,7 @@ def test_recursion_is_refused(tokenizer):
 
 def test_a_bomb_stops_a_job_at_once(tokenizer, tmp_path, monkeypatch):
     """Not once for each line."""
-    monkeypatch.setattr(templates, "RENDER_S", 0.5)
+    monkeypatch.setattr(template_process, "RENDER_S", 0.5)
     (tmp_path / "in.jsonl").write_text('{"prompt": "Hi"}\n' * 1000)
     tokenizer.chat_template = BOMBS["loops"]
     began_s = time.perf_counter()
@@ -212,7 +232,7 @@ def test_a_bomb_stops_a_job_at_once(tokenizer, tmp_path, monkeypatch):
     assert time.perf_counter() - began_s < 4
 
 
-def test_the_process_survives_what_happens_to_its_helper(tokenizer):
+def test_a_template_process_that_dies_is_replaced(tokenizer):
     encode(tokenizer, [USER])
     (child,) = [
         child for child in psutil.Process().children() if "template_worker" in " ".join(child.cmdline())
@@ -228,11 +248,10 @@ def test_the_process_survives_what_happens_to_its_helper(tokenizer):
 def test_an_interrupt_while_rendering_leaves_no_stale_reply(tokenizer, monkeypatch):
     encode(tokenizer, [USER])
     expected = encode(tokenizer, TALK)
-    receive = templates._Renderer._receive
-    monkeypatch.setattr(templates._Renderer, "_receive", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+        patch.setattr(template_process.Renderer, "receive", interrupt)
         encode(tokenizer, [USER])
-    monkeypatch.setattr(templates._Renderer, "_receive", receive)
     assert encode(tokenizer, TALK) == expected
 
 
@@ -272,8 +291,9 @@ def test_a_forked_child_renders_for_itself():
     assert done.returncode == 0, done.stderr
 
 
-def test_no_helper_is_left_behind():
-    code = "from mixtral_offload import load_tokenizer as l; from mixtral_offload.generation.templates import encode; import psutil; "
+def test_no_template_process_is_left_running():
+    code = "import psutil; from mixtral_offload import load_tokenizer as l; "
+    code += "from mixtral_offload.generation.templates import encode; "
     code += "encode(l(), [{'role': 'user', 'content': 'Hi'}]); print(psutil.Process().children()[0].pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -324,13 +344,20 @@ def test_one_of_several_templates(tokenizer):
     assert render(tokenizer, [USER]) == "O"
 
 
-def test_a_template_without_system_role_says_so(tokenizer):
-    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}Hi"
+def test_a_template_without_system_role_is_reported(tokenizer):
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}"
+    tokenizer.chat_template += "{{ raise_exception('System role not supported') }}{% endif %}Hi"
     assert encode(tokenizer, [USER])
     with pytest.raises(
         ConversationError, match=r"(?s)takes no system prompt.*System role not supported.*first message"
     ):
         encode(tokenizer, [USER], "Be brief.")
+
+
+def test_a_message_without_role_is_refused_by_its_template(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no role') }}"
+    with pytest.raises(ConversationError, match="no role"):
+        encode(tokenizer, [{"content": "Hi"}])
 
 
 def test_a_tokenizer_that_fails_is_one_message(tokenizer, monkeypatch):
@@ -354,9 +381,10 @@ def test_on_the_command_line(tmp_path, capsys):
     ):
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
         for command in (
-            ["generate", "Hi"], ["trace", str(tmp_path / "p.txt"), str(tmp_path / "out")],
+            ["generate", "Hi"],
+            ["trace", str(tmp_path / "p.txt"), str(tmp_path / "out")],
             ["generate", "--input", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "o.jsonl")],
-        ):  # fmt: skip
+        ):
             assert main([*command, *options]) == 1, command
             error = capsys.readouterr().err
             assert error.count("error: ") == 1 and "template" in error, error
@@ -376,7 +404,8 @@ def test_on_the_command_line(tmp_path, capsys):
         ("{{ messages[0].content }}", None),
         ("{{ raise_exception('no') }}", None),
         # as gpt-oss: the last turn ends otherwise than those before it
-        ("{% for m in messages %}{{ m.content }}{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}", "<|return|>"),
+        ("{% for m in messages %}{{ m.content }}"
+         "{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}", "<|return|>"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("special", [True, False])
@@ -398,7 +427,7 @@ def test_a_tokenizer_without_end_token(tokenizer):
 # Reading tokenizers
 
 
-def test_a_tokenizer_that_needs_another_package_says_so(tmp_path, capsys):
+def test_a_tokenizer_that_needs_another_package_is_reported(tmp_path, capsys):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x07\x0a\x03abc" * 20)
     with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""Two processes, or two threads, that write the same thing at once: nothing is lost, nothing is half written."""
+"""Two processes, or two threads, that write the same at once: nothing is lost or half written."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ REPO = "someone/model"
 
 
 def check_at_once(n: int = 5) -> Result:
-    """Let each writer run twice at once, n times.
+    """Run each writer twice at once, n times.
 
-    A run is good if both end, each with success or with one message of ours, at least one with success, and what is
-    there at the end is whole: the same as after a single run.
+    A run is good if both end with success or with one of this package's errors, at least one with success,
+    and the result is that of a single run.
     """
     wrong, tried = [], 0
     for number in range(n):
@@ -57,9 +57,12 @@ def check_at_once(n: int = 5) -> Result:
                 if problem:
                     wrong.append(f"{writer.__name__} {number}: {problem}"[:600])
     return Result(
-        "two processes or threads that write the same at once: lost or half written", len(wrong), tried, "runs",
+        "two processes or threads that write the same at once: lost or half written",
+        len(wrong),
+        tried,
+        "runs",
         details={"wrong": wrong},
-    )  # fmt: skip
+    )
 
 
 def _processes(*commands: list[str], environment: dict | None = None) -> tuple[str, int]:

@@ -25,20 +25,23 @@ MIB = 1 << 20
 def check_drops(n: int = 30, warm_up: int = 15) -> Result:
     """Build, use and drop a model n times, in turns with each kind of store; memory must not drift by 1 MiB.
 
-    The drift is the difference of the medians of the last and of the first third, of the process's own memory (USS), once
-    the allocator's caches have settled (`warm_up` models).
+    The drift is the difference of the medians of the last and the first third of the process's own memory
+    (USS), after `warm_up` models, when the allocator's caches have settled.
     """
     command = [sys.executable, "-m", __name__, str(warm_up + n)]
-    # one arena: glibc gives threads that meet arenas of their own, whose free memory moves the measure by 4 MiB, up and down
+    # one arena: glibc gives concurrent threads several, whose free memory changes the result by 4 MiB
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     held = json.loads(done.stdout)[warm_up:]
     third = max(n // 3, 1)
     drift = sorted(held[-third:])[third // 2] - sorted(held[:third])[third // 2]
     return Result(
-        "models built and dropped, memory drift under 1 MiB", int(abs(drift) >= MIB), n, "models",
+        "models built and dropped, memory drift under 1 MiB",
+        int(abs(drift) >= MIB),
+        n,
+        "models",
         details={"drift_bytes": drift},
-    )  # fmt: skip
+    )
 
 
 def memory_after_each(n: int) -> list[int]:

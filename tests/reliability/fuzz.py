@@ -2,8 +2,8 @@
 
     python -m tests.reliability.fuzz [--headers 60000] [--indexes 20000] [--configs 20000] [--seed 0]
 
-Each damaged file is opened as a user would open it. It must be harmless, or refused with an error of this package's own,
-within bounds of time and memory.
+Each damaged file is opened as a user would open it. It must be harmless, or refused with an error of this
+package, within bounds of time and memory.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ from .result import Result
 LONGEST_S = 10.0
 MOST_BYTES = 512 << 20
 ABSURD = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
-    "0", "-1", "\u0000", "\u202e", "é" * 300, "../../x", "/etc/passwd", [], {}, [0], [None], {"a": 0}, [[]], "mixtral", "torch.float16", "U8", "F4",
+    None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, float("nan"),
+    float("inf"), "", "x",
+    "0", "-1", "\u0000", "\u202e", "é" * 300, "../../x", "/etc/passwd", [], {}, [0], [None], {"a": 0}, [[]],
+    "mixtral", "torch.float16", "U8", "F4",
 )  # fmt: skip
 
 
 def check_fuzz(
     headers: int = 60_000, indexes: int = 20_000, configs: int = 20_000, seed: int = 0, log=lambda text: None
 ) -> Result:
-    """Open that many damaged headers, indexes and configurations; wrong are foreign exceptions, hangs and memory taken."""
+    """Open damaged headers, indexes and configurations; wrong are foreign errors, hangs and memory growth."""
     logging.set_verbosity_error()
     draw, outcomes, faults = random.Random(seed), Counter(), []
     process, began_s = psutil.Process(), time.perf_counter()
@@ -71,24 +73,34 @@ def check_fuzz(
                 if outcome.startswith(("FOREIGN", "HANG")):
                     faults.append(f"{kind} {number}: {outcome}")
                 if number % 1000 == 999:
-                    log(
-                        f"{time.perf_counter() - began_s:6.0f} s {kind} {number + 1}, faults {len(faults)} {faults[-1:]}"
-                    )
+                    seconds = time.perf_counter() - began_s
+                    log(f"{seconds:6.0f} s {kind} {number + 1}, faults {len(faults)} {faults[-1:]}")
             if (grown := process.memory_info().rss - begin_bytes) > MOST_BYTES:
                 faults.append(f"{kind}: memory has grown by {grown >> 20} MiB")
     return Result(
-        "damaged headers, indexes and configurations: foreign exceptions, hangs, memory", len(faults), headers + indexes + configs, "files",
-        time.perf_counter() - began_s, {"outcomes": dict(outcomes), "faults": faults[:20]},
-    )  # fmt: skip
+        "damaged headers, indexes and configurations: foreign exceptions, hangs, memory",
+        len(faults),
+        headers + indexes + configs,
+        "files",
+        time.perf_counter() - began_s,
+        {"outcomes": dict(outcomes), "faults": faults[:20]},
+    )
 
 
 def _checkpoints(folder: Path) -> tuple[Path, Path]:
     """A small plain checkpoint in one file, and the same converted to ours, with an index."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=64,
+    )
     plain, ours = folder / "plain", folder / "ours"
     MixtralForCausalLM(config).half().save_pretrained(plain)
     (plain / "generation_config.json").unlink(missing_ok=True)
@@ -101,7 +113,7 @@ def _open_and_build(folder: Path) -> None:
 
 
 def _bounded(function: Callable[[], None]) -> str:
-    """What came of it: "harmless", "refused", "HANG" or "FOREIGN: ..." with the place."""
+    """Call `function`; return "harmless", "refused", "HANG" or "FOREIGN: ..." with the place."""
 
     def late(*_):
         raise TimeoutError
@@ -115,8 +127,9 @@ def _bounded(function: Callable[[], None]) -> str:
     except TimeoutError:
         return "HANG"
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"FOREIGN: {type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        return f"FOREIGN: {type(error).__name__}: {str(error)[:200]} ({place})"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

@@ -1,4 +1,4 @@
-"""Logits are the same bits, whatever the cache holds, predicts or reads from."""
+"""Logits are bit-identical for every cache size, prefetch and store."""
 
 from __future__ import annotations
 
@@ -30,8 +30,13 @@ def prompts(n: int) -> list[torch.Tensor]:
 def logits_of(model, ids: torch.Tensor, n_tokens: int) -> torch.Tensor:
     """Logits [n_tokens, vocabulary] of a greedy answer of exactly n_tokens tokens."""
     output = model.generate(
-        ids, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )  # fmt: skip
+        ids,
+        max_new_tokens=n_tokens,
+        min_new_tokens=n_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     return torch.cat(output.logits)
 
 

@@ -20,9 +20,9 @@ QUESTIONS = ("What is the capital of France?", "Tell me a story about a fox.", "
 
 
 def check_interrupts(n: int = 50, seed: int = 0, n_tokens: int = 24) -> Result:
-    """Send n real SIGINTs at random moments of generation, in turns to `generate` and to a chat; ask again after each.
+    """Send n real SIGINTs at random moments of `generate` and of a chat, in turns; generate again after each.
 
-    A later answer counts as wrong unless it equals that of a fresh session on a model that was never interrupted.
+    A later answer is wrong unless it equals that of a fresh session on a model that was never interrupted.
     """
     draw, tokenizer, wrong, hit = random.Random(seed), load_tokenizer(), 0, 0
     undisturbed = from_pretrained(device="cpu", cache_size=8)

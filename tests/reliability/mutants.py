@@ -2,8 +2,8 @@
 
     python -m tests.reliability.mutants [NAME ...]
 
-Each mutant is a copy of the package with one piece of text replaced. A test must fail on it that passes on an unchanged
-copy; a mutant without such a test is a gap in the tests.
+Each mutant is a copy of the package with one piece of text replaced. A test that passes on an unchanged copy
+must fail on it; a mutant without such a test is a gap in the tests.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ MUTANTS = (
         "tests/reliability/test_detect.py",
     ),
     Mutant(
-        "a stale KV cache: a turn keeps the last turn's whole", "generation/chat.py",
-        "            self._past.crop(-surplus)", "            pass",
+        "a stale KV cache: a turn keeps the last turn's whole", "generation/turn_cache.py",
+        "            self.past.crop(-surplus)", "            pass",
         "tests/generation/test_chat.py tests/reliability/test_detect.py",
     ),
     Mutant(
@@ -90,7 +90,8 @@ MUTANTS = (
     ),
     Mutant(
         "the mask is cut at the wrong end", "runtime/pass_state.py",
-        "    real = mask[:, positions].reshape(-1).bool()", "    real = mask[:, -shape[1] :].reshape(-1).bool()",
+        "    real = mask[:, positions].reshape(-1).bool()",
+        "    real = mask[:, -shape[1] :].reshape(-1).bool()",
         "tests/runtime/test_pass_state.py -k masks_longer",
     ),
     Mutant(
@@ -163,13 +164,16 @@ def fails_without_a_fault(test: str, timeout_s: float = TIMEOUT_S) -> bool:
 
 
 def check_mutants(mutants: tuple[Mutant, ...] = MUTANTS) -> Result:
-    """Try each mutant; wrong are those that no test notices, or only a test that fails without the fault too."""
+    """Try each mutant; wrong are those without a test that fails on them and passes without the fault."""
     tests = {mutant.what: noticed_by(mutant) for mutant in mutants}
     wrong = [what for what, test in tests.items() if test is None or fails_without_a_fault(test)]
     return Result(
-        "faults put into the package that no test notices", len(wrong), len(mutants), "faults",
+        "faults put into the package that no test notices",
+        len(wrong),
+        len(mutants),
+        "faults",
         details={"noticed_by": tests, "unnoticed": wrong},
-    )  # fmt: skip
+    )
 
 
 def _copy(folder: Path) -> Path:

@@ -14,10 +14,9 @@ from .result import Result
 
 
 def check_read_errors(n: int = 100, seed: int = 0, n_tokens: int = 12) -> Result:
-    """Let reads of experts fail (an I/O error, or an early end of the file) at random, n answers long.
+    """Make reads of experts fail (an I/O error, or an early end of the file) at random during n answers.
 
-    Wrong is an answer that differs from the undisturbed one, and an error that is not this package's or that gives an
-    answer all the same.
+    Wrong are answers that differ from the undisturbed ones, and errors that are not this package's.
     """
     draw, tokenizer = random.Random(seed), load_tokenizer()
     expected = {
@@ -50,6 +49,9 @@ def check_read_errors(n: int = 100, seed: int = 0, n_tokens: int = 12) -> Result
         wrong += answer(model, tokenizer, text, n_tokens) != expected[text]
     model.offload.cache.close()
     return Result(
-        "answers during and after read errors", wrong + sum(foreign.values()), n, "answers",
+        "answers during and after read errors",
+        wrong + sum(foreign.values()),
+        n,
+        "answers",
         details={"ended_with_an_error": failed, "foreign_errors": foreign},
-    )  # fmt: skip
+    )

@@ -2,8 +2,8 @@
 
     python -m tests.reliability.run [--only NAME ...] [--soak-turns 2000] [--soak-tokens 100000]
 
-Writes benchmarks/results/reliability.json: a check that was run replaces its earlier record, with the machine it ran on. The
-README's table is made from it (`python benchmarks/readme.py`).
+Each check that was run replaces its record in benchmarks/results/reliability.json, with the machine. The
+README's table is made from that file (`python benchmarks/readme.py`).
 """
 
 from __future__ import annotations
@@ -64,10 +64,8 @@ def main() -> int:
         result = of[name]()
         result.seconds = round(time.perf_counter() - begin, 1)
         wrong += result.wrong
-        print(
-            f"{result.what}: {result.wrong} of {result.tried} {result.unit}, {result.seconds:.0f} s; {result.details or ''}",
-            flush=True,
-        )
+        outcome = f"{result.wrong} of {result.tried} {result.unit}, {result.seconds:.0f} s"
+        print(f"{result.what}: {outcome}; {result.details or ''}", flush=True)
         record[name] = result.asdict() | {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
         RECORD.write_text(json.dumps({name: record[name] for name in of if name in record}, indent=1) + "\n")
     return int(wrong > 0)

@@ -1,4 +1,4 @@
-"""Hours of use in one process: chats and long answers, other settings again and again, interrupts: no growth, no divergence.
+"""Hours of use in one process: chats, long answers, changing settings, interrupts; no growth, no divergence.
 
 python -m tests.reliability.soak [--turns 2000] [--tokens 100000] [--seed 0]
 """
@@ -31,11 +31,10 @@ GROWTH = 16 * MIB  # of the process's own memory between the first and the last 
 
 
 def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lambda text: None) -> Result:
-    """Chat for `turns` turns and generate `tokens` tokens, the rest of them in long answers, on models of random settings.
+    """Chat for `turns` turns and generate `tokens` tokens, the rest in long answers, with random settings.
 
-    A turn of a conversation, and a long answer, is compared with the same on a model that has every expert on the
-    device, which takes part in the same conversations, undisturbed. A tenth of the turns is interrupted first, by
-    SIGINT or by `stop`, and then asked again.
+    Every turn and long answer is compared with that of a model with all experts on the device, which takes
+    part in the same conversations, undisturbed. A tenth of the turns is interrupted first, by SIGINT or stop.
 
     Returns:
         Wrong are answers that differ, and growth over GROWTH.
@@ -44,24 +43,14 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
     questions = [json.loads(line)["messages"][0]["content"] for line in HELD_OUT.read_text().splitlines()]
     reference = from_pretrained(device="cpu", cache_size=8)
     done = {"turns": 0, "long": 0, "tokens": 0, "interrupts": 0}
-    wrong, held, settings, began_s = 0, [], [], time.perf_counter()
+    wrong, held, began_s = 0, [], time.perf_counter()
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         while done["turns"] < turns or done["tokens"] < tokens:
-            options = _random_options(draw)
-            settings.append(options)
-            model = from_pretrained(device="cpu", **options)
+            model = from_pretrained(device="cpu", **_random_options(draw))
             chats = [ChatSession(of, tokenizer, max_new_tokens=TURN_TOKENS) for of in (model, reference)]
             for _ in range(min(TURNS_PER_MODEL, turns - done["turns"])):
-                if draw.random() < 0.2 or chats[1].context_used > 300:
-                    for chat in chats:
-                        chat.clear()
-                text = draw.choice(questions)
-                if draw.random() < 0.1:
-                    done["interrupts"] += _disturb(chats[0], text, draw)
-                wrong += "".join(chats[0].send(text)) != "".join(chats[1].send(text))
-                done["turns"] += 1
-                done["tokens"] += chats[0].last.n_tokens
+                wrong += not _same_turn(chats, draw.choice(questions), draw, done)
             if done["tokens"] < tokens:
                 ids = torch.tensor([tokenizer(draw.choice(questions)).input_ids])
                 length = {"max_new_tokens": LONG_TOKENS, "min_new_tokens": LONG_TOKENS, "do_sample": False}
@@ -78,22 +67,45 @@ def check_soak(turns: int = 2000, tokens: int = 100_000, seed: int = 0, log=lamb
     quarter = max(len(held) // 4, 1)
     growth = min(held[-quarter:]) - min(held[: 2 * quarter][quarter - 1 :])
     details = done | {
-        "models": len(settings), "growth_bytes": growth, "threads_at_the_end": psutil.Process().num_threads(),
+        "models": len(held),
+        "growth_bytes": growth,
+        "threads_at_the_end": psutil.Process().num_threads(),
         "open_files_at_the_end": len(psutil.Process().open_files()),
-    }  # fmt: skip
+    }
     return Result(
-        "a soak of chats and long answers with random settings and interrupts", wrong + (growth > GROWTH),
-        done["turns"] + done["long"], "answers", time.perf_counter() - began_s, details,
-    )  # fmt: skip
+        "a soak of chats and long answers with random settings and interrupts",
+        wrong + (growth > GROWTH),
+        done["turns"] + done["long"],
+        "answers",
+        time.perf_counter() - began_s,
+        details,
+    )
+
+
+def _same_turn(chats: list[ChatSession], text: str, draw: random.Random, done: dict[str, int]) -> bool:
+    """Whether both chats give the same answer, the first one perhaps after an interrupt; counts in `done`."""
+    if draw.random() < 0.2 or chats[1].context_used > 300:
+        for chat in chats:
+            chat.clear()
+    if draw.random() < 0.1:
+        done["interrupts"] += _disturb(chats[0], text, draw)
+    is_same = "".join(chats[0].send(text)) == "".join(chats[1].send(text))
+    done["turns"] += 1
+    done["tokens"] += chats[0].last.n_tokens
+    return is_same
 
 
 def _random_options(draw: random.Random) -> dict:
     prefetch = draw.choice((0, 2, 4))
     return {
-        "cache_size": draw.randint(2, 7), "prefetch": prefetch, "look_ahead": draw.randint(1, 3), "store": draw.choice(("ram", "disk")),
-        "policy": draw.choice(("lru", "lfu", "lrfu")), "shared_slots": draw.random() < 0.3,
+        "cache_size": draw.randint(2, 7),
+        "prefetch": prefetch,
+        "look_ahead": draw.randint(1, 3),
+        "store": draw.choice(("ram", "disk")),
+        "policy": draw.choice(("lru", "lfu", "lrfu")),
+        "shared_slots": draw.random() < 0.3,
         "throttle": draw.choice((None, "4GB")),
-    }  # fmt: skip
+    }
 
 
 def _disturb(chat: ChatSession, text: str, draw: random.Random) -> int:

@@ -1,4 +1,4 @@
-"""A few seconds that notice most faults of the running path: the shipped model beside transformers' own twin."""
+"""A few seconds that notice most faults: the shipped model compared with transformers' own twin."""
 
 import pytest
 import torch
@@ -15,10 +15,14 @@ def reference():
     return model, [logits_of(model, ids, 6) for ids in prompts(2)]
 
 
-@pytest.mark.parametrize("options", [
-    {"cache_size": 2, "prefetch": 4, "look_ahead": 2, "throttle": "400MB"}, {"cache_size": 3, "store": "disk", "prefetch": 2},
-    {"cache_size": 2},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_size": 2, "prefetch": 4, "look_ahead": 2, "throttle": "400MB"},
+        {"cache_size": 3, "store": "disk", "prefetch": 2},
+        {"cache_size": 2},
+    ],
+)
 def test_logits_are_the_twins(offloaded, reference, options):
     model = offloaded(**options)
     for ids, expected in zip(prompts(2), reference[1]):
@@ -26,7 +30,7 @@ def test_logits_are_the_twins(offloaded, reference, options):
 
 
 def test_a_conversation_is_the_twins(offloaded, reference):
-    model, tokenizer, chat = offloaded(cache_size=2), load_tokenizer(), None
+    model, tokenizer = offloaded(cache_size=2), load_tokenizer()
     chat = ChatSession(model, tokenizer, max_new_tokens=12)
     for text in ("What is the capital of France?", "And of Italy?"):
         "".join(chat.send(text))

@@ -51,7 +51,7 @@ def mask(request):
 
 @pytest.fixture
 def shared(tmp_path):
-    """A folder into which everybody may write, and somebody's file outside of it."""
+    """A world-writable folder, and another user's file outside of it."""
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o777)
@@ -60,7 +60,7 @@ def shared(tmp_path):
 
 
 def plant(path: Path) -> Path:
-    """Put a link to somebody's file where we will write."""
+    """Put a link to another user's file where the package will write."""
     path.symlink_to(path.parent.parent / "precious")
     return path
 
@@ -156,7 +156,7 @@ def test_a_target_that_is_a_link_to_nowhere(shared):
     assert not (shared.parent / "new").exists()
 
 
-def test_nobody_writes_in_another_way():
+def test_files_are_written_in_no_other_way():
     """All that the package writes goes through files.py."""
     direct = re.compile(
         r"""\bopen\([^)]*["'][wax]|write_text|write_bytes|save_file\(|shutil\.copy|savefig\(|np\.save\(|mkdtemp|NamedTemp|"""
@@ -268,8 +268,8 @@ def test_locks_and_folders(tmp_path):
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to give a folder away"
 )
-def test_somebody_elses_work_folder(shared):
-    """Its finished files might be what somebody planted."""
+def test_a_work_folder_of_another_user(shared):
+    """Its finished files might be planted."""
     (shared / "target.converting").mkdir()
     os.chown(shared / "target.converting", 12345, 12345)
     with pytest.raises(CheckpointError, match="belongs to another user"):

@@ -38,15 +38,23 @@ def tree(root, mounts, groups, files):
 def v2(group, limit, used, inactive=0, high="max"):
     prefix = f"{group}/" if group else ""
     stat = f"anon {used - inactive}\nfile {inactive}\ninactive_file {inactive}\nslab_reclaimable 1"
-    return {f"{prefix}memory.max": limit, f"{prefix}memory.high": high, f"{prefix}memory.current": used,
-            f"{prefix}memory.stat": stat}  # fmt: skip
+    return {
+        f"{prefix}memory.max": limit,
+        f"{prefix}memory.high": high,
+        f"{prefix}memory.current": used,
+        f"{prefix}memory.stat": stat,
+    }
 
 
 def v1(group, limit, used, inactive=0, hierarchical=UNLIMITED, use_hierarchy=1):
     prefix = f"memory/{group}/" if group else "memory/"
     stat = f"inactive_file 1\nhierarchical_memory_limit {hierarchical}\ntotal_inactive_file {inactive}"
-    return {f"{prefix}memory.limit_in_bytes": limit, f"{prefix}memory.usage_in_bytes": used, f"{prefix}memory.stat": stat,
-            f"{prefix}memory.use_hierarchy": use_hierarchy}  # fmt: skip
+    return {
+        f"{prefix}memory.limit_in_bytes": limit,
+        f"{prefix}memory.usage_in_bytes": used,
+        f"{prefix}memory.stat": stat,
+        f"{prefix}memory.use_hierarchy": use_hierarchy,
+    }
 
 
 IN_2 = [TOP2.format(mounted="/")], ["0::/"]
@@ -64,13 +72,17 @@ CASES = {
     "v2, used up": (IN_2, v2("", 4 * GB, 5 * GB), 0, 4 * GB),
     "v2, the root group, which has no files": (IN_2, {}, 10 * GB, 16 * GB),
     "v2, nested, the inner one is tightest": (
-        DEEP_2, {**v2("user.slice", 9 * GB, 1 * GB), **v2("user.slice/app.scope", 4 * GB, 1 * GB)}, 3 * GB, 4 * GB),
+        DEEP_2, {**v2("user.slice", 9 * GB, 1 * GB), **v2("user.slice/app.scope", 4 * GB, 1 * GB)},
+        3 * GB, 4 * GB),
     "v2, nested, the outer one is tightest": (
-        DEEP_2, {**v2("user.slice", 6 * GB, 5 * GB, 1 * GB), **v2("user.slice/app.scope", 4 * GB, GB // 2)}, 2 * GB, 4 * GB),
+        DEEP_2, {**v2("user.slice", 6 * GB, 5 * GB, 1 * GB), **v2("user.slice/app.scope", 4 * GB, GB // 2)},
+        2 * GB, 4 * GB),
     "v2, nested, a limit only outside": (
-        DEEP_2, {**v2("user.slice", 6 * GB, 1 * GB), **v2("user.slice/app.scope", "max", 1 * GB)}, 5 * GB, 6 * GB),
-    "v2, memory is not delegated to the inner group": (DEEP_2, v2("user.slice", 6 * GB, 1 * GB), 5 * GB, 6 * GB),
-    "v2, somebody else's group": (DEEP_2, v2("user.slice/other.scope", 1 * GB, 1 * GB), 10 * GB, 16 * GB),
+        DEEP_2, {**v2("user.slice", 6 * GB, 1 * GB), **v2("user.slice/app.scope", "max", 1 * GB)},
+        5 * GB, 6 * GB),
+    "v2, memory is not delegated to the inner group": (
+        DEEP_2, v2("user.slice", 6 * GB, 1 * GB), 5 * GB, 6 * GB),
+    "v2, another group": (DEEP_2, v2("user.slice/other.scope", 1 * GB, 1 * GB), 10 * GB, 16 * GB),
     "v2, the host's path seen from inside": (
         ([TOP2.format(mounted="/docker/abc")], ["0::/docker/abc"]), v2("", 4 * GB, 1 * GB), 3 * GB, 4 * GB),
     "v2, a path outside of what is mounted": (
@@ -80,22 +92,30 @@ CASES = {
         {f"../cgroup x/{name}": value for name, value in v2("", 4 * GB, 1 * GB).items()}, 3 * GB, 4 * GB),
     "v1, a container": (IN_1, v1("", 4 * GB, 3 * GB, 2 * GB), 3 * GB, 4 * GB),
     "v1, no limit": (IN_1, v1("", UNLIMITED, 3 * GB), 10 * GB, 16 * GB),
-    "v1, nested": (DEEP_1, {**v1("docker", 5 * GB, 4 * GB), **v1("docker/abc", 8 * GB, 1 * GB)}, 1 * GB, 5 * GB),
+    "v1, nested": (
+        DEEP_1, {**v1("docker", 5 * GB, 4 * GB), **v1("docker/abc", 8 * GB, 1 * GB)},
+        1 * GB, 5 * GB),
     "v1, the outer one does not count its children": (
-        DEEP_1, {**v1("docker", 5 * GB, 4 * GB, use_hierarchy=0), **v1("docker/abc", 8 * GB, 1 * GB)}, 7 * GB, 8 * GB),
+        DEEP_1, {**v1("docker", 5 * GB, 4 * GB, use_hierarchy=0), **v1("docker/abc", 8 * GB, 1 * GB)},
+        7 * GB, 8 * GB),
     "v1, a limit of a group that is not visible": (
-        ([TOP1.format(mounted="/docker/abc")], ["4:memory:/docker/abc"]), v1("", UNLIMITED, 1 * GB, hierarchical=3 * GB),
-        2 * GB, 3 * GB),
+        ([TOP1.format(mounted="/docker/abc")], ["4:memory:/docker/abc"]),
+        v1("", UNLIMITED, 1 * GB, hierarchical=3 * GB), 2 * GB, 3 * GB),
     "v1, the host's path seen from inside": (
-        ([TOP1.format(mounted="/docker/abc")], ["4:memory:/docker/abc"]), v1("", 4 * GB, 1 * GB), 3 * GB, 4 * GB),
+        ([TOP1.format(mounted="/docker/abc")], ["4:memory:/docker/abc"]), v1("", 4 * GB, 1 * GB),
+        3 * GB, 4 * GB),
     "hybrid: memory is in version 1": (
-        ([TOP1.format(mounted="/"), "35 24 0:31 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"], ["4:memory:/a", "0::/a"]),
+        ([TOP1.format(mounted="/"), "35 24 0:31 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"],
+         ["4:memory:/a", "0::/a"]),
         {**v1("a", 4 * GB, 1 * GB), "unified/a/cgroup.procs": 1}, 3 * GB, 4 * GB),
     "hybrid: memory is in version 2": (
-        ([CPU1, "35 24 0:31 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"], ["3:cpu,cpuacct:/a", "0::/a"]),
+        ([CPU1, "35 24 0:31 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"],
+         ["3:cpu,cpuacct:/a", "0::/a"]),
         {f"unified/{name}": value for name, value in v2("a", 4 * GB, 1 * GB).items()}, 3 * GB, 4 * GB),
-    "garbage": ((["x", " - ", "a b c d e - cgroup2 x y", TOP2.format(mounted="/")], ["", "::", "0::", "x", "0::/"]),
-                {**v2("", "12x", 1 * GB), "memory.stat": "inactive_file\n\n-1 2 3\ninactive_file ²"}, 10 * GB, 16 * GB),
+    "garbage": (
+        (["x", " - ", "a b c d e - cgroup2 x y", TOP2.format(mounted="/")], ["", "::", "0::", "x", "0::/"]),
+        {**v2("", "12x", 1 * GB), "memory.stat": "inactive_file\n\n-1 2 3\ninactive_file ²"},
+        10 * GB, 16 * GB),
     "no usage": (IN_2, {"memory.max": 4 * GB}, 10 * GB, 16 * GB),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What comes from outside is shown on a terminal, never obeyed: answers, file names, values of configurations."""
+"""Text from outside cannot act on a terminal: answers, file names, values of configurations."""
 
 import io
 import json
@@ -21,14 +21,14 @@ COMMAND = [sys.executable, "-m", "mixtral_offload"]
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self):
         return True
 
 
 class Chat:
-    """A session whose model says what it should not."""
+    """A session whose model answers with escape sequences."""
 
     total, context_length, context_used, max_new_tokens, ended = f"the end {EVIL}", 100, 0, 10, "complete"
 
@@ -123,7 +123,7 @@ def test_names_and_values_cannot_act_on_a_terminal(tmp_path):
 
 
 def test_the_same_errors_are_safe_in_a_log(tmp_path):
-    """Standard error goes into a file, and somebody reads that on a terminal."""
+    """Standard error goes into a file, which is read on a terminal later."""
     (tmp_path / "m\x1b[31m").mkdir()
     done = subprocess.run(
         [*COMMAND, "info", "--model", str(tmp_path / "m\x1b[31m")], capture_output=True, text=True
@@ -132,7 +132,8 @@ def test_the_same_errors_are_safe_in_a_log(tmp_path):
 
 
 def test_a_traceback_is_safe(monkeypatch, tmp_path):
-    code = "from mixtral_offload.apps import cli\ndef fail(_): raise RuntimeError('\\x1b[2J')\ncli.run_info = fail\ncli.main(['info'])"
+    code = "from mixtral_offload.apps import cli\ndef fail(_): raise RuntimeError('\\x1b[2J')\n"
+    code += "cli.run_info = fail\ncli.main(['info'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "RuntimeError: \\x1b[2J" in done.stderr and "\x1b" not in done.stderr
 
