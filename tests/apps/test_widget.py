@@ -133,7 +133,7 @@ def test_the_grid_is_what_the_trace_says(chat):
         assert [of_layer[e] for e in trace.experts[-1, layer].tolist()] == trace.outcomes()[
             -1, layer
         ].tolist()
-    assert {look for row in grid for look in row} <= {None, "held", HIT, MISS, PREFETCHED}
+    assert {state for row in grid for state in row} <= {None, "cached", HIT, MISS, PREFETCHED}
     held = [sum(look is not None for look in row) for row in grid]
     assert held == [len(model.offload.cache.contents(layer)) for layer in range(6)]
     assert chat._experts.value == grid_html(model, recording)
@@ -305,15 +305,25 @@ ACTIONS = {
 }
 #: (state, action) -> (messages of the user, the field) once the answer has come; "busy" where it raises OptionError
 SENT = {
-    idle: (["old"], ""), empty: ([], ""), drafting: (["old", "draft"], ""), editing: (["old"], ""),
-    changed: (["changed"], "draft"), answering: (["old", "new"], ""), answering_and_typing: (["old", "new"], "next"),
+    idle: (["old"], ""),
+    empty: ([], ""),
+    drafting: (["old", "draft"], ""),
+    editing: (["old"], ""),
+    changed: (["changed"], "draft"),
+    answering: (["old", "new"], ""),
+    answering_and_typing: (["old", "new"], "next"),
     failed: (["old", "new"], ""),
-}  # fmt: skip
+}
 SAME = {
-    idle: (["old"], ""), empty: ([], ""), drafting: (["old"], "draft"), editing: (["old"], "old"),
-    changed: (["old"], "changed"), answering: (["old", "new"], ""), answering_and_typing: (["old", "new"], "next"),
+    idle: (["old"], ""),
+    empty: ([], ""),
+    drafting: (["old"], "draft"),
+    editing: (["old"], "old"),
+    changed: (["old"], "changed"),
+    answering: (["old", "new"], ""),
+    answering_and_typing: (["old", "new"], "next"),
     failed: (["old"], "new"),
-}  # fmt: skip
+}
 AFTER = {
     "Enter": SENT,
     "Send": SENT,
@@ -321,15 +331,26 @@ AFTER = {
     "Regenerate": SAME,
     "refresh": SAME,
     "bad seed": SAME,
-    "Edit": {**SAME, idle: (["old"], "old"), drafting: (["old"], "old"), editing: (["old"], ""),
-             changed: (["old"], "draft"), failed: (["old"], "old")},
+    "Edit": {
+        **SAME,
+        idle: (["old"], "old"),
+        drafting: (["old"], "old"),
+        editing: (["old"], ""),
+        changed: (["old"], "draft"),
+        failed: (["old"], "old"),
+    },
     "Clear": {**{state: ([], field) for state, (_, field) in SAME.items()}, editing: ([], "")},
     "ask": {
-        idle: (["old", "from code"], ""), empty: (["from code"], ""), drafting: (["old", "from code"], "draft"),
-        editing: (["old", "from code"], ""), changed: (["old", "from code"], "changed"), answering: "busy",
-        answering_and_typing: "busy", failed: (["old", "from code"], "new"),
+        idle: (["old", "from code"], ""),
+        empty: (["from code"], ""),
+        drafting: (["old", "from code"], "draft"),
+        editing: (["old", "from code"], ""),
+        changed: (["old", "from code"], "changed"),
+        answering: "busy",
+        answering_and_typing: "busy",
+        failed: (["old", "from code"], "new"),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
