@@ -1,7 +1,4 @@
-"""What every contestant of `fullsize.py` shares, and this package's own run.
-
-Knows how to time tokens, sample memory and talk to the process that started it. Knows nothing of the rivals.
-"""
+"""What the contestants of `fullsize.py` share (timing, memory, tasks), and this package's own run."""
 
 from __future__ import annotations
 
@@ -20,11 +17,17 @@ SAMPLE_S = 0.05
 
 @dataclass(frozen=True)
 class Task:
-    """What a contestant is to do, in JSON's types. Sizes in bytes.
+    """A contestant's task, in JSON's types.
 
-    checkpoint: the packed checkpoint's folder; files: the contestant's own folder or file, if it needs one.
-    prompt, tokens: of the first pass, and decoded after it. stay, seed: of the routing. options: for `from_pretrained`.
-    recall: of guesses, where the options ask for some. scaled_layers: how many layers accelerate gets.
+    Attributes:
+        checkpoint: Folder of the packed checkpoint.
+        ram: Bytes.
+        prompt, tokens: Tokens of the first pass, and decoded after it.
+        stay, seed: Of the routing.
+        recall: Of the predictions, if the options ask for some.
+        files: The contestant's own folder or file, if it needs one.
+        scaled_layers: Layers that accelerate gets.
+        options: For `from_pretrained`.
     """
 
     checkpoint: str
@@ -43,7 +46,7 @@ class Task:
 
 
 def log(text: str) -> None:
-    """To stderr, at once: a contestant's stdout is for its result."""
+    """Write to stderr, unbuffered; a contestant's stdout is for its result."""
     print(f"[{time.perf_counter() - STARTED_S:8.1f} s] {text}", file=sys.stderr, flush=True)
 
 
@@ -57,7 +60,7 @@ def status_bytes(*names: str) -> int | None:
 
 
 class MemoryPeak:
-    """The most anonymous and shared memory this process holds meanwhile: what no page cache explains."""
+    """Measures the peak of anonymous and shared memory of this process, without the page cache."""
 
     def __init__(self):
         self.anon_bytes = self._read()
@@ -135,7 +138,7 @@ def speeds(seconds: Sequence[float], n_prompt: int) -> dict:
 
 
 def run_ours(task: Task) -> dict:
-    """This package's model, its routing forced; one warm-up pass, then prompt and tokens from an empty cache."""
+    """Run this package's model with forced routing: a warm-up pass, then from an empty cache."""
     import torch
 
     torch.set_num_threads(task.threads)
@@ -195,8 +198,11 @@ def _forced_model(task: Task):
 
 
 def _traffic(task: Task, model, experts, marks: list[dict], decode_s: float) -> dict:
-    """Hits, bytes over the link and how much of the link they used, while decoding; and whether the cache served
-    what the trace says: its hits must be those of the trace's replay. marks: counters before and after each pass."""
+    """Measure hits, bytes moved and the link's use while decoding; compare the hits with the trace's replay.
+
+    Args:
+        marks: Counters before and after each pass.
+    """
     from forced_routing import forced_trace
 
     from mixtral_offload.analysis.replay import replay
@@ -212,18 +218,24 @@ def _traffic(task: Task, model, experts, marks: list[dict], decode_s: float) -> 
     keys = list(zip(trace.use_layer[missed].tolist(), trace.use_expert[missed].tolist()))
     link = link_speed(model.offload, keys)
     return {
-        "hit_rate": hits / (hits + misses), "hit_rate_with_prompt": end["hits"] / (end["hits"] + end["misses"]),
-        "replayed_hit_rate_with_prompt": replay.hit_rate, "replay_agrees": agrees,
-        "bytes_per_token": moved / task.tokens, "prompt_bytes": after_prompt["bytes_moved"],
+        "hit_rate": hits / (hits + misses),
+        "hit_rate_with_prompt": end["hits"] / (end["hits"] + end["misses"]),
+        "replayed_hit_rate_with_prompt": replay.hit_rate,
+        "replay_agrees": agrees,
+        "bytes_per_token": moved / task.tokens,
+        "prompt_bytes": after_prompt["bytes_moved"],
         "wait_s": end["wait_s"] - after_prompt["wait_s"],
-        "link_bytes_per_s": link, "link_use": moved / decode_s / link if link else None,
-    }  # fmt: skip
+        "link_bytes_per_s": link,
+        "link_use": moved / decode_s / link if link else None,
+    }
 
 
 def link_speed(offload, keys: list[tuple[int, int]]) -> float | None:
-    """Bytes per second of the plainest way to move the same experts: from disk, read their files again in the same
-    order, the cache's slots still held, into one buffer; from pinned RAM, copy one buffer to the card again and again.
-    None where nothing had to be moved."""
+    """Measure the link with the simplest way to move the same experts, in bytes per second.
+
+    From disk, their files are read again in the same order into one buffer, while the cache keeps its slots;
+    from pinned RAM, one buffer is copied to the GPU repeatedly. None if nothing had to be moved.
+    """
     import torch
 
     if not keys or offload.plan.store is None:
@@ -253,7 +265,7 @@ def link_speed(offload, keys: list[tuple[int, int]]) -> float | None:
 
 
 def _read_into(path: Path, buffer) -> int:
-    """Read a whole file into the buffer, from its start again where the file is larger; returns the file's bytes."""
+    """Read a whole file into the buffer, again from its start if the file is larger; return the bytes."""
     view, total = memoryview(buffer.numpy()), 0
     with open(path, "rb", buffering=0) as file:
         while n := file.readinto(view):
@@ -262,7 +274,7 @@ def _read_into(path: Path, buffer) -> int:
 
 
 def drop_page_cache(*paths: str | Path) -> None:
-    """Ask the system to forget these files' pages (of a folder: all its files); those that are mapped stay."""
+    """Drop these files (or all files of these folders) from the page cache; mapped pages stay."""
     for path in map(Path, paths):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():

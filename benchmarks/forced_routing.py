@@ -1,7 +1,6 @@
-"""Routing replayed from a trace in place of a model's own, for models of random weights, which route at random.
+"""Routing replayed from a trace, for models of random weights, whose own routing is random.
 
-Knows the experts modules of transformers' Mixtral and traces. Knows nothing of what runs the experts: it works under
-this package's model and under accelerate's alike.
+Works on the experts modules of transformers' Mixtral: under this package's model and under accelerate's.
 """
 
 from __future__ import annotations
@@ -20,8 +19,11 @@ from mixtral_offload.core.trace import RoutingTrace
 def sticky_experts(
     n_tokens: int, n_layers: int, n_experts: int, top_k: int, stay: float, seed: int = 0
 ) -> np.ndarray:
-    """Experts of each token and layer: int16 [N, L, k]. Each of the token before stays with probability `stay`; the
-    others are drawn uniformly among all that did not stay (stay=0: chance)."""
+    """Draw the experts of each token and layer: int16 [N, L, k].
+
+    Each expert of the token before stays with probability `stay`; the others are drawn uniformly among those
+    that did not stay (stay=0: chance).
+    """
     random = np.random.default_rng(seed)
     layers = np.arange(n_layers)[:, None]
     experts = np.empty((n_tokens, n_layers, top_k), np.int16)
@@ -36,8 +38,13 @@ def sticky_experts(
 class ForcedRouting:
     """Makes each pass of T tokens through a layer's experts use the trace's next T rows for that layer.
 
-    experts: int [N, L, k], for the model's layers in order. The weights stay the router's own; what the router chose is
-    dropped. position: layer -> rows used so far.
+    The weights stay the router's own; the experts that it chose are ignored.
+
+    Args:
+        experts: int [N, L, k], for the model's layers in order.
+
+    Attributes:
+        position: Layer -> rows used so far.
     """
 
     def __init__(self, model: nn.Module, experts: np.ndarray):
@@ -52,7 +59,7 @@ class ForcedRouting:
             module.register_forward_pre_hook(self._hook(layer))
 
     def reset(self) -> None:
-        """Begin the trace anew."""
+        """Start at the beginning of the trace."""
         self.position = dict.fromkeys(self.position, 0)
 
     def _hook(self, layer: int):
@@ -71,9 +78,11 @@ class ForcedRouting:
 
 
 class ForcedGuesses:
-    """A predictor for `Prefetcher` that guesses each needed expert with a stated probability.
+    """A predictor for `Prefetcher` that names each needed expert with a stated probability.
 
-    routing: whose rows are needed. recall: that probability, for as many guesses as a token needs experts.
+    Args:
+        routing: Whose rows are needed.
+        recall: That probability, if as many experts are predicted as a token needs.
     """
 
     def __init__(self, routing: ForcedRouting, n_experts: int, recall: float, seed: int = 0):
@@ -111,8 +120,16 @@ def forced_trace(experts: np.ndarray, n_prompt: int, settings: dict) -> RoutingT
         experts, np.ones(experts.shape), **{k: settings[k] for k in ("n_experts", "expert_bytes")}
     )
     return replace(
-        trace, passes=passes, use_pass=number.astype(np.int32), use_layer=layer.astype(np.int32),
-        use_expert=expert.astype(np.int32), use_outcome=np.zeros(n_uses, np.uint8), use_wait_s=np.zeros(n_uses),
-        use_at_s=np.zeros(n_uses), use_bytes=np.zeros(n_uses, np.int64), use_copy_s=np.full((n_uses, 2), np.nan),
-        spans=np.zeros((n_passes, n_layers, 2)), settings=settings,
-    )  # fmt: skip
+        trace,
+        passes=passes,
+        use_pass=number.astype(np.int32),
+        use_layer=layer.astype(np.int32),
+        use_expert=expert.astype(np.int32),
+        use_outcome=np.zeros(n_uses, np.uint8),
+        use_wait_s=np.zeros(n_uses),
+        use_at_s=np.zeros(n_uses),
+        use_bytes=np.zeros(n_uses, np.int64),
+        use_copy_s=np.full((n_uses, 2), np.nan),
+        spans=np.zeros((n_passes, n_layers, 2)),
+        settings=settings,
+    )

@@ -1,7 +1,4 @@
-"""Compare one pass of a batch, everything on the device, with transformers' own ways to run experts.
-
-`batch.py` runs it. Knows models with the same weights and how to take turns.
-"""
+"""Compares one pass of a batch, everything on the device, with transformers' own experts."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Passes:
     difference: dict[str, float]
 
     def over_best(self, ours: str, batch_size: int) -> float:
-        """The time of the fastest of transformers' own over that of `ours`: above 1, ours is faster."""
+        """Return how many times as fast `ours` is as the fastest of transformers' implementations."""
         median = {name: statistics.median(of) for name, of in self.seconds[batch_size].items()}
         return min(median[name] for name in IMPLEMENTATIONS) / median[ours]
 
@@ -50,7 +47,7 @@ def compare_passes(
     packed: PreTrainedModel, unpacked: PreTrainedModel, requests: Sequence[GenerationRequest],
     batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 15, context: int = 32,
 ) -> Passes:  # fmt: skip
-    """Time our experts, packed and unpacked, against transformers' own with the same weights, taking turns.
+    """Time our experts, packed and dequantized, against transformers' own, taking turns.
 
     Args:
         packed: A model with every expert on the device.
@@ -58,7 +55,7 @@ def compare_passes(
         context: Tokens of the requests before the passes, each of which adds one token to each row.
 
     Raises:
-        OptionError: The models are not so.
+        OptionError: The models are not such.
     """
     if (
         packed.offload.plan.store is not None
@@ -102,7 +99,7 @@ def _pass_turns(ours: dict, plain, ids, context: int, difference: dict[str, floa
 
 @torch.inference_mode()
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """An ordinary transformers model with this one's dequantized weights, all on its device, in its dtype."""
+    """Build transformers' own model with this one's dequantized weights, device and dtype."""
     checkpoint, dtype = model.offload.checkpoint, model.dtype
     config = copy.deepcopy(checkpoint.config)
     plain = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(model.device)
@@ -121,7 +118,7 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fill_experts(plain: PreTrainedModel, offload, dtype: torch.dtype) -> None:
-    """transformers' stacked experts: matrices that share a parameter lie below each other."""
+    """Copy the experts; matrices that share a parameter of transformers are stacked."""
     checkpoint, layout = offload.checkpoint, offload.layout
     buffer = torch.empty(layout.n_bytes, dtype=torch.uint8)
     views = layout.views(buffer)

@@ -1,6 +1,6 @@
-"""Contestants of `fullsize.py`, each in a process of its own, and the ballast that makes a machine smaller.
+"""Runs the contestants of `fullsize.py` in processes of their own, and the ballast that fills RAM.
 
-Knows how to start, time and hear them. Knows nothing of files or results. As a program, it is such a process.
+Run as a program, it is such a process.
 """
 
 from __future__ import annotations
@@ -102,9 +102,11 @@ def check_machine_ram(machine_ram: int | None, ram: int) -> None:
     total = psutil.virtual_memory().total
     if machine_ram is not None and not ram + SPARE_BYTES <= machine_ram <= total:
         raise OptionError(
-            "impossible --machine-ram", expected=f"{gb(ram + SPARE_BYTES)} (--ram and some to spare) to {gb(total)}",
-            found=gb(machine_ram), hint="give a smaller --ram",
-        )  # fmt: skip
+            "impossible --machine-ram",
+            expected=f"{gb(ram + SPARE_BYTES)} (--ram and some to spare) to {gb(total)}",
+            found=gb(machine_ram),
+            hint="give a smaller --ram",
+        )
 
 
 @contextmanager

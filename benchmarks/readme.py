@@ -26,23 +26,42 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def kernels() -> str:
     found = load("kernels-cpu")
     rows = [
-        [name, f"{row['gb_per_s']:.1f}", f"{row['copy_gb_per_s']:.0f}", f"{row['over_eager']:.0f}", f"{row['error']['token']:.0e}",
-         f"{row['prompt_s']['dequantize, then matmul'] / row['prompt_s']['packed']:.1f}"]
+        [
+            name,
+            f"{row['gb_per_s']:.1f}",
+            f"{row['copy_gb_per_s']:.0f}",
+            f"{row['over_eager']:.0f}",
+            f"{row['error']['token']:.0e}",
+            f"{row['prompt_s']['dequantize, then matmul'] / row['prompt_s']['packed']:.1f}",
+        ]
         for name, row in found["widths"].items()
-    ]  # fmt: skip
+    ]
     n, k = found["shape"]
     return (
         f"**Straight from packed bytes** (`python benchmarks/kernels.py`): one token times a {n} x {k} matrix on 2 CPU cores, in "
         f"packed bytes per second, and a prompt of {found['prompt']} tokens.\n\n"
-        + table(["", "GB/s", "copies here, GB/s", "times dequantizing first", "relative difference", "prompt: times dequantizing first"], rows)
-    )  # fmt: skip
+        + table(
+            [
+                "",
+                "GB/s",
+                "copies here, GB/s",
+                "times dequantizing first",
+                "relative difference",
+                "prompt: times dequantizing first",
+            ],
+            rows,
+        )
+    )
 
 
 PAPER_T4 = {"full": 2.092, "without prefetch": 1.567, "without cache and prefetch": 1.168, "naive": 0.661}
 VARIANTS = {
-    "full": "LRU cache and prefetch", "without prefetch": "without prefetch", "without cache and prefetch": "without cache and prefetch",
-    "naive": "naive: every expert of a layer, each time", "everything resident": "everything on the device",
-}  # fmt: skip
+    "full": "LRU cache and prefetch",
+    "without prefetch": "without prefetch",
+    "without cache and prefetch": "without cache and prefetch",
+    "naive": "naive: every expert of a layer, each time",
+    "everything resident": "everything on the device",
+}
 
 
 def ablation() -> str:
@@ -60,8 +79,10 @@ def ablation() -> str:
         f"{k} experts per layer cached ({of['hits'] / (of['hits'] + of['misses']):.0%} hits)"
         for k, of in hits.items()
     ]
-    saves = ", ".join(f"{of['prefetch_saves'][1]:.0%} with {k} experts cached (quartiles {of['prefetch_saves'][0]:.0%} and {of['prefetch_saves'][2]:.0%})"
-                      for k, of in runs.items())  # fmt: skip
+    saves = ", ".join(
+        f"{of['prefetch_saves'][1]:.0%} with {k} experts cached (quartiles {of['prefetch_saves'][0]:.0%} and {of['prefetch_saves'][2]:.0%})"
+        for k, of in runs.items()
+    )
     return (
         "**What the cache and speculative loading are worth** (`python benchmarks/ablation.py`; the paper's table 2): the link is slowed until one "
         f"expert's copy takes as long as {found['copy_s'] / found['layer_s']:.1f} layers' compute ({1e3 * found['copy_s']:.1f} ms), as for 2-bit Mixtral-8x7B on a "
@@ -76,15 +97,32 @@ def overlap() -> str:
     for size, of in found["sizes"].items():
         for ahead in ("0", "1", "3"):
             row = of["ahead"][ahead]
-            rows.append([f"{size}, {f'guesses {ahead} ahead' if int(ahead) else 'no guesses'}", f"{1e3 * row['s']:.1f}",
-                         f"{row['over_replay']:.2f}", f"{row['over_floor']:.2f}", f"{row['wasted_bytes'] / max(row['moved_bytes'], 1):.0%}",
-                         f"{of['naive_s'] / row['s']:.1f}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{size}, {f'guesses {ahead} ahead' if int(ahead) else 'no guesses'}",
+                    f"{1e3 * row['s']:.1f}",
+                    f"{row['over_replay']:.2f}",
+                    f"{row['over_floor']:.2f}",
+                    f"{row['wasted_bytes'] / max(row['moved_bytes'], 1):.0%}",
+                    f"{of['naive_s'] / row['s']:.1f}",
+                ]
+            )
     return (
         f"**Overlap** (`python benchmarks/overlap.py`): the shipped model behind a link whose copies take {found['copy_over_layer']:.1f} layers' "
         "compute. The floor is the larger of a token's compute and of the copies its misses need; the replay is the best schedule for "
         "the same trace (`mixtral_offload/analysis/timed_replay.py`).\n\n"
-        + table(["experts cached per layer", "ms per token", "over its replay", "over the floor", "of the bytes wasted", "times the naive way"], rows)
-    )  # fmt: skip
+        + table(
+            [
+                "experts cached per layer",
+                "ms per token",
+                "over its replay",
+                "over the floor",
+                "of the bytes wasted",
+                "times the naive way",
+            ],
+            rows,
+        )
+    )
 
 
 def assisted() -> str:
@@ -93,9 +131,13 @@ def assisted() -> str:
     groups = list(dict.fromkeys((row["cache_size"], row["prompts"]) for row in found))
     rows = [
         [f"{size} cached, {kind}"]
-        + [f"{row['speedup']:.2f} ({row['tokens_per_pass']:.1f})" for row in found if (row["cache_size"], row["prompts"]) == (size, kind)]
+        + [
+            f"{row['speedup']:.2f} ({row['tokens_per_pass']:.1f})"
+            for row in found
+            if (row["cache_size"], row["prompts"]) == (size, kind)
+        ]
         for size, kind in groups
-    ]  # fmt: skip
+    ]
     return (
         "**Several tokens per pass** (`python benchmarks/assisted.py`): transformers' assisted generation over the same slow link; speed "
         "as a multiple of plain decoding, in brackets tokens per pass. `prompt_lookup_num_tokens` costs nothing to try; the draft model "
@@ -112,29 +154,63 @@ def fullsize() -> str:
             rows.append([name, row.get("missing") or "failed: " + row["failed"], "", "", "", ""])
             continue
         memory = row.get("full_size_bytes") or row["anon_bytes"]
-        rows.append([name, f"{row['tokens_per_s']:.2f}", f"{row['first_token_s']:.0f}", f"{memory / 1e9:.1f}",
-                     f"{row['bytes_per_token'] / 1e9:.2f}" if "bytes_per_token" in row else "", f"{row['hit_rate']:.0%}" if "hit_rate" in row else ""])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{row['tokens_per_s']:.2f}",
+                f"{row['first_token_s']:.0f}",
+                f"{memory / 1e9:.1f}",
+                f"{row['bytes_per_token'] / 1e9:.2f}" if "bytes_per_token" in row else "",
+                f"{row['hit_rate']:.0%}" if "hit_rate" in row else "",
+            ]
+        )
     settings = found["settings"]
     return (
         f"**Full size** (`python benchmarks/fullsize.py --folder FOLDER`): {found['checkpoint']['parameters'] / 1e9:.1f} billion random packed parameters "
         f"({found['checkpoint']['bytes'] / 1e9:.0f} GB) on 2 CPU cores, experts on disk, {settings['ram']} of RAM; routing replayed from a trace as "
         f"local as Mixtral's. accelerate's disk offload runs {settings['accelerate_layers']} layers of the same weights in 16 bits, scaled to 32.\n\n"
-        + table(["", "tokens/s", f"first token of {settings['prompt']}, s", "memory, GB (page cache aside)", "GB read per token", "hits"], rows)
-    )  # fmt: skip
+        + table(
+            [
+                "",
+                "tokens/s",
+                f"first token of {settings['prompt']}, s",
+                "memory, GB (page cache aside)",
+                "GB read per token",
+                "hits",
+            ],
+            rows,
+        )
+    )
 
 
 def t4() -> str:
     found = load("t4-projection")
     rows = [
-        [f"{row['bits']} bits, {row['vram']}, {row['link']}, {row['look_ahead']} ahead", f"{row['tokens_per_s']:.1f}", f"{row['link_bound_tokens_per_s']:.1f}",
-         f"{row['first_token_s']:.1f}", f"{row['experts_per_layer']:.1f} of 8", {"ram": "RAM", "disk": "disk"}[row["store"]]]
+        [
+            f"{row['bits']} bits, {row['vram']}, {row['link']}, {row['look_ahead']} ahead",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['link_bound_tokens_per_s']:.1f}",
+            f"{row['first_token_s']:.1f}",
+            f"{row['experts_per_layer']:.1f} of 8",
+            {"ram": "RAM", "disk": "disk"}[row["store"]],
+        ]
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     return (
         "**A T4, projected, not measured** (`python benchmarks/t4.py`): Mixtral-8x7B's byte counts, the plan of `mixtral-offload plan`, "
         f"kernels at half of 320 GB/s, {1e3 * found['host_s']:.1f} ms of host time per layer as measured here.\n\n"
-        + table(["", "tokens/s", "link alone", "first token of 500, s", "experts on the device", "where the others are"], rows)
-    )  # fmt: skip
+        + table(
+            [
+                "",
+                "tokens/s",
+                "link alone",
+                "first token of 500, s",
+                "experts on the device",
+                "where the others are",
+            ],
+            rows,
+        )
+    )
 
 
 def batch() -> str:
@@ -172,7 +248,7 @@ def batch() -> str:
         + "\n\nOne pass with everything on the device, speed over the best of transformers' own experts implementations on the same weights dequantized, by "
         "batch size (`dequantize_on_load=True` is our way to have them so):\n\n"
         + table(["", *n_sizes], beside)
-    )  # fmt: skip
+    )
 
 
 def reliability() -> str:

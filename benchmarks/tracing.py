@@ -1,9 +1,9 @@
-"""What traces cost: recording while a model generates, and replaying 1,000,000 (token, layer) events.
+"""The cost of traces: recording while a model generates, and replaying 1,000,000 (token, layer) events.
 
     python benchmarks/tracing.py [--tokens 100] [--repeats 20] [--replays 3]
 
-Tokens with and without recording alternate; the cost compares the medians of their times. Prints both and writes
-benchmarks/results/tracing.json.
+Tokens with and without recording alternate; the cost compares the medians of their times. Prints both and
+writes benchmarks/results/tracing.json.
 """
 
 import argparse

@@ -86,8 +86,10 @@ def test_failures_are_told_apart(tmp_path):
     assert failures.keys() == {"test_correct_missing_keys", "test_other", "test_not_listed", "test_foreign"}
     kinds = {name: (failure.is_own_message, bool(failure.by_design)) for name, failure in failures.items()}
     assert kinds == {
-        "test_correct_missing_keys": (True, True), "test_other": (True, False), "test_not_listed": (True, False),
+        "test_correct_missing_keys": (True, True),
+        "test_other": (True, False),
+        "test_not_listed": (True, False),
         "test_foreign": (False, False),
-    }  # fmt: skip
+    }
     assert failures["test_foreign"].message == "KeyError: 'key'"
     assert failures["test_other"].message.endswith("found: True")

@@ -3,9 +3,10 @@
     pip install -r benchmarks/ecosystem/requirements.txt
     python -m benchmarks.ecosystem.run
 
-Each script runs one program twice: on the shipped model with offloaded experts, and on its twin (`twin.py`), where nothing of
-this package runs. It prints a line for each check, and exits with 1 where a check fails. A program that is not installed is
-skipped with a notice. `modelling_tests.py` runs transformers' own tests.
+Each script runs one program twice: on the shipped model with offloaded experts, and on its twin (`twin.py`),
+transformers' own model with the same weights. It prints a line for each check, and exits with 1 if a check
+fails. A program that is not installed is skipped with a notice. `modelling_tests.py` runs transformers' own
+tests.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""One line per check: what was compared, the figure, the tolerance; and the machine that found it.
-
-Knows nothing of models or programs.
-"""
+"""One line per check: what was compared, the figure, the tolerance, and the machine."""
 
 from __future__ import annotations
 
@@ -117,7 +114,7 @@ def refused(what: str, call: Callable[[], object], expected: type[Exception]) ->
 
 
 def equal(what: str, found: list, expected: list, unit: str = "unequal answers") -> Check:
-    """A check that every answer is the expected one; the first unequal pair is kept."""
+    """Check that every answer is the expected one; keep the first unequal pair."""
     wrong = [(a, b) for a, b in zip(found, expected, strict=True) if a != b]
     message = f"{wrong[0][0]!r} instead of {wrong[0][1]!r}" if wrong else None
     return Check(what, len(wrong), 0, len(found), unit, message=message)

@@ -179,8 +179,12 @@ def test_too_small_a_card_says_what_fits(sizes):
     assert "--context-length" in hint
     for option in hint.split(", or "):  # every one of them does fit
         name, value = option.split()
-        changed = {"--bits": lambda v: {"sizes": sizes.at(int(v))}, "--context-length": lambda v: {"context_length": int(v)},
-                   "--vram": lambda v: {"vram": int(float(v[:-2]) * 1e9)}, "--prefetch": lambda v: {"prefetch": 0}}  # fmt: skip
+        changed = {
+            "--bits": lambda v: {"sizes": sizes.at(int(v))},
+            "--context-length": lambda v: {"context_length": int(v)},
+            "--vram": lambda v: {"vram": int(float(v[:-2]) * 1e9)},
+            "--prefetch": lambda v: {"prefetch": 0},
+        }
         assert answer(replace(request, **changed[name](value))).plan
     least = float(hint.split("--vram ")[1].removesuffix("GB"))
     with pytest.raises(CapacityError):  # and a bit less than that does not
