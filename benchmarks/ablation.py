@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefetch", type=int, default=2)
     parser.add_argument("--look-ahead", type=int, default=1)
     parser.add_argument(
-        "--moments", nargs="+", default=MOMENTS, choices=("before", "after"), help="when to guess"
+        "--moments", nargs="+", default=MOMENTS, choices=("before", "after"), help="when to predict"
     )
     parser.add_argument("--tokens", type=int, default=48, help="generated for each of four prompts")
     parser.add_argument("--naive-tokens", type=int, default=8, help="the same for the slowest variant")
@@ -71,7 +71,7 @@ def main():
     with slow_link(model, arguments.ratio or None):
         for size in arguments.cache_sizes:
             found[size] = ablate(model, tokenizer, PROMPTS, cache_size=size, resident=resident, **same)
-            ahead = f"{arguments.prefetch} guesses, {arguments.look_ahead} layer(s) ahead"
+            ahead = f"{arguments.prefetch} predictions, {arguments.look_ahead} layer(s) ahead"
             print(f"\ncache of {size}, {ahead}\n{found[size]}", flush=True)
     columns = ("tokens_per_s", "prefetch_saves", "seconds_per_token", "counters")
     runs = {size: {name: getattr(of, name) for name in columns} for size, of in found.items()}

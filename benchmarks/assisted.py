@@ -99,8 +99,9 @@ def main() -> None:
                     }
                     rows.append(row)
                     print(
-                        f"cache of {k}, {kind:9} {way:20} {row['tokens_per_s']:6.1f} tokens/s ({saves:.2f} of plain), "
-                        f"{row['tokens_per_pass']:.2f} tokens a pass, {row['bytes_per_token'] / 1e3:.0f} kB a token",
+                        f"cache of {k}, {kind:9} {way:20} {row['tokens_per_s']:6.1f} tokens/s "
+                        f"({saves:.2f} of plain), {row['tokens_per_pass']:.2f} tokens a pass, "
+                        f"{row['bytes_per_token'] / 1e3:.0f} kB a token",
                         flush=True,
                     )
     settings = {

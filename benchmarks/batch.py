@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from packed_vs_transformers import PACKED, UNPACKED, compare_passes
+from packed_vs_transformers import DEQUANTIZED, PACKED, compare_passes
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.experiments.baselines import layer_seconds, slow_link
@@ -44,10 +44,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache-sizes", type=int, nargs="+", default=(2, 4, 6))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
     parser.add_argument(
-        "--prefetch", type=int, default=2, help="guesses, in rows of their own; 0: no such rows"
+        "--prefetch", type=int, default=2, help="predictions, in rows of their own; 0: no such rows"
     )
     parser.add_argument(
-        "--prefetch-batch-sizes", type=int, nargs="+", default=(1, 32), help="to measure guesses with"
+        "--prefetch-batch-sizes", type=int, nargs="+", default=(1, 32), help="to measure predictions with"
     )
     parser.add_argument("--ablation-batch", type=int, default=32)
     parser.add_argument("--ablation-cache", type=int, default=4)
@@ -79,8 +79,10 @@ def sweeps(arguments: argparse.Namespace, requests, resident, layer_s: float) ->
             model = build(arguments, k, prefetch)
             with slow_link(model, arguments.ratio or None, layer_s):
                 found[k, prefetch] = measure_batches(model, requests, sizes, arguments.repeats)
-            model.offload.cache.close()
-            print(f"\n{k} experts of a layer cached, {prefetch} guesses\n{found[k, prefetch]}", flush=True)
+            model.offload.close()
+            print(
+                f"\n{k} experts of a layer cached, {prefetch} predictions\n{found[k, prefetch]}", flush=True
+            )
     n_experts = resident.offload.checkpoint.n_experts
     found[n_experts, 0] = measure_batches(resident, requests, arguments.batch_sizes, arguments.repeats)
     print(f"\neverything on the device\n{found[n_experts, 0]}", flush=True)
@@ -104,14 +106,12 @@ def ablations(arguments: argparse.Namespace, requests, model, resident, layer_s:
 def passes(arguments: argparse.Namespace, requests, resident) -> dict:
     """Compare single passes with transformers' own experts, on all cores."""
     torch.set_num_threads(os.cpu_count())
-    unpacked = from_pretrained(dequantize_on_load=True, device="cpu")
-    found = compare_passes(resident, unpacked, requests, arguments.batch_sizes, arguments.passes)
-    over = {name: {n: found.over_best(name, n) for n in found.seconds} for name in (PACKED, UNPACKED)}
+    dequantized = from_pretrained(dequantize_on_load=True, device="cpu")
+    found = compare_passes(resident, dequantized, requests, arguments.batch_sizes, arguments.passes)
+    over = {name: {n: found.over_best(name, n) for n in found.seconds} for name in (PACKED, DEQUANTIZED)}
     for name, of in over.items():
         rows = ", ".join(f"{n}: {ratio:.2f}" for n, ratio in of.items())
-        print(
-            f"\none pass, everything on the device, {name}: speed over transformers' best by batch size: {rows}"
-        )
+        print(f"\none pass, all on the device, {name}: speed over transformers' best by batch size: {rows}")
     print(f"logits differ by {found.difference}")
     return vars(found) | {"over_best": over, "threads": torch.get_num_threads()}
 
@@ -139,7 +139,7 @@ def main() -> None:
         "expert_bytes": expert_bytes,
         "usage": usage.tolist(),
         "sweeps": [
-            {"cache_size": k, "prefetch": guesses} | of.to_dict() for (k, guesses), of in found.items()
+            {"cache_size": k, "prefetch": prefetch} | of.to_dict() for (k, prefetch), of in found.items()
         ],
         "expected_bytes_per_token": expected,
         "ablations": {name: of.to_dict() for name, of in ablated.items()},
@@ -147,7 +147,7 @@ def main() -> None:
     }
     result["total_s"] = time.perf_counter() - began_s
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    shown = {k: of for (k, guesses), of in found.items() if not guesses}
+    shown = {k: of for (k, prefetch), of in found.items() if not prefetch}
     figure, _ = plot_batches(shown, expected, ablated, resident.offload.checkpoint.n_experts)
     figure.savefig(arguments.out.with_suffix(".png"), dpi=120)
     print(f"{result['total_s']:.0f} s in all")

@@ -148,9 +148,8 @@ def run_ours(task: Task) -> dict:
         offload, built_s = model.offload, time.perf_counter() - began
         log(f"built in {built_s:.1f} s\n{offload.plan}")
         began = time.perf_counter()
-        for (
-            row
-        ) in offload.cache.memory:  # a virtual machine may have to provide its memory first: seconds per GB
+        # a virtual machine may have to provide its memory first: seconds per GB
+        for row in offload.cache.memory:
             row.zero_()
         log(f"touched its slots in {time.perf_counter() - began:.1f} s")
         timed_generate(model, 1, 0)
@@ -179,7 +178,7 @@ def run_ours(task: Task) -> dict:
 
 def _forced_model(task: Task):
     """(model, its forced routing, the experts it is forced to: int16 [N, L, k])."""
-    from forced_routing import ForcedGuesses, ForcedRouting, sticky_experts
+    from forced_routing import ForcedPredictions, ForcedRouting, sticky_experts
 
     from mixtral_offload.runtime.build import from_pretrained
 
@@ -191,7 +190,7 @@ def _forced_model(task: Task):
     experts = sticky_experts(task.prompt + task.tokens, *shape, task.stay, task.seed)
     routing = ForcedRouting(model, experts)
     if model.offload.prefetcher is not None:
-        model.offload.prefetcher.predictor = ForcedGuesses(
+        model.offload.prefetcher.predictor = ForcedPredictions(
             routing, checkpoint.n_experts, task.recall, task.seed
         )
     return model, routing, experts
@@ -210,17 +209,17 @@ def _traffic(task: Task, model, experts, marks: list[dict], decode_s: float) -> 
     after_prompt, end = marks[1], marks[-1]
     hits, misses, moved = (end[k] - after_prompt[k] for k in ("hits", "misses", "bytes_moved"))
     trace = forced_trace(experts, task.prompt, model.offload.settings())
-    replay = replay(trace)
-    agrees = (replay.hits, replay.misses) == (end["hits"], end["misses"])
+    replayed = replay(trace)
+    agrees = (replayed.hits, replayed.misses) == (end["hits"], end["misses"])
     if not agrees:
-        log(f"THE CACHE DID NOT SERVE THE TRACE: {end['hits']} hits, its replay has {replay.hits}")
-    missed = (trace.use_pass > 0) & ~replay.hit
+        log(f"THE CACHE DIFFERS FROM THE TRACE'S REPLAY: {end['hits']} hits, the replay has {replayed.hits}")
+    missed = (trace.use_pass > 0) & ~replayed.hit
     keys = list(zip(trace.use_layer[missed].tolist(), trace.use_expert[missed].tolist()))
     link = link_speed(model.offload, keys)
     return {
         "hit_rate": hits / (hits + misses),
         "hit_rate_with_prompt": end["hits"] / (end["hits"] + end["misses"]),
-        "replayed_hit_rate_with_prompt": replay.hit_rate,
+        "replayed_hit_rate_with_prompt": replayed.hit_rate,
         "replay_agrees": agrees,
         "bytes_per_token": moved / task.tokens,
         "prompt_bytes": after_prompt["bytes_moved"],
@@ -240,9 +239,8 @@ def link_speed(offload, keys: list[tuple[int, int]]) -> float | None:
 
     if not keys or offload.plan.store is None:
         return None
-    buffer = torch.empty(
-        offload.layout.n_bytes + (1 << 20), dtype=torch.uint8
-    )  # with room for a file's header
+    header_bytes = 1 << 20  # more than any file's
+    buffer = torch.empty(offload.layout.n_bytes + header_bytes, dtype=torch.uint8)
     if offload.plan.store == "disk":
         of = offload.checkpoint.experts
         paths = [next(iter(of[key].values())).path for key in keys]

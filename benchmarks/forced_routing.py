@@ -77,7 +77,7 @@ class ForcedRouting:
         return hook
 
 
-class ForcedGuesses:
+class ForcedPredictions:
     """A predictor for `Prefetcher` that names each needed expert with a stated probability.
 
     Args:
@@ -90,9 +90,8 @@ class ForcedGuesses:
         random = np.random.default_rng((seed, 1))
         needed = routing.experts.cpu().numpy()  # [L, N, k]
         logits = random.random((*needed.shape[:2], n_experts), np.float32)
-        shift = np.where(
-            random.random(needed.shape) < recall, 1, -1
-        )  # right ones above all noise, missed ones below
+        # right ones above all noise, missed ones below
+        shift = np.where(random.random(needed.shape) < recall, 1, -1)
         np.put_along_axis(logits, needed, np.take_along_axis(logits, needed, -1) + shift, -1)
         self._logits = torch.from_numpy(logits)
 

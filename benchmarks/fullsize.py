@@ -49,14 +49,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ram", default="13GB", help="what the package may plan with")
     parser.add_argument("--machine-ram", help="what the whole machine may use, page cache included")
     parser.add_argument("--cache-size", default="auto", help="experts per layer on the device, or auto")
-    stay = "how likely an expert serves the next token too; 0.16: near what was measured on Mixtral-8x7B"
+    stay = "probability that the next token uses an expert too; 0.16: near what was measured on Mixtral-8x7B"
     parser.add_argument("--stay", type=float, default=0.16, help=stay)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=24, help="decoded after the prompt")
     parser.add_argument("--prompt", type=int, default=500, help="tokens of the prompt; 1 leaves it out")
     parser.add_argument("--options", type=json.loads, default={}, help="others for from_pretrained, as JSON")
     parser.add_argument(
-        "--recall", type=float, default=0.8, help="of guesses, where options ask for prefetch"
+        "--recall", type=float, default=0.8, help="of predictions, where options ask for prefetch"
     )
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
     parser.add_argument("--accelerate-layers", type=int, default=4, help="measured, and scaled to all")
@@ -222,9 +222,8 @@ def main() -> None:
     figure, _ = plot_fullsize(result)
     figure.savefig(arguments.out.with_suffix(".png"), dpi=150)
     for name, row in result["contestants"].items():
-        log(
-            f"{name}: {row.get('failed') or row.get('missing') or str(round(row['tokens_per_s'], 3)) + ' tokens/s'}"
-        )
+        speed = f"{row['tokens_per_s']:.3f} tokens/s" if "tokens_per_s" in row else None
+        log(f"{name}: {row.get('failed') or row.get('missing') or speed}")
     log(f"{result['ratios']}; all of it took {result['total_s']:.0f} s")
 
 

@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
 
 def take_turns(ways: dict, turns: int, device: str) -> dict[str, float]:
     """Median seconds of each way; every turn runs all of them."""
-    times = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 2):  # the first two warm up
         for name, way in ways.items():
             begin = _now(device)
@@ -163,10 +163,12 @@ def main() -> None:
             result["widths"][label] = row
             prompt = row["prompt_s"]
             print(
-                f"{label:20} {row['gb_per_s']:6.1f} GB/s ({row['gb_per_s'] / row['copy_gb_per_s']:.2f} of copies), "
-                f"{row['over_eager']:5.1f} x eager, error {row['error']['token']:.1e}; prompt of {arguments.prompt}: "
+                f"{label:20} {row['gb_per_s']:6.1f} GB/s ({row['gb_per_s'] / row['copy_gb_per_s']:.2f} of "
+                f"copies), {row['over_eager']:5.1f} x eager, error {row['error']['token']:.1e}; "
+                f"prompt of {arguments.prompt}: "
                 f"{prompt['dequantize, then matmul'] / prompt['packed']:.1f} x eager, "
-                f"{prompt['matmul alone'] / prompt['packed']:.2f} x the product alone; compiled in {row['compile_s']:.1f} s",
+                f"{prompt['matmul alone'] / prompt['packed']:.2f} x the product alone; "
+                f"compiled in {row['compile_s']:.1f} s",
                 flush=True,
             )
     out = RESULTS / f"kernels-{device.split(':')[0]}.json"

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from contestants import MemoryPeak, Task, log, speeds
 
-#: quantization type -> bytes of a block of 256 weights, and the fp16 d and dmin by where in it they lie (ggml-common.h):
-#: a weight is d * scale * q - dmin * min, with 4-bit (Q4_K: 6-bit) scales and mins; near 0, with a deviation near 0.02
+#: quantization type -> bytes of a block of 256 weights, and offset in it -> fp16 d and dmin (ggml-common.h).
+#: A weight is d * scale * q - dmin * min, with 4-bit (Q4_K: 6-bit) scales and mins, deviating by 0.02
 BLOCKS = {"Q2_K": (84, {80: 0.0020, 82: 0.0030}), "Q4_K": (144, {0: 0.0001, 2: 0.00075})}
 RANDOM_BYTES = 32 << 20
 

@@ -98,7 +98,7 @@ def make(folder: Path, gb: float, vocab: int = 32000) -> int:
     """Write a checkpoint with at least `gb` GB of experts; return its bytes."""
     layers = math.ceil(gb * 1e9 / 8 / 66.5e6)
     n_bytes = write_checkpoint(folder, mixtral_config(layers, vocab=vocab), PAPER[2], PAPER[4])
-    os.sync()  # writing it back must not run beside what is measured
+    os.sync()  # writing it back must not run during the measurement
     return n_bytes
 
 
@@ -140,8 +140,9 @@ def main() -> None:
     print(f"checkpoint {n_bytes / 1e9:.2f} GB, Mixtral-8x7B at 2 bits")
     for r in results:
         print(
-            f"store {r['store'] or 'device'!s:6} cache {r['cache_size']}: peak {r['peak_bytes'] / 1e6:6.0f} MB of {r['bound_bytes'] / 1e6:6.0f} MB allowed;"
-            f" build {r['build_s']:.2f} s, reading {r['read_s']:.2f} s, ratio of speeds {r['speed_ratio']:.2f}"
+            f"store {r['store'] or 'device'!s:6} cache {r['cache_size']}: "
+            f"peak {r['peak_bytes'] / 1e6:6.0f} MB of {r['bound_bytes'] / 1e6:6.0f} MB allowed; "
+            f"build {r['build_s']:.2f} s, reading {r['read_s']:.2f} s, ratio of speeds {r['speed_ratio']:.2f}"
         )
     if arguments.json:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"

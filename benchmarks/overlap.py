@@ -31,7 +31,7 @@ from mixtral_offload.experiments.baselines import make_variants, slow_link, swit
 from mixtral_offload.experiments.calibration import measure_costs
 
 RESULTS = Path(__file__).parent / "results"
-AHEAD = (0, 1, 2, 3)  # layers to guess for; 0: no guesses
+AHEAD = (0, 1, 2, 3)  # layers ahead to predict; 0: no predictions
 DRAWN = 4  # the cache size whose timeline is drawn
 
 
@@ -69,7 +69,7 @@ def one_size(model, resident, prompts, k: int, costs, arguments) -> tuple[dict, 
     """
     caches = make_variants(model, k, staging_rows(arguments.prefetch, max(AHEAD)))
     seconds = {ahead: [] for ahead in (*AHEAD, "resident", "naive")}
-    played, misses, wasted, moved = ({ahead: [] for ahead in AHEAD} for _ in range(4))
+    replayed, misses, wasted, moved = ({ahead: [] for ahead in AHEAD} for _ in range(4))
     drawn = None
     for _ in range(arguments.repeats):
         for prompt in prompts:
@@ -78,15 +78,15 @@ def one_size(model, resident, prompts, k: int, costs, arguments) -> tuple[dict, 
             with switched(model, caches["naive"]):
                 seconds["naive"].append(generate(model, [prompt], 8)[0])
             for ahead in AHEAD:
-                guesses = {"n_experts": arguments.prefetch, "look_ahead": ahead} if ahead else None
-                with switched(model, caches["full" if ahead else "without prefetch"], guesses):
+                predictions = {"n_experts": arguments.prefetch, "look_ahead": ahead} if ahead else None
+                with switched(model, caches["full" if ahead else "without prefetch"], predictions):
                     with record(model) as recording:
                         seconds[ahead].append(generate(model, [prompt], arguments.tokens)[0])
                     again = {"prefetch": arguments.prefetch, "look_ahead": ahead} if ahead else {}
                     replay = timed_replay(recording.trace, now, cache_size=k, keep_events=ahead == 1, **again)
                     drawn = replay if ahead == 1 else drawn
                     n = replay.decoding.sum()
-                    played[ahead].append(replay.time_per_token)
+                    replayed[ahead].append(replay.time_per_token)
                     misses[ahead].append(replay.pass_misses[replay.decoding].sum() / n)
                     stats = model.offload.stats
                     wasted[ahead].append(stats.wasted_bytes / replay.pass_tokens.size)
@@ -94,10 +94,10 @@ def one_size(model, resident, prompts, k: int, costs, arguments) -> tuple[dict, 
     median = {name: statistics.median(of) for name, of in seconds.items()}
     floor = max(median["resident"], statistics.mean(misses[0]) * costs.copy_s)
     rows = {
-        ahead: {"s": median[ahead], "replayed_s": statistics.median(played[ahead]),
-                "over_replay": statistics.median(a / b for a, b in zip(seconds[ahead], played[ahead])),
+        ahead: {"s": median[ahead], "replayed_s": statistics.median(replayed[ahead]),
+                "over_replay": statistics.median(a / b for a, b in zip(seconds[ahead], replayed[ahead])),
                 "over_floor": statistics.mean(seconds[ahead]) / floor,
-                "replay_over_floor": statistics.mean(played[ahead]) / floor,
+                "replay_over_floor": statistics.mean(replayed[ahead]) / floor,
                 "moved_bytes": statistics.mean(moved[ahead]), "wasted_bytes": statistics.mean(wasted[ahead])}
         for ahead in AHEAD
     }  # fmt: skip
@@ -120,11 +120,11 @@ def plot_over_floor(result: dict) -> tuple[Figure, np.ndarray]:
     for axes, size, values in zip(
         figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], result["sizes"], shown
     ):
-        for shift, column, label in ((-0.2, 0, "measured"), (0.2, 1, "replayed with a clock")):
+        for shift, column, label in ((-0.2, 0, "measured"), (0.2, 1, "timed replay")):
             axes.bar(np.arange(len(AHEAD)) + shift, values[:, column], 0.38, label=label)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(AHEAD)), AHEAD)
-        axes.set(title=f"{size} experts of a layer cached", xlabel="layers guessed ahead")
+        axes.set(title=f"{size} experts of a layer cached", xlabel="look-ahead, layers")
     figure.axes[0].set_ylabel("time per token over the floor")
     figure.axes[-1].legend(loc="lower right")
     return figure, shown
@@ -162,13 +162,15 @@ def main() -> None:
                 name = arguments.out.with_name(f"{arguments.out.stem}-timeline.png")
                 plot_replayed_pass(drawn)[0].savefig(name, dpi=120)
             print(
-                f"cache of {k}: {of['misses']:.2f} misses a token, floor {1e3 * of['floor_s']:.1f} ms, everything resident "
-                f"{1e3 * of['resident_s']:.1f} ms, {of['over_naive']:.1f} times as fast as the naive way"
+                f"cache of {k}: {of['misses']:.2f} misses a token, floor {1e3 * of['floor_s']:.1f} ms, "
+                f"everything resident {1e3 * of['resident_s']:.1f} ms, "
+                f"{of['over_naive']:.1f} times as fast as the naive way"
             )
             for ahead, row in of["ahead"].items():
                 print(
-                    f"  {ahead} ahead: {1e3 * row['s']:5.1f} ms, {row['over_replay']:.2f} of its replay, {row['over_floor']:.2f} of the "
-                    f"floor (replay {row['replay_over_floor']:.2f}); {row['wasted_bytes'] / 1e3:.0f} of {row['moved_bytes'] / 1e3:.0f} kB wasted",
+                    f"  {ahead} ahead: {1e3 * row['s']:5.1f} ms, {row['over_replay']:.2f} of its replay, "
+                    f"{row['over_floor']:.2f} of the floor (replay {row['replay_over_floor']:.2f}); "
+                    f"{row['wasted_bytes'] / 1e3:.0f} of {row['moved_bytes'] / 1e3:.0f} kB wasted",
                     flush=True,
                 )
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -19,7 +19,7 @@ from mixtral_offload.weights.hqq import QuantizedLinear, dequantize
 
 #: transformers' own ways to run experts
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-PACKED, UNPACKED = "packed", "unpacked"
+PACKED, DEQUANTIZED = "packed", "dequantized"
 #: passes in a turn; the first one finds another model's weights in the processor's cache, and is not counted
 TURN = 4
 
@@ -29,7 +29,7 @@ class Passes:
     """One decode pass with everything on the device.
 
     Attributes:
-        seconds: Batch size -> PACKED, UNPACKED or transformers' implementation -> seconds of each turn.
+        seconds: Batch size -> PACKED, DEQUANTIZED or transformers' implementation -> seconds of each turn.
         difference: The largest difference of any logit from the packed model's, by the same names.
     """
 
@@ -44,14 +44,14 @@ class Passes:
 
 @torch.inference_mode()
 def compare_passes(
-    packed: PreTrainedModel, unpacked: PreTrainedModel, requests: Sequence[GenerationRequest],
+    packed: PreTrainedModel, dequantized: PreTrainedModel, requests: Sequence[GenerationRequest],
     batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 15, context: int = 32,
 ) -> Passes:  # fmt: skip
     """Time our experts, packed and dequantized, against transformers' own, taking turns.
 
     Args:
         packed: A model with every expert on the device.
-        unpacked: The same model, with `dequantize_on_load`.
+        dequantized: The same model, with `dequantize_on_load`.
         context: Tokens of the requests before the passes, each of which adds one token to each row.
 
     Raises:
@@ -60,19 +60,19 @@ def compare_passes(
     if (
         packed.offload.plan.store is not None
         or packed.offload.options.dequantize_on_load
-        or not unpacked.offload.options.dequantize_on_load
+        or not dequantized.offload.options.dequantize_on_load
     ):
         raise OptionError("these models cannot be compared",
-                          expected="every expert on the device, packed and unpacked",
-                          found=f"{packed.offload.plan}\n{unpacked.offload.plan}")  # fmt: skip
+                          expected="every expert on the device, packed and dequantized",
+                          found=f"{packed.offload.plan}\n{dequantized.offload.plan}")  # fmt: skip
     model, plain = packed, plain_model(packed)
     text = [token for of in requests for token in of.ids]
     width = context + TURN * repeats
     needed = max(batch_sizes) * width
     ids = torch.tensor((text * -(-needed // len(text)))[:needed], device=model.device).view(-1, width)
-    seconds, difference = {}, dict.fromkeys((PACKED, UNPACKED, *IMPLEMENTATIONS), 0.0)
+    seconds, difference = {}, dict.fromkeys((PACKED, DEQUANTIZED, *IMPLEMENTATIONS), 0.0)
     for n in batch_sizes:
-        ours = {PACKED: packed, UNPACKED: unpacked}
+        ours = {PACKED: packed, DEQUANTIZED: dequantized}
         seconds[n] = _pass_turns(ours, plain, ids[:n], context, difference)
     return Passes(seconds, difference)
 
@@ -105,9 +105,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     plain = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(model.device)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            stored = {field: getattr(module, buffer) for field, buffer in module._names.items()}
             shape = module.out_features, module.in_features
-            weight = dequantize(stored, shape, module.quantization, dtype)
+            weight = dequantize(module.fields, shape, module.quantization, dtype)
             plain.get_submodule(name).weight.copy_(weight)
     theirs = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():

@@ -67,7 +67,8 @@ def main():
     n_experts = model.offload.checkpoint.n_experts
     chance = 2 / n_experts
     print(
-        f"{len(states.first)} tokens. Recall of the two likeliest (chance {chance:.2f}); in brackets of three\n"
+        f"{len(states.first)} tokens. "
+        f"Recall of the two likeliest (chance {chance:.2f}); in brackets of three\n"
     )
     found = {"tokens": len(states.first), "texts": len(texts), "chance_of_two": chance}
     found["recall_of_two"] = recalls(layers, states)

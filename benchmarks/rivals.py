@@ -1,7 +1,7 @@
 """accelerate's offload of the same weights in 16 bits: a few layers, scaled to all.
 
 A layer's experts of Mixtral-8x7B are 2.8 GB in 16 bits; 32 layers do not fit most disks. So n layers are
-written (`unpacked.py`) and each is measured by itself. The time of a token is
+written (`dequantized.py`) and each is measured by itself. The time of a token is
 
     what is not in a layer + resident * (a resident layer) + (all - resident) * (an offloaded layer)
 
@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import torch
 from contestants import MemoryPeak, Task, drop_page_cache, log, timed_generate
+from dequantized import dense_bytes_16bit
 from forced_routing import ForcedRouting, sticky_experts
-from unpacked import dense_bytes_16bit
 
 from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.units import parse_size

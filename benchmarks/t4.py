@@ -67,14 +67,16 @@ def main() -> None:
             continue
         rows.append(setting | found)
         print(
-            f"{bits} bits, {vram:6} {link:6} {ahead} ahead: {found['tokens_per_s']:5.1f} tokens/s (link alone "
-            f"{found['link_bound_tokens_per_s']:.1f}), first token {found['first_token_s']:.1f} s, {found['experts_per_layer']:.1f} of 8 "
-            f"experts per layer, store {found['store']}, {found['copies_per_token']:.1f} copies of {1e3 * found['copy_s']:.1f} ms a token",
+            f"{bits} bits, {vram:6} {link:6} {ahead} ahead: {found['tokens_per_s']:5.1f} tokens/s "
+            f"(link alone {found['link_bound_tokens_per_s']:.1f}), "
+            f"first token {found['first_token_s']:.1f} s, "
+            f"{found['experts_per_layer']:.1f} of 8 experts per layer, store {found['store']}, "
+            f"{found['copies_per_token']:.1f} copies of {1e3 * found['copy_s']:.1f} ms a token",
             flush=True,
         )
     best = PlanRequest.parse(sizes.at(2, 4), vram=VRAM[1], ram=RAM, link="12GB/s", look_ahead=3)
     figure, _ = plot_time_over_slots(
-        _expected_trace(best), answer(replace(best, host_s=host_s)).projection.card
+        _expected_trace(best), answer(replace(best, host_s=host_s)).projection.costs
     )
     figure.savefig(RESULTS / "t4-projection.png", dpi=120)
     result = {"host_s": host_s, "machine": f"{platform.machine()}, 1 thread", "rows": rows}

@@ -88,9 +88,8 @@ def replaying(trace: RoutingTrace, repeats: int) -> dict:
                 times.append(time.perf_counter() - begin)
             name = f"{policy}, {'one pool' if shared else 'a pool for each layer'}"
             found[name] = {"seconds": times, "hit_rate": hit_rate}
-            print(
-                f"replay of {long.n_tokens * long.n_layers:,} events, {name}: {statistics.median(times):.1f} s"
-            )
+            n_events = long.n_tokens * long.n_layers
+            print(f"replay of {n_events:,} events, {name}: {statistics.median(times):.1f} s")
     return found
 
 

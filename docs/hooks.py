@@ -166,7 +166,8 @@ def public_names() -> str:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mixtral_offload.")
         for alias in node.names
     }
-    text = "# Public names\n\nWhat `from mixtral_offload import ...` gives. The next pages have the other modules, by folder.\n"
+    text = "# Public names\n\nWhat `from mixtral_offload import ...` gives. "
+    text += "The next pages have the other modules, by folder.\n"
     for name in sorted(modules, key=str.lower):
         text += f"\n::: {modules[name]}\n    options: {{skip_local_inventory: true}}\n"
     return text

@@ -28,12 +28,13 @@ HERE = Path(__file__).parent
 MEASURED = "measured"
 PROGRESS = re.compile(r"\d+%\|")
 WIDGET = "application/vnd.jupyter.widget-view+json"
-#: put on the kernel's path, it cuts the network off (the kernel itself talks over loopback)
+#: put on the kernel's path, it cuts the network off (except loopback, which the kernel itself uses)
 NO_NETWORK = """
 import socket
 _connect = socket.socket.connect
 def connect(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+    is_local = str(address[0]).startswith(("127.", "::1", "localhost"))
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local:
         raise OSError(101, "the network is off", address[0])
     return _connect(self, address)
 socket.socket.connect = connect
@@ -113,7 +114,7 @@ def shorten(text: str, folder: str) -> str:
         (os.path.realpath(folder), "."),
         (folder, "."),
         (package + os.sep, ""),
-        (str(Path.store()), "~"),
+        (str(Path.home()), "~"),
     ):
         text = text.replace(long, short)
     return re.sub(r" at 0x[0-9a-f]+", "", text)

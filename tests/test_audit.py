@@ -1,4 +1,4 @@
-"""`.ci/audit`: vulnerabilities fail it, a database that does not answer does not, and nothing passes unseen."""
+"""`.ci/audit`: vulnerabilities fail it, a database without an answer does not, nothing is hidden."""
 
 import json
 import os
@@ -23,11 +23,12 @@ TRACEBACK = (
 
 
 def audit(tmp_path, status, said, *packages):
-    """Run the script with a pip-audit that says this; returns (status, output)."""
+    """Run the script with a pip-audit of this output; return (status, output)."""
     found = json.dumps({"dependencies": packages}) if packages else ""
     fake = tmp_path / "pip-audit"
     fake.write_text(
-        f"#!{sys.executable}\nimport sys\nassert '--path' in sys.argv\nprint({found!r})\nsys.stderr.write({said!r})\nsys.exit({status})\n"
+        f"#!{sys.executable}\nimport sys\nassert '--path' in sys.argv\nprint({found!r})\n"
+        f"sys.stderr.write({said!r})\nsys.exit({status})\n"
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     environment = {**os.environ, "PIP_AUDIT": str(fake), "PYTHON": sys.executable}
@@ -40,11 +41,13 @@ def audit(tmp_path, status, said, *packages):
     [
         (0, "", [GOOD], True, "no known vulnerabilities in 1 packages"),
         (0, "", [GOOD, UNKNOWN], True, "NOTICE: the database does not know unknown"),
-        (0, "No known vulnerabilities found", [UNKNOWN], True, "NOTICE: no audit of vulnerabilities: the database knows none"),
+        (0, "No known vulnerabilities found", [UNKNOWN], True,
+         "NOTICE: no audit of vulnerabilities: the database knows none"),
         (1, "Found 2 known vulnerabilities", [GOOD, BAD, UNKNOWN], False, "bad 2: CVE-1; fixed in 3"),
         (1, "Found 2 known vulnerabilities", [BAD], False, "CVE-2; fixed in no version yet"),
         (0, "", [BAD], False, "vulnerabilities in 1 packages"),
-        (1, TRACEBACK.format("ConnectionError"), [], True, "NOTICE: no audit of vulnerabilities: the database cannot be reached"),
+        (1, TRACEBACK.format("ConnectionError"), [], True,
+         "NOTICE: no audit of vulnerabilities: the database cannot be reached"),
         (1, TRACEBACK.format("ProxyError"), [], True, "cannot be reached"),
         (1, "Traceback ...\nKeyError: 'x'", [], False, "pip-audit failed with status 1: KeyError"),
         (2, "unrecognized arguments: --path", [], False, "pip-audit failed with status 2"),

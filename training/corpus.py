@@ -14,10 +14,18 @@ from training.domains import about, arithmetic, code, everyday, geography, langu
 from training.domains.common import Exchange, held, words
 
 HELDOUT = Path(__file__).with_name("heldout.jsonl")
-DOMAINS = {"stories": stories, "arithmetic": arithmetic, "geography": geography, "python": code,
-           "languages": languages,
-           "everyday": everyday, "about": about, "talk": talk, "outside": outside}  # fmt: skip
-# how often a turn comes from a domain; long answers (stories, code) weigh more tokens than their share of turns
+DOMAINS = {
+    "stories": stories,
+    "arithmetic": arithmetic,
+    "geography": geography,
+    "python": code,
+    "languages": languages,
+    "everyday": everyday,
+    "about": about,
+    "talk": talk,
+    "outside": outside,
+}
+# weights of the domains in turns; those of long answers (stories, code) have a larger share of the tokens
 MIXTURE = {"stories": 7, "arithmetic": 34, "geography": 18, "python": 7, "languages": 26, "everyday": 18,
            "about": 11, "talk": 13, "outside": 9}  # fmt: skip
 CARELESS = set(

@@ -201,9 +201,8 @@ def main():
     result = evaluate(four_bit(model) if args.four_bit else model, tokenizer, every=args.every)
     if args.verbose:
         for item in result["wrong"]:
-            print(
-                f"[{item['domain']}] {item['messages'][-1]['content']!r}\n    -> {item['answer']!r}\n    wanted {item.get('require') or item.get('accept')}"
-            )
+            print(f"[{item['domain']}] {item['messages'][-1]['content']!r}\n    -> {item['answer']!r}")
+            print(f"    wanted {item.get('require') or item.get('accept')}")
     print(json.dumps({key: value for key, value in result.items() if key != "wrong"}, indent=1))
 
 

@@ -12,8 +12,8 @@ tests.
 import os
 import sys
 
-# everything here is local; read when the programs are imported. Only where a script of this folder is the program (Python's
-# argv says "-m" while it looks for that): an import, as by the tests, leaves the process's environment alone
+# Everything here is local. Set before the programs are imported, and only if a script of this folder is the
+# main program (argv is "-m" while Python looks for it): an import, as by the tests, changes no environment.
 if sys.argv[0] == "-m":
     for _name, _value in (
         ("HF_HUB_OFFLINE", "1"),

@@ -45,7 +45,8 @@ class Check:
 
     def __str__(self) -> str:
         figure = "failed" if self.figure is None else f"{self.figure:.3g}"
-        line = f"{'ok ' if self.passed else 'BAD'} {self.what}: {figure} (at most {self.tolerance:g}; {self.unit}, {self.n})"
+        limit = f"at most {self.tolerance:g}; {self.unit}, {self.n}"
+        line = f"{'ok ' if self.passed else 'BAD'} {self.what}: {figure} ({limit})"
         return f"{line}\n      {self.message}" if self.message else line
 
 

@@ -156,12 +156,12 @@ def others(of) -> Iterator[Check]:
         return [output.logits.detach()], [gradient for _, gradient in wanted]
 
     linear = ["q_proj", "v_proj", "w1", "w2", "w3"]
-    for name, options, unpack in (
+    for name, options, dequantize in (
         ("DoRA on 4-bit attention", {"target_modules": ["q_proj", "v_proj"], "use_dora": True}, False),
-        ("LoRA on all linear layers, unpacked", {"target_modules": "all-linear"}, True),
-        ("LoRA on attention and experts, unpacked", {"target_modules": linear}, True),
+        ("LoRA on all linear layers, dequantized", {"target_modules": "all-linear"}, True),
+        ("LoRA on attention and experts, dequantized", {"target_modules": linear}, True),
     ):
-        model = ours(dequantize_on_load=True, cache_size=None) if unpack else ours()
+        model = ours(dequantize_on_load=True, cache_size=None) if dequantize else ours()
         found, wanted = (logits_and_gradients(each, **options) for each in (model, twin()))
         yield close(f"{name}: logits", found[0], wanted[0], TOLERANCE)
         yield close(f"{name}: gradients", found[1], wanted[1], TOLERANCE)

@@ -33,15 +33,15 @@ def ours(folder: Path = DEMO, **options) -> PreTrainedModel:
 
 def twin(folder: Path = DEMO) -> PreTrainedModel:
     """transformers' own model on the same weights, dequantized: nothing of this package runs in it."""
-    unpacked = from_pretrained(folder, device="cpu", dequantize_on_load=True)
-    config = copy.deepcopy(unpacked.config)
+    dequantized = from_pretrained(folder, device="cpu", dequantize_on_load=True)
+    config = copy.deepcopy(dequantized.config)
     config._experts_implementation = None
-    model = MixtralForCausalLM(config).to(unpacked.dtype)
-    missing, unexpected = model.load_state_dict(unpacked.state_dict(), strict=False)
+    model = MixtralForCausalLM(config).to(dequantized.dtype)
+    missing, unexpected = model.load_state_dict(dequantized.state_dict(), strict=False)
     if missing or unexpected:
         raise RuntimeError(f"the twin has other parameters: {missing + unexpected}")
     model.set_experts_implementation("eager")
-    model.generation_config = copy.deepcopy(unpacked.generation_config)
+    model.generation_config = copy.deepcopy(dequantized.generation_config)
     return model.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""The notebook chat without a browser (tests/apps/test_browser.py has one): what the widgets hold, and what code can do."""
+"""The notebook chat without a browser (tests/apps/test_browser.py has one): values, and use from code."""
 
 import html
 import threading
@@ -184,7 +184,7 @@ def test_in_the_text_loop_an_error_does_not_end_the_conversation(chat, monkeypat
 
 @pytest.fixture
 def gated(chat, monkeypatch):
-    """A widget with one question and answer, whose answers come when `gate` opens; `fail` makes them fail halfway."""
+    """A widget with one question and answer, which answers when `gate` opens, or fails halfway if `fail`."""
     session = chat.session
     session.messages = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "answer to old"}]
     chat.gate, chat.fail, stop = threading.Event(), False, threading.Event()
@@ -303,7 +303,7 @@ ACTIONS = {
     "refresh": lambda chat: chat.refresh(),
     "bad seed": lambda chat: setattr(chat._fields["seed"], "value", "seven") or enter(chat),
 }
-#: (state, action) -> (messages of the user, the field) once the answer has come; "busy" where it raises OptionError
+#: (state, action) -> (the user's messages, the field) after the answer; "busy" where it raises OptionError
 SENT = {
     idle: (["old"], ""),
     empty: ([], ""),
@@ -378,7 +378,7 @@ def test_every_action_in_every_state(gated, state, action):
         assert "impossible seed" in chat._text.value
     chat._fields["seed"].value = ""
     chat.gate.set()
-    type_and_send(chat, "afterwards")  # whatever was, the conversation goes on
+    type_and_send(chat, "afterwards")  # the conversation goes on in any case
     wait(chat)
     assert said(chat)[-1] == "afterwards" and "mo-error" not in chat._text.value
     assert "Stop" not in buttons(chat) and "Send" in buttons(chat)
