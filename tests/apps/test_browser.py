@@ -59,12 +59,12 @@ def run_notebook(page, lab, notebook) -> None:
     browser.run_all(page)
 
 
-def chat_notebook(link: str):
+def chat_notebook(throttle: str):
     """The shipped notebook over a throttled link, so that there is time to watch an answer."""
     notebook = nbformat.read(NOTEBOOKS / "3_chat.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if "from_pretrained(source" in cell.source)
     cell.source = cell.source.replace("cache_size=3", f"cache_size=3, throttle={throttle!r}")
-    assert link in cell.source
+    assert throttle in cell.source
     return notebook
 
 
