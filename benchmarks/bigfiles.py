@@ -17,7 +17,7 @@ from mixtral_offload.errors import CapacityError, CheckpointError
 from mixtral_offload.units import gb
 from mixtral_offload.weights.hqq import PAPER, field_specs
 
-SPARE_BYTES = 1_000_000_000  # of disk, left free beside big files
+SPARE_BYTES = 1_000_000_000  # of disk, left free in addition to big files
 
 
 def checkpoint_bytes(config: dict, bits: int) -> int:

@@ -82,7 +82,7 @@ class ForcedPredictions:
 
     Args:
         routing: Whose rows are needed.
-        recall: That probability, if as many experts are predicted as a token needs.
+        recall: That probability, if `top_k` experts are predicted.
     """
 
     def __init__(self, routing: ForcedRouting, n_experts: int, recall: float, seed: int = 0):

@@ -1,6 +1,6 @@
 """The command line: chat, generate, trace, download, info, plan, convert, verify.
 
-Knows the terminal alone: each command calls one function of the package with the options given.
+Handles the terminal; each command calls one function of the package with the given options.
 """
 
 from __future__ import annotations
@@ -92,18 +92,12 @@ def load_model(arguments: Namespace, batch_size: int = 1) -> OffloadedModel:
     from mixtral_offload.runtime.build import from_pretrained
     from mixtral_offload.runtime.settings import notice
 
-    model = from_pretrained(
-        arguments.model,
-        hub=_hub(arguments),
-        progress=sys.stderr.isatty(),
-        batch_size=batch_size,
-        **given(arguments, OFFLOAD),
-    )
+    options = given(arguments, OFFLOAD) | {"progress": sys.stderr.isatty(), "batch_size": batch_size}
+    model = from_pretrained(arguments.model, hub=_hub(arguments), **options)
     notes = [f"notice: {text}"] if (text := notice(model)) else []
     if seconds := model.offload.compile_s:
-        notes.append(
-            f"compiled in {seconds:.0f} s (kept for the next start; --no-compile does without, and is slower)"
-        )
+        how = "kept for the next start; --no-compile does without, and is slower"
+        notes.append(f"compiled in {seconds:.0f} s ({how})")
     print(model.offload.plan, *(f"  - {note}" for note in notes), "", sep="\n", file=sys.stderr)
     return model
 

@@ -73,9 +73,7 @@ class ChatWidget:
         self.session = ChatSession(model, tokenizer, **settings)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._unsent: str | None = (
-            None  # text that could not be answered, if the field holds other text by now
-        )
+        self._unsent: str | None = None  # text without an answer, if the field holds other text by now
         self._edited: str | None = None  # the message that is being edited
         self._draft = ""  # what was in the field before
         self._state, self._answering = threading.Lock(), False
@@ -91,17 +89,9 @@ class ChatWidget:
     def _make_chat(self) -> None:
         self._text, self._status, self._experts = w.HTML(), w.HTML(), w.HTML()
         # a reversed column keeps its end in sight while it grows
-        self._log = w.Box(
-            [self._text],
-            layout=w.Layout(
-                display="flex",
-                flex_flow="column-reverse",
-                height="340px",
-                overflow="auto",
-                border="1px solid #ccc",
-                padding="4px",
-            ),
-        )
+        layout = w.Layout(display="flex", flex_flow="column-reverse", height="340px", overflow="auto")
+        layout.border, layout.padding = "1px solid #ccc", "4px"
+        self._log = w.Box([self._text], layout=layout)
         self._text.layout.flex = "0 0 auto"
         self._input = w.Text(placeholder="Write a message, press Enter", layout=WIDE)
         with warnings.catch_warnings():  # the only event for Enter alone in both 7.7 and 8
@@ -144,12 +134,8 @@ class ChatWidget:
         try:
             values["seed"] = int(text) if text else None
         except ValueError:
-            raise OptionError(
-                "impossible seed",
-                expected="a whole number, or nothing",
-                found=text,
-                hint="change it under Settings",
-            ) from None
+            expected, hint = "a whole number, or nothing", "change it under Settings"
+            raise OptionError("impossible seed", expected=expected, found=text, hint=hint) from None
         check_sampling(**values)
         session = self.session
         session.system_prompt = system_prompt or None

@@ -116,7 +116,7 @@ class Chat:
 def test_a_conversation(page, lab):
     run_notebook(page, lab, chat_notebook("3MB"))
     chat = Chat(page)
-    assert "Your name is Ana." in chat.answers.last.inner_text()  # said from code
+    assert "Your name is Ana." in chat.answers.last.inner_text()  # sent from code
     chat.button("Clear").click()
     chat.root.get_by_text("Nothing said yet").wait_for()
     before = chat.experts()
