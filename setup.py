@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-#: the repository's place on GitHub; `python notebooks/set_slug.py OWNER/NAME` changes it here and in the notebooks
+#: the repository on GitHub; `python notebooks/set_slug.py OWNER/NAME` changes it here and in the notebooks
 GITHUB = "OWNER/mixtral_offload"
 
 setup(

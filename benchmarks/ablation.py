@@ -1,9 +1,10 @@
-"""The paper's Table 2 on the shipped model: what the LRU cache and speculative loading are each worth.
+"""The paper's Table 2 on the shipped model: the effect of the LRU cache and of speculative loading.
 
     python benchmarks/ablation.py [--cache-sizes 2 4] [--tokens 48] [--repeats 5] [--ratio 5.5]
 
-`mixtral_offload.experiments.ablation` on the command line, with one link for all cache sizes: slowed until the copy of one expert
-takes `ratio` times one layer's compute, measured in the same run. Prints tables and writes benchmarks/results/ablation.json.
+Runs `mixtral_offload.experiments.ablation` with one link for all cache sizes, throttled until the copy of an
+expert takes `ratio` times one layer's compute, measured in the same run. Prints tables and writes
+benchmarks/results/ablation.json.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefetch", type=int, default=2)
     parser.add_argument("--look-ahead", type=int, default=1)
     parser.add_argument(
-        "--moments", nargs="+", default=MOMENTS, choices=("before", "after"), help="when to guess"
+        "--moments", nargs="+", default=MOMENTS, choices=("before", "after"), help="when to predict"
     )
     parser.add_argument("--tokens", type=int, default=48, help="generated for each of four prompts")
     parser.add_argument("--naive-tokens", type=int, default=8, help="the same for the slowest variant")
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
 
 
 def models(arguments: argparse.Namespace):
-    """The model with slots enough for every variant, and the one with everything on the device (None if too big)."""
+    """Build the model with slots for every variant, and one all on the device (None if too big)."""
     place = {"device": arguments.device}
     slots = {"cache_size": max(arguments.cache_sizes), "prefetch": arguments.prefetch}
     model = from_pretrained(arguments.model, **slots, look_ahead=arguments.look_ahead, store="ram", **place)
@@ -70,14 +71,19 @@ def main():
     with slow_link(model, arguments.ratio or None):
         for size in arguments.cache_sizes:
             found[size] = ablate(model, tokenizer, PROMPTS, cache_size=size, resident=resident, **same)
-            ahead = f"{arguments.prefetch} guesses, {arguments.look_ahead} layer(s) ahead"
+            ahead = f"{arguments.prefetch} predictions, {arguments.look_ahead} layer(s) ahead"
             print(f"\ncache of {size}, {ahead}\n{found[size]}", flush=True)
     columns = ("tokens_per_s", "prefetch_saves", "seconds_per_token", "counters")
     runs = {size: {name: getattr(of, name) for name in columns} for size, of in found.items()}
     first = found[arguments.cache_sizes[0]]
     settings = {k: str(v) for k, v in vars(arguments).items() if k != "out"} | {"model": arguments.model.name}
-    result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
-              "layer_s": first.layer_s, "copy_s": first.copy_s, "runs": runs, "settings": settings}  # fmt: skip
+    result = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
+        "layer_s": first.layer_s,
+        "copy_s": first.copy_s,
+        "runs": runs,
+        "settings": settings,
+    }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

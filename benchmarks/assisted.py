@@ -1,11 +1,12 @@
-"""When several tokens per pass pay: transformers' assisted generation on the shipped model behind a slow link.
+"""Several tokens per pass: transformers' assisted generation on the shipped model behind a throttled link.
 
     python benchmarks/assisted.py [--cache-sizes 2 4] [--ratio 5.5]
 
-Tokens that go through one pass together share the experts that it loads. `prompt lookup` guesses the next tokens from the
-text so far, for free; `draft` has a second model guess them: here the same model with everything on the device, always
-right, so a bound for what any draft model of its size can give. All ways give the same tokens (checked). Prompts of two
-kinds: stories, and answers that repeat the prompt. Prints a table and writes benchmarks/results/assisted.json.
+Tokens that go through one pass together share the experts that it loads. `prompt lookup` drafts the next
+tokens from the text so far, at no cost; `draft` takes them from a second model: here the same model with
+everything on the device. It is always right, so it is an upper bound for a draft model of its size. All ways
+give the same tokens (checked). There are two kinds of prompts: stories, and answers that repeat the prompt.
+Prints a table and writes benchmarks/results/assisted.json.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def parse() -> argparse.Namespace:
 
 @torch.inference_mode()
 def run(model, prompt, n_tokens: int, **assistance) -> tuple[float, int, list]:
-    """(seconds per token after the first pass, passes, the tokens)."""
+    """Return seconds per token after the first pass, the number of passes, and the tokens."""
     began = []
     hook = model.get_input_embeddings().register_forward_pre_hook(
         lambda *_: began.append(time.perf_counter())
@@ -87,13 +88,22 @@ def main() -> None:
                     assert all(answer == answers[0] for answer in answers), f"an answer changed: {text}"
                 for way, of in found.items():
                     saves = statistics.median(plain[0] / other[0] for plain, other in zip(found["plain"], of))
-                    row = {"cache_size": k, "prompts": kind, "way": way, "speedup": saves,
-                           "tokens_per_s": 1 / statistics.median(taken for taken, *_ in of),
-                           "tokens_per_pass": (arguments.tokens - 1) / statistics.mean(n for _, n, _ in of),
-                           "bytes_per_token": statistics.mean(n for *_, n in of) / arguments.tokens}  # fmt: skip
+                    row = {
+                        "cache_size": k,
+                        "prompts": kind,
+                        "way": way,
+                        "speedup": saves,
+                        "tokens_per_s": 1 / statistics.median(taken for taken, *_ in of),
+                        "tokens_per_pass": (arguments.tokens - 1) / statistics.mean(n for _, n, _ in of),
+                        "bytes_per_token": statistics.mean(n for *_, n in of) / arguments.tokens,
+                    }
                     rows.append(row)
-                    print(f"cache of {k}, {kind:9} {way:20} {row['tokens_per_s']:6.1f} tokens/s ({saves:.2f} of plain), "
-                          f"{row['tokens_per_pass']:.2f} tokens a pass, {row['bytes_per_token'] / 1e3:.0f} kB a token", flush=True)  # fmt: skip
+                    print(
+                        f"cache of {k}, {kind:9} {way:20} {row['tokens_per_s']:6.1f} tokens/s "
+                        f"({saves:.2f} of plain), {row['tokens_per_pass']:.2f} tokens a pass, "
+                        f"{row['bytes_per_token'] / 1e3:.0f} kB a token",
+                        flush=True,
+                    )
     settings = {
         "machine": f"{platform.machine()}, 1 thread",
         **{k: str(v) for k, v in vars(arguments).items()},

@@ -1,12 +1,11 @@
-"""Many sequences at once on the shipped model: tokens/s and bytes per token against the batch size, and what sorting, pruning
-and quantization are each worth (2211.10017).
+"""Many sequences at once on the shipped model: speed and traffic against the batch size, and an ablation.
 
-    python benchmarks/batch.py [--requests 64] [--cache-sizes 2 4 6] [--batch-sizes 1 2 4 8 16 32 64] [--ratio 5.5]
+    python benchmarks/batch.py [--requests 64] [--cache-sizes 2 4 6] [--batch-sizes 1 2 4 8 16 32 64]
 
-`mixtral_offload.experiments.batching` on the command line, behind one link for all cache sizes: slowed until the copy of one expert
-takes `ratio` times one layer's compute. One core computes; only the single passes beside
-transformers' own experts have all. Prints tables and writes
-benchmarks/results/batch.json and .png.
+Runs `mixtral_offload.experiments.batching` (2211.10017) with one link for all cache sizes, throttled until
+the copy of an expert takes `--ratio` times one layer's compute. One core computes; only the comparison of
+single passes with transformers' own experts uses all. Prints tables and writes benchmarks/results/batch.json
+and .png.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from packed_vs_transformers import PACKED, UNPACKED, compare_passes
+from packed_vs_transformers import DEQUANTIZED, PACKED, compare_passes
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.experiments.baselines import layer_seconds, slow_link
@@ -45,10 +44,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache-sizes", type=int, nargs="+", default=(2, 4, 6))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
     parser.add_argument(
-        "--prefetch", type=int, default=2, help="guesses, in rows of their own; 0: no such rows"
+        "--prefetch", type=int, default=2, help="predictions, in rows of their own; 0: no such rows"
     )
     parser.add_argument(
-        "--prefetch-batch-sizes", type=int, nargs="+", default=(1, 32), help="to measure guesses with"
+        "--prefetch-batch-sizes", type=int, nargs="+", default=(1, 32), help="to measure predictions with"
     )
     parser.add_argument("--ablation-batch", type=int, default=32)
     parser.add_argument("--ablation-cache", type=int, default=4)
@@ -64,7 +63,7 @@ def parse() -> argparse.Namespace:
 
 
 def build(arguments: argparse.Namespace, cache_size: int, prefetch: int = 0):
-    """The shipped model, with room for as many sequences as any batch has."""
+    """Build the shipped model, with room for the largest batch."""
     most = max(*arguments.batch_sizes, *arguments.prefetch_batch_sizes, arguments.ablation_batch)
     return from_pretrained(
         cache_size=cache_size, prefetch=prefetch, store="ram", batch_size=most, device="cpu"
@@ -72,7 +71,7 @@ def build(arguments: argparse.Namespace, cache_size: int, prefetch: int = 0):
 
 
 def sweeps(arguments: argparse.Namespace, requests, resident, layer_s: float) -> dict:
-    """(cache size, guesses) -> its `Throughput` by batch size; the cache size of all experts: no link."""
+    """Return (cache size, predictions) -> `Throughput` by batch size; all experts cached means no link."""
     found = {}
     for prefetch in dict.fromkeys((0, arguments.prefetch)):
         sizes = arguments.prefetch_batch_sizes if prefetch else arguments.batch_sizes
@@ -80,8 +79,10 @@ def sweeps(arguments: argparse.Namespace, requests, resident, layer_s: float) ->
             model = build(arguments, k, prefetch)
             with slow_link(model, arguments.ratio or None, layer_s):
                 found[k, prefetch] = measure_batches(model, requests, sizes, arguments.repeats)
-            model.offload.cache.close()
-            print(f"\n{k} experts of a layer cached, {prefetch} guesses\n{found[k, prefetch]}", flush=True)
+            model.offload.close()
+            print(
+                f"\n{k} experts of a layer cached, {prefetch} predictions\n{found[k, prefetch]}", flush=True
+            )
     n_experts = resident.offload.checkpoint.n_experts
     found[n_experts, 0] = measure_batches(resident, requests, arguments.batch_sizes, arguments.repeats)
     print(f"\neverything on the device\n{found[n_experts, 0]}", flush=True)
@@ -89,7 +90,7 @@ def sweeps(arguments: argparse.Namespace, requests, resident, layer_s: float) ->
 
 
 def ablations(arguments: argparse.Namespace, requests, model, resident, layer_s: float) -> dict:
-    """Where the experts are -> its `Throughput` by variant."""
+    """Return where the experts are -> `Throughput` by variant."""
     settings = requests, arguments.ablation_batch, arguments.repeats
     found = {
         f"{arguments.ablation_cache} cached": ablate_batch(
@@ -103,16 +104,14 @@ def ablations(arguments: argparse.Namespace, requests, model, resident, layer_s:
 
 
 def passes(arguments: argparse.Namespace, requests, resident) -> dict:
-    """Single passes beside transformers' own experts, with all cores."""
+    """Compare single passes with transformers' own experts, on all cores."""
     torch.set_num_threads(os.cpu_count())
-    unpacked = from_pretrained(dequantize_on_load=True, device="cpu")
-    found = compare_passes(resident, unpacked, requests, arguments.batch_sizes, arguments.passes)
-    over = {name: {n: found.over_best(name, n) for n in found.seconds} for name in (PACKED, UNPACKED)}
+    dequantized = from_pretrained(dequantize_on_load=True, device="cpu")
+    found = compare_passes(resident, dequantized, requests, arguments.batch_sizes, arguments.passes)
+    over = {name: {n: found.over_best(name, n) for n in found.seconds} for name in (PACKED, DEQUANTIZED)}
     for name, of in over.items():
         rows = ", ".join(f"{n}: {ratio:.2f}" for n, ratio in of.items())
-        print(
-            f"\none pass, everything on the device, {name}: speed over transformers' best by batch size: {rows}"
-        )
+        print(f"\none pass, all on the device, {name}: speed over transformers' best by batch size: {rows}")
     print(f"logits differ by {found.difference}")
     return vars(found) | {"over_best": over, "threads": torch.get_num_threads()}
 
@@ -136,15 +135,19 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "settings": {name: str(of) for name, of in vars(arguments).items() if name != "out"},
         "requests": [[len(of.ids), of.max_new_tokens] for of in mixed],
-        "layer_s": layer_s, "expert_bytes": expert_bytes, "usage": usage.tolist(),
-        "sweeps": [{"cache_size": k, "prefetch": guesses} | of.to_dict() for (k, guesses), of in found.items()],
+        "layer_s": layer_s,
+        "expert_bytes": expert_bytes,
+        "usage": usage.tolist(),
+        "sweeps": [
+            {"cache_size": k, "prefetch": prefetch} | of.to_dict() for (k, prefetch), of in found.items()
+        ],
         "expected_bytes_per_token": expected,
         "ablations": {name: of.to_dict() for name, of in ablated.items()},
         "passes": passes(arguments, requests, resident),
-    }  # fmt: skip
+    }
     result["total_s"] = time.perf_counter() - began_s
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    shown = {k: of for (k, guesses), of in found.items() if not guesses}
+    shown = {k: of for (k, prefetch), of in found.items() if not prefetch}
     figure, _ = plot_batches(shown, expected, ablated, resident.offload.checkpoint.n_experts)
     figure.savefig(arguments.out.with_suffix(".png"), dpi=120)
     print(f"{result['total_s']:.0f} s in all")

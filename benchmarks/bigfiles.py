@@ -1,7 +1,4 @@
-"""The big packed checkpoint of `fullsize.py`: made where it is not there, checked, and read plainly.
-
-Knows sizes and files. Knows nothing of who will run from them.
-"""
+"""The big packed checkpoint of `fullsize.py`: its size, making it, and reading it plainly."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ from mixtral_offload.errors import CapacityError, CheckpointError
 from mixtral_offload.units import gb
 from mixtral_offload.weights.hqq import PAPER, field_specs
 
-SPARE_BYTES = 1_000_000_000  # of disk, left free beside big files
+SPARE_BYTES = 1_000_000_000  # of disk, left free in addition to big files
 
 
 def checkpoint_bytes(config: dict, bits: int) -> int:
-    """About what `write_checkpoint` will write."""
+    """Estimate the bytes that `write_checkpoint` writes."""
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
 
     def packed(shape, quantization):
@@ -41,13 +38,23 @@ def check_disk(folder: Path, n_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes + SPARE_BYTES * (n_bytes > SPARE_BYTES) > free:
         raise CapacityError(
-            f"the disk is too small for {what}", path=folder, expected=f"{gb(n_bytes)} and some to spare",
-            found=f"{gb(free)} free", hint="choose another --folder, or fewer --layers or --accelerate-layers",
-        )  # fmt: skip
+            f"the disk is too small for {what}",
+            path=folder,
+            expected=f"{gb(n_bytes)} and some to spare",
+            found=f"{gb(free)} free",
+            hint="choose another --folder, or fewer --layers or --accelerate-layers",
+        )
 
 
 def make_checkpoint(folder: Path, config: dict, bits: int) -> tuple[bool, float]:
-    """Write the packed checkpoint if it is not there; (whether it was written, seconds). Refuses one of another shape."""
+    """Write the packed checkpoint unless it is there.
+
+    Returns:
+        Whether it was written, and the seconds that this took.
+
+    Raises:
+        CheckpointError: The folder holds one of another shape.
+    """
     if (folder / "config.json").is_file():
         found = json.loads((folder / "config.json").read_text())
         if found != config | {"bits": bits}:
@@ -57,9 +64,12 @@ def make_checkpoint(folder: Path, config: dict, bits: int) -> tuple[bool, float]
                 if found.get(key) != (config | {"bits": bits})[key]
             }
             raise CheckpointError(
-                "the folder holds a checkpoint of another shape", path=folder, found=differing,
-                expected={key: (config | {"bits": bits})[key] for key in differing}, hint="choose another --folder",
-            )  # fmt: skip
+                "the folder holds a checkpoint of another shape",
+                path=folder,
+                found=differing,
+                expected={key: (config | {"bits": bits})[key] for key in differing},
+                hint="choose another --folder",
+            )
         return False, 0.0
     n_bytes = checkpoint_bytes(config, bits)
     check_disk(folder.parent, n_bytes, "the checkpoint")
@@ -74,7 +84,7 @@ def make_checkpoint(folder: Path, config: dict, bits: int) -> tuple[bool, float]
 
 
 def cold_read(folder: Path, most_bytes: int = 2_000_000_000) -> float:
-    """Bytes per second of reading the checkpoint's files once, plainly, from outside the page cache."""
+    """Measure bytes per second of reading the checkpoint's files once, outside of the page cache."""
     drop_page_cache(folder)
     buffer, n_bytes, began = bytearray(64 << 20), 0, time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):

@@ -1,7 +1,4 @@
-"""What every contestant of `fullsize.py` shares, and this package's own run.
-
-Knows how to time tokens, sample memory and talk to the process that started it. Knows nothing of the rivals.
-"""
+"""What the contestants of `fullsize.py` share (timing, memory, tasks), and this package's own run."""
 
 from __future__ import annotations
 
@@ -20,11 +17,17 @@ SAMPLE_S = 0.05
 
 @dataclass(frozen=True)
 class Task:
-    """What a contestant is to do, in JSON's types. Sizes in bytes.
+    """A contestant's task, in JSON's types.
 
-    checkpoint: the packed checkpoint's folder; files: the contestant's own folder or file, if it needs one.
-    prompt, tokens: of the first pass, and decoded after it. stay, seed: of the routing. options: for `from_pretrained`.
-    recall: of guesses, where the options ask for some. scaled_layers: how many layers accelerate gets.
+    Attributes:
+        checkpoint: Folder of the packed checkpoint.
+        ram: Bytes.
+        prompt, tokens: Tokens of the first pass, and decoded after it.
+        stay, seed: Of the routing.
+        recall: Of the predictions, if the options ask for some.
+        files: The contestant's own folder or file, if it needs one.
+        scaled_layers: Layers that accelerate gets.
+        options: For `from_pretrained`.
     """
 
     checkpoint: str
@@ -43,7 +46,7 @@ class Task:
 
 
 def log(text: str) -> None:
-    """To stderr, at once: a contestant's stdout is for its result."""
+    """Write to stderr, unbuffered; a contestant's stdout is for its result."""
     print(f"[{time.perf_counter() - STARTED_S:8.1f} s] {text}", file=sys.stderr, flush=True)
 
 
@@ -57,7 +60,7 @@ def status_bytes(*names: str) -> int | None:
 
 
 class MemoryPeak:
-    """The most anonymous and shared memory this process holds meanwhile: what no page cache explains."""
+    """Measures the peak of anonymous and shared memory of this process, without the page cache."""
 
     def __init__(self):
         self.anon_bytes = self._read()
@@ -135,7 +138,7 @@ def speeds(seconds: Sequence[float], n_prompt: int) -> dict:
 
 
 def run_ours(task: Task) -> dict:
-    """This package's model, its routing forced; one warm-up pass, then prompt and tokens from an empty cache."""
+    """Run this package's model with forced routing: a warm-up pass, then from an empty cache."""
     import torch
 
     torch.set_num_threads(task.threads)
@@ -145,9 +148,8 @@ def run_ours(task: Task) -> dict:
         offload, built_s = model.offload, time.perf_counter() - began
         log(f"built in {built_s:.1f} s\n{offload.plan}")
         began = time.perf_counter()
-        for (
-            row
-        ) in offload.cache.memory:  # a virtual machine may have to provide its memory first: seconds per GB
+        # a virtual machine may have to provide its memory first: seconds per GB
+        for row in offload.cache.memory:
             row.zero_()
         log(f"touched its slots in {time.perf_counter() - began:.1f} s")
         timed_generate(model, 1, 0)
@@ -176,7 +178,7 @@ def run_ours(task: Task) -> dict:
 
 def _forced_model(task: Task):
     """(model, its forced routing, the experts it is forced to: int16 [N, L, k])."""
-    from forced_routing import ForcedGuesses, ForcedRouting, sticky_experts
+    from forced_routing import ForcedPredictions, ForcedRouting, sticky_experts
 
     from mixtral_offload.runtime.build import from_pretrained
 
@@ -188,15 +190,18 @@ def _forced_model(task: Task):
     experts = sticky_experts(task.prompt + task.tokens, *shape, task.stay, task.seed)
     routing = ForcedRouting(model, experts)
     if model.offload.prefetcher is not None:
-        model.offload.prefetcher.predictor = ForcedGuesses(
+        model.offload.prefetcher.predictor = ForcedPredictions(
             routing, checkpoint.n_experts, task.recall, task.seed
         )
     return model, routing, experts
 
 
 def _traffic(task: Task, model, experts, marks: list[dict], decode_s: float) -> dict:
-    """Hits, bytes over the link and how much of the link they used, while decoding; and whether the cache served
-    what the trace says: its hits must be those of the trace's replay. marks: counters before and after each pass."""
+    """Measure hits, bytes moved and the link's use while decoding; compare the hits with the trace's replay.
+
+    Args:
+        marks: Counters before and after each pass.
+    """
     from forced_routing import forced_trace
 
     from mixtral_offload.analysis.replay import replay
@@ -204,33 +209,38 @@ def _traffic(task: Task, model, experts, marks: list[dict], decode_s: float) -> 
     after_prompt, end = marks[1], marks[-1]
     hits, misses, moved = (end[k] - after_prompt[k] for k in ("hits", "misses", "bytes_moved"))
     trace = forced_trace(experts, task.prompt, model.offload.settings())
-    replay = replay(trace)
-    agrees = (replay.hits, replay.misses) == (end["hits"], end["misses"])
+    replayed = replay(trace)
+    agrees = (replayed.hits, replayed.misses) == (end["hits"], end["misses"])
     if not agrees:
-        log(f"THE CACHE DID NOT SERVE THE TRACE: {end['hits']} hits, its replay has {replay.hits}")
-    missed = (trace.use_pass > 0) & ~replay.hit
+        log(f"THE CACHE DIFFERS FROM THE TRACE'S REPLAY: {end['hits']} hits, the replay has {replayed.hits}")
+    missed = (trace.use_pass > 0) & ~replayed.hit
     keys = list(zip(trace.use_layer[missed].tolist(), trace.use_expert[missed].tolist()))
     link = link_speed(model.offload, keys)
     return {
-        "hit_rate": hits / (hits + misses), "hit_rate_with_prompt": end["hits"] / (end["hits"] + end["misses"]),
-        "replayed_hit_rate_with_prompt": replay.hit_rate, "replay_agrees": agrees,
-        "bytes_per_token": moved / task.tokens, "prompt_bytes": after_prompt["bytes_moved"],
+        "hit_rate": hits / (hits + misses),
+        "hit_rate_with_prompt": end["hits"] / (end["hits"] + end["misses"]),
+        "replayed_hit_rate_with_prompt": replayed.hit_rate,
+        "replay_agrees": agrees,
+        "bytes_per_token": moved / task.tokens,
+        "prompt_bytes": after_prompt["bytes_moved"],
         "wait_s": end["wait_s"] - after_prompt["wait_s"],
-        "link_bytes_per_s": link, "link_use": moved / decode_s / link if link else None,
-    }  # fmt: skip
+        "link_bytes_per_s": link,
+        "link_use": moved / decode_s / link if link else None,
+    }
 
 
 def link_speed(offload, keys: list[tuple[int, int]]) -> float | None:
-    """Bytes per second of the plainest way to move the same experts: from disk, read their files again in the same
-    order, the cache's slots still held, into one buffer; from pinned RAM, copy one buffer to the card again and again.
-    None where nothing had to be moved."""
+    """Measure the link with the simplest way to move the same experts, in bytes per second.
+
+    From disk, their files are read again in the same order into one buffer, while the cache keeps its slots;
+    from pinned RAM, one buffer is copied to the GPU repeatedly. None if nothing had to be moved.
+    """
     import torch
 
     if not keys or offload.plan.store is None:
         return None
-    buffer = torch.empty(
-        offload.layout.n_bytes + (1 << 20), dtype=torch.uint8
-    )  # with room for a file's header
+    header_bytes = 1 << 20  # more than any file's
+    buffer = torch.empty(offload.layout.n_bytes + header_bytes, dtype=torch.uint8)
     if offload.plan.store == "disk":
         of = offload.checkpoint.experts
         paths = [next(iter(of[key].values())).path for key in keys]
@@ -253,7 +263,7 @@ def link_speed(offload, keys: list[tuple[int, int]]) -> float | None:
 
 
 def _read_into(path: Path, buffer) -> int:
-    """Read a whole file into the buffer, from its start again where the file is larger; returns the file's bytes."""
+    """Read a whole file into the buffer, again from its start if the file is larger; return the bytes."""
     view, total = memoryview(buffer.numpy()), 0
     with open(path, "rb", buffering=0) as file:
         while n := file.readinto(view):
@@ -262,7 +272,7 @@ def _read_into(path: Path, buffer) -> int:
 
 
 def drop_page_cache(*paths: str | Path) -> None:
-    """Ask the system to forget these files' pages (of a folder: all its files); those that are mapped stay."""
+    """Drop these files (or all files of these folders) from the page cache; mapped pages stay."""
     for path in map(Path, paths):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():

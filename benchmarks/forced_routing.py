@@ -1,7 +1,6 @@
-"""Routing replayed from a trace in place of a model's own, for models of random weights, which route at random.
+"""Routing replayed from a trace, for models of random weights, whose own routing is random.
 
-Knows the experts modules of transformers' Mixtral and traces. Knows nothing of what runs the experts: it works under
-this package's model and under accelerate's alike.
+Works on the experts modules of transformers' Mixtral: under this package's model and under accelerate's.
 """
 
 from __future__ import annotations
@@ -20,8 +19,11 @@ from mixtral_offload.core.trace import RoutingTrace
 def sticky_experts(
     n_tokens: int, n_layers: int, n_experts: int, top_k: int, stay: float, seed: int = 0
 ) -> np.ndarray:
-    """Experts of each token and layer: int16 [N, L, k]. Each of the token before stays with probability `stay`; the
-    others are drawn uniformly among all that did not stay (stay=0: chance)."""
+    """Draw the experts of each token and layer: int16 [N, L, k].
+
+    Each expert of the token before stays with probability `stay`; the others are drawn uniformly among those
+    that did not stay (stay=0: chance).
+    """
     random = np.random.default_rng(seed)
     layers = np.arange(n_layers)[:, None]
     experts = np.empty((n_tokens, n_layers, top_k), np.int16)
@@ -36,8 +38,13 @@ def sticky_experts(
 class ForcedRouting:
     """Makes each pass of T tokens through a layer's experts use the trace's next T rows for that layer.
 
-    experts: int [N, L, k], for the model's layers in order. The weights stay the router's own; what the router chose is
-    dropped. position: layer -> rows used so far.
+    The weights stay the router's own; the experts that it chose are ignored.
+
+    Args:
+        experts: int [N, L, k], for the model's layers in order.
+
+    Attributes:
+        position: Layer -> rows used so far.
     """
 
     def __init__(self, model: nn.Module, experts: np.ndarray):
@@ -52,7 +59,7 @@ class ForcedRouting:
             module.register_forward_pre_hook(self._hook(layer))
 
     def reset(self) -> None:
-        """Begin the trace anew."""
+        """Start at the beginning of the trace."""
         self.position = dict.fromkeys(self.position, 0)
 
     def _hook(self, layer: int):
@@ -70,10 +77,12 @@ class ForcedRouting:
         return hook
 
 
-class ForcedGuesses:
-    """A predictor for `Prefetcher` that guesses each needed expert with a stated probability.
+class ForcedPredictions:
+    """A predictor for `Prefetcher` that names each needed expert with a stated probability.
 
-    routing: whose rows are needed. recall: that probability, for as many guesses as a token needs experts.
+    Args:
+        routing: Whose rows are needed.
+        recall: That probability, if `top_k` experts are predicted.
     """
 
     def __init__(self, routing: ForcedRouting, n_experts: int, recall: float, seed: int = 0):
@@ -81,9 +90,8 @@ class ForcedGuesses:
         random = np.random.default_rng((seed, 1))
         needed = routing.experts.cpu().numpy()  # [L, N, k]
         logits = random.random((*needed.shape[:2], n_experts), np.float32)
-        shift = np.where(
-            random.random(needed.shape) < recall, 1, -1
-        )  # right ones above all noise, missed ones below
+        # right ones above all noise, missed ones below
+        shift = np.where(random.random(needed.shape) < recall, 1, -1)
         np.put_along_axis(logits, needed, np.take_along_axis(logits, needed, -1) + shift, -1)
         self._logits = torch.from_numpy(logits)
 
@@ -111,8 +119,16 @@ def forced_trace(experts: np.ndarray, n_prompt: int, settings: dict) -> RoutingT
         experts, np.ones(experts.shape), **{k: settings[k] for k in ("n_experts", "expert_bytes")}
     )
     return replace(
-        trace, passes=passes, use_pass=number.astype(np.int32), use_layer=layer.astype(np.int32),
-        use_expert=expert.astype(np.int32), use_outcome=np.zeros(n_uses, np.uint8), use_wait_s=np.zeros(n_uses),
-        use_at_s=np.zeros(n_uses), use_bytes=np.zeros(n_uses, np.int64), use_copy_s=np.full((n_uses, 2), np.nan),
-        spans=np.zeros((n_passes, n_layers, 2)), settings=settings,
-    )  # fmt: skip
+        trace,
+        passes=passes,
+        use_pass=number.astype(np.int32),
+        use_layer=layer.astype(np.int32),
+        use_expert=expert.astype(np.int32),
+        use_outcome=np.zeros(n_uses, np.uint8),
+        use_wait_s=np.zeros(n_uses),
+        use_at_s=np.zeros(n_uses),
+        use_bytes=np.zeros(n_uses, np.int64),
+        use_copy_s=np.full((n_uses, 2), np.nan),
+        spans=np.zeros((n_passes, n_layers, 2)),
+        settings=settings,
+    )

@@ -3,14 +3,15 @@
     python benchmarks/fullsize.py --folder FOLDER [--device cpu --ram 13GB] [--rivals accelerate llama.cpp]
 
 Speed and memory depend on shapes and bytes, not on values: the weights are random, written packed, nothing is
-downloaded. Random weights also route at random, so this package and accelerate replay a made-up trace of a stated
-locality (`--stay`: an LRU cache of 2, 3, 4 of 8 experts hits .354, .463, .572 of it at the default, and .345, .464, .59
-of what Mixtral-8x7B really routes, as a fork of dvmazur/mixtral-offloading measured). Each contestant has a process of
-its own, and begins with its files out of the page cache. Results are ratios of what one run measured. On the CPU experts
-are on disk; on CUDA they are in pinned RAM. Writes benchmarks/results/fullsize.json and .png.
+downloaded. Random weights route at random, so this package and accelerate replay a synthetic trace of a
+stated locality (`--stay`). At the default, an LRU cache of 2, 3, 4 of 8 experts hits 0.354, 0.463, 0.572 of
+it; of the routing of Mixtral-8x7B it hits 0.345, 0.464, 0.59, as a fork of dvmazur/mixtral-offloading
+measured. Each contestant runs in its own process and begins with its files out of the page cache. Results are
+ratios of one run's measurements. Experts are on disk on the CPU, in pinned RAM on CUDA. Writes
+benchmarks/results/fullsize.json and .png.
 
-The system's page cache is outside of `--ram`: with `--machine-ram` a ballast process holds the rest of this machine's
-memory meanwhile, so that the page cache has to make do with what is left.
+The system's page cache is outside of `--ram`: with `--machine-ram` a ballast process holds the rest of this
+machine's memory, which leaves the page cache the stated size.
 """
 
 import argparse
@@ -48,14 +49,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ram", default="13GB", help="what the package may plan with")
     parser.add_argument("--machine-ram", help="what the whole machine may use, page cache included")
     parser.add_argument("--cache-size", default="auto", help="experts per layer on the device, or auto")
-    stay = "how likely an expert serves the next token too; 0.16: near what was measured on Mixtral-8x7B"
+    stay = "probability that the next token uses an expert too; 0.16: near what was measured on Mixtral-8x7B"
     parser.add_argument("--stay", type=float, default=0.16, help=stay)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=24, help="decoded after the prompt")
     parser.add_argument("--prompt", type=int, default=500, help="tokens of the prompt; 1 leaves it out")
     parser.add_argument("--options", type=json.loads, default={}, help="others for from_pretrained, as JSON")
     parser.add_argument(
-        "--recall", type=float, default=0.8, help="of guesses, where options ask for prefetch"
+        "--recall", type=float, default=0.8, help="of predictions, where options ask for prefetch"
     )
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
     parser.add_argument("--accelerate-layers", type=int, default=4, help="measured, and scaled to all")
@@ -147,18 +148,26 @@ def machine(arguments) -> dict:
 
 
 def run(arguments) -> dict:
-    """All contestants, one after the other; the JSON is written anew after each."""
+    """Run all contestants, one after the other; write the JSON after each."""
     config = config_of(arguments)
     folder, ram = arguments.folder / "checkpoint", parse_size(arguments.ram)
     machine_ram = arguments.machine_ram and parse_size(arguments.machine_ram)
     check_machine_ram(machine_ram, ram)
     cache_size = arguments.cache_size if arguments.cache_size == "auto" else int(arguments.cache_size)
     task = Task(
-        checkpoint=str(folder), device=arguments.device, ram=ram, prompt=arguments.prompt, tokens=arguments.tokens,
-        stay=arguments.stay, seed=arguments.seed, recall=arguments.recall, threads=arguments.threads,
-        dtype=arguments.accelerate_dtype, scaled_layers=arguments.accelerate_layers,
+        checkpoint=str(folder),
+        device=arguments.device,
+        ram=ram,
+        prompt=arguments.prompt,
+        tokens=arguments.tokens,
+        stay=arguments.stay,
+        seed=arguments.seed,
+        recall=arguments.recall,
+        threads=arguments.threads,
+        dtype=arguments.accelerate_dtype,
+        scaled_layers=arguments.accelerate_layers,
         options={"cache_size": cache_size} | arguments.options,
-    )  # fmt: skip
+    )
     result = {
         "settings": {k: v for k, v in vars(arguments).items() if k not in ("folder", "out")},
         **machine(arguments),
@@ -170,8 +179,11 @@ def run(arguments) -> dict:
         n_bytes = sum(path.stat().st_size for path in folder.iterdir())
         cold = cold_read(folder)
         result["checkpoint"] = {
-            "bytes": n_bytes, "parameters": n_parameters(config), "write_s": write_s, "cold_read_bytes_per_s": cold,
-        }  # fmt: skip
+            "bytes": n_bytes,
+            "parameters": n_parameters(config),
+            "write_s": write_s,
+            "cold_read_bytes_per_s": cold,
+        }
         result["contestants"] = rows = {}
         with ballast(machine_ram) as held:
             result["ballast_bytes"] = held
@@ -210,9 +222,8 @@ def main() -> None:
     figure, _ = plot_fullsize(result)
     figure.savefig(arguments.out.with_suffix(".png"), dpi=150)
     for name, row in result["contestants"].items():
-        log(
-            f"{name}: {row.get('failed') or row.get('missing') or str(round(row['tokens_per_s'], 3)) + ' tokens/s'}"
-        )
+        speed = f"{row['tokens_per_s']:.3f} tokens/s" if "tokens_per_s" in row else None
+        log(f"{name}: {row.get('failed') or row.get('missing') or speed}")
     log(f"{result['ratios']}; all of it took {result['total_s']:.0f} s")
 
 

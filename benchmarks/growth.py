@@ -1,11 +1,11 @@
-"""How a token's cost grows with the context, the cache and the batch, beside what it should be.
+"""How a token's cost grows with the context, the cache and the batch, compared with what is expected.
 
     python benchmarks/growth.py [--ratio 5.5]
 
-The shipped model behind a slow link (see overlap.py), without guesses. Expected: with the context, a straight line, because
-each token reads the keys and values of all before it; with cache size and batch, between the larger and the sum of compute
-(measured with everything on the device) and of the copies that were needed times one copy's seconds. Writes
-benchmarks/results/growth.json and .png.
+The shipped model behind a throttled link (see overlap.py), without predictions. Expected: with the context, a
+straight line, because each token reads the keys and values of all before it; with cache size and batch,
+between the larger and the sum of compute (measured with everything on the device) and of the needed copies
+times one copy's seconds. Writes benchmarks/results/growth.json and .png.
 """
 
 import argparse
@@ -30,7 +30,11 @@ CONTEXTS, SIZES, BATCHES = (16, 128, 256, 512, 768, 960), range(2, 9), (1, 2, 4,
 
 @torch.inference_mode()
 def decode(model, ids: torch.Tensor, context: int, n_tokens: int) -> float:
-    """Median seconds of a pass of one token for each of the batch, after `context` tokens: ids [B, context + n_tokens]."""
+    """Measure the median seconds of a pass of one token per sequence, after `context` tokens.
+
+    Args:
+        ids: int [B, context + n_tokens].
+    """
     cache, taken = DynamicCache(config=model.config), []
     model(ids[:, :context], past_key_values=cache, logits_to_keep=1)
     for at in range(context, context + n_tokens):
@@ -54,7 +58,7 @@ def mean_decode(model, ids: torch.Tensor, context: int, n_tokens: int, stats=Non
 
 
 def text_ids(tokenizer, n_rows: int, length: int) -> torch.Tensor:
-    """Conversations of the kinds that the model knows, cut to rows of one length."""
+    """Make conversations of the kinds that the model was trained on, cut to rows of one length."""
     topics = [
         *PROMPTS,
         "What is 12 + 30?",
@@ -85,7 +89,7 @@ def measure(model, resident, tokenizer, repeats: int) -> dict:
 
 
 def both(model, resident, ids, n_slots: int, repeats: int, n_tokens: int) -> dict:
-    """Turns of the offloaded model and of the one with everything on the device: seconds and misses of a pass."""
+    """Measure a pass of the offloaded and of the resident model in turns: seconds and misses."""
     cache, found, compute = make_variants(model, n_slots, 0)["without prefetch"], [], []
     for _ in range(repeats):
         compute.append(mean_decode(resident, ids, 16, n_tokens)[0])
@@ -96,7 +100,7 @@ def both(model, resident, ids, n_slots: int, repeats: int, n_tokens: int) -> dic
 
 
 def plot_growth(result: dict) -> tuple[Figure, dict[str, np.ndarray]]:
-    """Measured against expected: panel -> float64 [4, points] of x, measured, least and most expected, in ms."""
+    """Plot measured against expected: panel -> float64 [4, points] of x, measured, least and most, in ms."""
     shown = {"context": np.array([[n, s, s, s] for n, s in result["context"].items()], float).T}
     ends = shown["context"][:2, [0, -1]]
     shown["context"][2:] = np.interp(shown["context"][0], *ends)

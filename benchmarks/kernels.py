@@ -2,10 +2,10 @@
 
     python benchmarks/kernels.py [--device cuda] [--shape 14336 4096]
 
-For one token (a matrix-vector product): packed bytes per second, beside this device's own copy bandwidth and beside
-dequantizing first (`quantization.matmul`). For a prompt: the matrix
-dequantized part by part, beside dequantizing it whole and beside the library's product alone. The ways take turns.
-Writes benchmarks/results/kernels-DEVICE.json and .png.
+For one token (a matrix-vector product): packed bytes per second, compared with this device's copy bandwidth
+and with dequantizing first. For a prompt: the matrix dequantized part by part, compared with dequantizing it
+whole and with the library's product alone. The ways take turns. Writes benchmarks/results/kernels-DEVICE.json
+and .png.
 """
 
 import argparse
@@ -24,8 +24,12 @@ from mixtral_offload.weights import kernels as packed
 from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, matmul
 
 RESULTS = Path(__file__).parent / "results"
-WIDTHS = {**{f"{bits}-bit": PAPER[bits] for bits in (2, 3, 4, 8)}, "3-bit, ten in 32 bits": Quantization(3, 64, 128, True),
-          "2-bit, fp16 scales": Quantization(2, 16), "4-bit, fp16 scales": Quantization(4, 64)}  # fmt: skip
+WIDTHS = {
+    **{f"{bits}-bit": PAPER[bits] for bits in (2, 3, 4, 8)},
+    "3-bit, ten in 32 bits": Quantization(3, 64, 128, True),
+    "2-bit, fp16 scales": Quantization(2, 16),
+    "4-bit, fp16 scales": Quantization(4, 64),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -41,7 +45,7 @@ def parse() -> argparse.Namespace:
 
 def take_turns(ways: dict, turns: int, device: str) -> dict[str, float]:
     """Median seconds of each way; every turn runs all of them."""
-    times = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 2):  # the first two warm up
         for name, way in ways.items():
             begin = _now(device)
@@ -70,7 +74,7 @@ def random_matrix(shape, quantization: Quantization, device: str) -> dict:
 
 
 def measure(shape, quantization: Quantization, arguments, copy) -> dict:
-    """One width's row: seconds of each way, and how far the results are from those of the dequantized matrix in fp32."""
+    """Measure one width: seconds of each way, and the results' errors against the dequantized fp32 matrix."""
     device, dtype = arguments.device, torch.float32 if arguments.device == "cpu" else torch.float16
     fields = random_matrix(shape, quantization, device)
     n_bytes = sum(value.numel() * value.element_size() for value in fields.values())
@@ -159,10 +163,12 @@ def main() -> None:
             result["widths"][label] = row
             prompt = row["prompt_s"]
             print(
-                f"{label:20} {row['gb_per_s']:6.1f} GB/s ({row['gb_per_s'] / row['copy_gb_per_s']:.2f} of copies), "
-                f"{row['over_eager']:5.1f} x eager, error {row['error']['token']:.1e}; prompt of {arguments.prompt}: "
+                f"{label:20} {row['gb_per_s']:6.1f} GB/s ({row['gb_per_s'] / row['copy_gb_per_s']:.2f} of "
+                f"copies), {row['over_eager']:5.1f} x eager, error {row['error']['token']:.1e}; "
+                f"prompt of {arguments.prompt}: "
                 f"{prompt['dequantize, then matmul'] / prompt['packed']:.1f} x eager, "
-                f"{prompt['matmul alone'] / prompt['packed']:.2f} x the product alone; compiled in {row['compile_s']:.1f} s",
+                f"{prompt['matmul alone'] / prompt['packed']:.2f} x the product alone; "
+                f"compiled in {row['compile_s']:.1f} s",
                 flush=True,
             )
     out = RESULTS / f"kernels-{device.split(':')[0]}.json"

@@ -1,7 +1,6 @@
 """llama.cpp on random weights of the same shape: Q2_K experts, Q4_K attention, embeddings and head in fp16.
 
-Knows the GGUF format through the `gguf` package and llama.cpp through its Python binding. Its routing is its own: random
-weights route at random, and nothing here can force it; that matters little where the whole model is in memory.
+Its routing cannot be forced and is random, as random weights route; that matters little if all is in memory.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from pathlib import Path
 import numpy as np
 from contestants import MemoryPeak, Task, log, speeds
 
-#: quantization type -> bytes of a block of 256 weights, and the fp16 d and dmin by where in it they lie (ggml-common.h):
-#: a weight is d * scale * q - dmin * min, with 4-bit (Q4_K: 6-bit) scales and mins; near 0, with a deviation near 0.02
+#: quantization type -> bytes of a block of 256 weights, and offset in it -> fp16 d and dmin (ggml-common.h).
+#: A weight is d * scale * q - dmin * min, with 4-bit (Q4_K: 6-bit) scales and mins, deviating by 0.02
 BLOCKS = {"Q2_K": (84, {80: 0.0020, 82: 0.0030}), "Q4_K": (144, {0: 0.0001, 2: 0.00075})}
 RANDOM_BYTES = 32 << 20
 
 
 def missing() -> str | None:
-    """What is not installed of what this needs; None if nothing."""
+    """Name the packages that this needs and that are not installed; None if all are."""
     absent = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def file_bytes(config: dict) -> int:
-    """About the size of the file."""
+    """Estimate the file's size."""
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     experts = 3 * hidden * config["intermediate_size"] * config["num_local_experts"] * layers
     return int(
@@ -35,7 +34,7 @@ def file_bytes(config: dict) -> int:
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, outermost first; type) of every tensor, in llama.cpp's names."""
+    """Return name -> (shape, outermost first; type) of every tensor, in llama.cpp's names."""
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     n_experts, vocab = config["num_local_experts"], config["vocab_size"]
     kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
@@ -55,7 +54,7 @@ def tensor_shapes(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def random_block(kind: str, random: np.random.Generator, n_bytes: int = RANDOM_BYTES) -> np.ndarray:
-    """Whole blocks of random weights of standard deviation near 0.02: uint8, at most n_bytes."""
+    """Make whole blocks of random weights of standard deviation near 0.02: uint8, at most n_bytes."""
     if kind in BLOCKS:
         size, factors = BLOCKS[kind]
         blocks = random.integers(0, 256, (max(n_bytes // size, 1), size), np.uint8)
@@ -68,7 +67,7 @@ def random_block(kind: str, random: np.random.Generator, n_bytes: int = RANDOM_B
 
 
 def write_gguf(path: Path, config: dict, seed: int = 0) -> int:
-    """A GGUF file of this shape; random bytes repeat every 32 MB, which is all that is in memory. Returns its bytes."""
+    """Write a GGUF file of this shape and return its bytes; random bytes repeat every 32 MB."""
     import gguf
 
     writer, random = gguf.GGUFWriter(None, "llama"), np.random.default_rng(seed)
@@ -117,18 +116,24 @@ def _n_bytes(shape: tuple[int, ...], kind: str) -> int:
 
 
 def run_llama_cpp(task: Task) -> dict:
-    """Evaluate a prompt of random tokens, then one token at a time. On CUDA, all layers go to the card where the
-    binding was built for one. The file is memory-mapped, as is llama.cpp's default: its pages count as no one's memory
-    but are what it needs (see peak_rss_bytes)."""
+    """Evaluate a prompt of random tokens, then one token at a time.
+
+    On CUDA, all layers go to the GPU if the binding was built for it. The file is memory-mapped, llama.cpp's
+    default: its pages do not count as anonymous memory, but are needed (see peak_rss_bytes).
+    """
     import llama_cpp
 
     with MemoryPeak() as memory:
         on_gpu = not task.device.startswith("cpu") and llama_cpp.llama_supports_gpu_offload()
         began = time.perf_counter()
         model = llama_cpp.Llama(
-            task.files, n_ctx=task.prompt + task.tokens + 8, n_threads=task.threads, n_threads_batch=task.threads,
-            n_gpu_layers=-1 if on_gpu else 0, verbose=False,
-        )  # fmt: skip
+            task.files,
+            n_ctx=task.prompt + task.tokens + 8,
+            n_threads=task.threads,
+            n_threads_batch=task.threads,
+            n_gpu_layers=-1 if on_gpu else 0,
+            verbose=False,
+        )
         built_s = time.perf_counter() - began
         ids = np.random.default_rng(0).integers(3, model.n_vocab(), task.prompt + task.tokens).tolist()
         model.eval(ids[:1])  # warm up

@@ -2,9 +2,10 @@
 
     python benchmarks/loading.py [--gb 2.0] [--json FILE]
 
-Makes a synthetic checkpoint, reads its files once plainly, then builds the model from them, each in a process of its
-own, alternating, files in the page cache for both. On a virtual machine, memory that the host has yet to provide costs
-more than anything measured here, so each process first touches as much as it will need. The bound on memory: slots + host store + trunk + one expert + 300 MB.
+Makes a synthetic checkpoint, reads its files once plainly, then builds the model from them, each in its own
+process, alternating, with files in the page cache for both. On a virtual machine, memory that the host has
+yet to provide costs more than anything measured here, so each process first touches as much as it will need.
+The bound on memory: slots + store in RAM + dense part + one expert + 300 MB.
 """
 
 import argparse
@@ -30,7 +31,7 @@ FIXTURE = Path(__file__).parent.parent / "tests/fixtures/published-format"
 
 
 def touch(n_bytes: int) -> None:
-    """Make the host provide this much memory, or half of what is free, then give it back."""
+    """Make the host provide this much memory, or half of what is free, then free it."""
     import torch
 
     torch.ones(min(n_bytes, half_of_free()), dtype=torch.uint8)
@@ -43,7 +44,7 @@ def half_of_free() -> int:
 
 
 def build(folder: str, store: str, cache_size: int, n_touched: int) -> dict:
-    """In a process of its own: build the model; the peak is over what the imports alone had taken."""
+    """In a process of its own: build the model; the peak is what exceeds the memory after the imports."""
     import psutil
 
     from mixtral_offload.runtime.build import from_pretrained
@@ -70,8 +71,11 @@ def build(folder: str, store: str, cache_size: int, n_touched: int) -> dict:
 
 
 def read_plainly(folder: Path, n_bytes: int) -> float:
-    """Seconds to read the checkpoint's files, up to n_bytes of them, into memory that is kept, as a store keeps it, or, where
-    that is more than half of what is free, file by file into memory that is given back."""
+    """Measure the seconds to read up to n_bytes of the checkpoint's files.
+
+    They are read into memory that is kept, as a store keeps it; or, if that is more than half of what is
+    free, file by file into memory that is freed.
+    """
     touch(2 * n_bytes)
     is_kept = n_bytes <= half_of_free()
     begin, kept, left = time.perf_counter(), [], n_bytes
@@ -91,10 +95,10 @@ def in_process(arguments: list[str]) -> dict:
 
 
 def make(folder: Path, gb: float, vocab: int = 32000) -> int:
-    """Write a checkpoint with at least so many GB of experts; returns its bytes."""
+    """Write a checkpoint with at least `gb` GB of experts; return its bytes."""
     layers = math.ceil(gb * 1e9 / 8 / 66.5e6)
     n_bytes = write_checkpoint(folder, mixtral_config(layers, vocab=vocab), PAPER[2], PAPER[4])
-    os.sync()  # writing it back must not run beside what is measured
+    os.sync()  # writing it back must not run during the measurement
     return n_bytes
 
 
@@ -136,8 +140,9 @@ def main() -> None:
     print(f"checkpoint {n_bytes / 1e9:.2f} GB, Mixtral-8x7B at 2 bits")
     for r in results:
         print(
-            f"store {r['store'] or 'device'!s:6} cache {r['cache_size']}: peak {r['peak_bytes'] / 1e6:6.0f} MB of {r['bound_bytes'] / 1e6:6.0f} MB allowed;"
-            f" build {r['build_s']:.2f} s, reading {r['read_s']:.2f} s, ratio of speeds {r['speed_ratio']:.2f}"
+            f"store {r['store'] or 'device'!s:6} cache {r['cache_size']}: "
+            f"peak {r['peak_bytes'] / 1e6:6.0f} MB of {r['bound_bytes'] / 1e6:6.0f} MB allowed; "
+            f"build {r['build_s']:.2f} s, reading {r['read_s']:.2f} s, ratio of speeds {r['speed_ratio']:.2f}"
         )
     if arguments.json:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"

@@ -1,11 +1,12 @@
-"""How close copies and compute come to the best schedule: measured time per token, its clocked replay, and the floor.
+"""How close copies and compute come to the best schedule: time per token, its timed replay, and the floor.
 
     python benchmarks/overlap.py [--cache-sizes 2 4 6] [--ratio 5.5]
 
-The shipped model behind a link slowed until one expert's copy takes `ratio` times one layer's compute. The floor of a token is the larger of its compute, measured with everything on
-the device, and of the copies that the same cache needs without guesses. Prints a table, the host's own time per layer, and
-writes benchmarks/results/overlap.json and two pictures: bars over the floor, and one token of the replay, on the device and on
-the link.
+The shipped model behind a link throttled until the copy of an expert takes `ratio` times one layer's compute.
+The floor of a token is the larger of its compute, measured with everything on the device, and of the copies
+that the same cache needs without predictions. Prints a table and the host's own time per layer; writes
+benchmarks/results/overlap.json and two pictures: bars over the floor, and one token of the replay, on the
+device and on the link.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from mixtral_offload.experiments.baselines import make_variants, slow_link, swit
 from mixtral_offload.experiments.calibration import measure_costs
 
 RESULTS = Path(__file__).parent / "results"
-AHEAD = (0, 1, 2, 3)  # layers to guess for; 0: no guesses
+AHEAD = (0, 1, 2, 3)  # layers ahead to predict; 0: no predictions
 DRAWN = 4  # the cache size whose timeline is drawn
 
 
@@ -50,7 +51,7 @@ def parse() -> argparse.Namespace:
 
 
 def paced(costs: DeviceCosts, token_s: float, n_layers: int = 6, top_k: int = 2) -> DeviceCosts:
-    """The costs with its compute as fast as it was a moment ago: the machine's pace changes within minutes."""
+    """Scale the compute costs to the speed of a moment ago: the machine's speed changes within minutes."""
     scale = token_s / (costs.token_s + n_layers * (costs.attention_s + top_k * costs.expert_s))
     return replace(
         costs,
@@ -61,11 +62,14 @@ def paced(costs: DeviceCosts, token_s: float, n_layers: int = 6, top_k: int = 2)
 
 
 def one_size(model, resident, prompts, k: int, costs, arguments) -> tuple[dict, TimedReplay]:
-    """Every look-ahead and the model with everything on the device, taking turns: its row of the result, and the last replay
-    with guesses one layer ahead."""
+    """Measure every look-ahead and the model with everything on the device, in turns.
+
+    Returns:
+        The row of the result, and the last replay with predictions one layer ahead.
+    """
     caches = make_variants(model, k, staging_rows(arguments.prefetch, max(AHEAD)))
     seconds = {ahead: [] for ahead in (*AHEAD, "resident", "naive")}
-    played, misses, wasted, moved = ({ahead: [] for ahead in AHEAD} for _ in range(4))
+    replayed, misses, wasted, moved = ({ahead: [] for ahead in AHEAD} for _ in range(4))
     drawn = None
     for _ in range(arguments.repeats):
         for prompt in prompts:
@@ -74,15 +78,15 @@ def one_size(model, resident, prompts, k: int, costs, arguments) -> tuple[dict, 
             with switched(model, caches["naive"]):
                 seconds["naive"].append(generate(model, [prompt], 8)[0])
             for ahead in AHEAD:
-                guesses = {"n_experts": arguments.prefetch, "look_ahead": ahead} if ahead else None
-                with switched(model, caches["full" if ahead else "without prefetch"], guesses):
+                predictions = {"n_experts": arguments.prefetch, "look_ahead": ahead} if ahead else None
+                with switched(model, caches["full" if ahead else "without prefetch"], predictions):
                     with record(model) as recording:
                         seconds[ahead].append(generate(model, [prompt], arguments.tokens)[0])
                     again = {"prefetch": arguments.prefetch, "look_ahead": ahead} if ahead else {}
                     replay = timed_replay(recording.trace, now, cache_size=k, keep_events=ahead == 1, **again)
                     drawn = replay if ahead == 1 else drawn
                     n = replay.decoding.sum()
-                    played[ahead].append(replay.time_per_token)
+                    replayed[ahead].append(replay.time_per_token)
                     misses[ahead].append(replay.pass_misses[replay.decoding].sum() / n)
                     stats = model.offload.stats
                     wasted[ahead].append(stats.wasted_bytes / replay.pass_tokens.size)
@@ -90,31 +94,37 @@ def one_size(model, resident, prompts, k: int, costs, arguments) -> tuple[dict, 
     median = {name: statistics.median(of) for name, of in seconds.items()}
     floor = max(median["resident"], statistics.mean(misses[0]) * costs.copy_s)
     rows = {
-        ahead: {"s": median[ahead], "replayed_s": statistics.median(played[ahead]),
-                "over_replay": statistics.median(a / b for a, b in zip(seconds[ahead], played[ahead])),
+        ahead: {"s": median[ahead], "replayed_s": statistics.median(replayed[ahead]),
+                "over_replay": statistics.median(a / b for a, b in zip(seconds[ahead], replayed[ahead])),
                 "over_floor": statistics.mean(seconds[ahead]) / floor,
-                "replay_over_floor": statistics.mean(played[ahead]) / floor,
+                "replay_over_floor": statistics.mean(replayed[ahead]) / floor,
                 "moved_bytes": statistics.mean(moved[ahead]), "wasted_bytes": statistics.mean(wasted[ahead])}
         for ahead in AHEAD
     }  # fmt: skip
-    row = {"floor_s": floor, "resident_s": median["resident"], "misses": statistics.mean(misses[0]), "ahead": rows,
-            "naive_s": median["naive"], "over_naive": median["naive"] / min(median[ahead] for ahead in AHEAD)}  # fmt: skip
+    row = {
+        "floor_s": floor,
+        "resident_s": median["resident"],
+        "misses": statistics.mean(misses[0]),
+        "ahead": rows,
+        "naive_s": median["naive"],
+        "over_naive": median["naive"] / min(median[ahead] for ahead in AHEAD),
+    }
     return row, drawn
 
 
 def plot_over_floor(result: dict) -> tuple[Figure, np.ndarray]:
-    """Time per token over the floor: measured beside replayed, for each cache size and look-ahead [sizes, aheads, 2]."""
+    """Plot time per token over the floor, measured and replayed: [cache sizes, look-aheads, 2]."""
     shown = np.array([[(row["over_floor"], row["replay_over_floor"]) for row in of["ahead"].values()]
                       for of in result["sizes"].values()])  # fmt: skip
     figure = Figure(figsize=(8, 4), layout="constrained")
     for axes, size, values in zip(
         figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], result["sizes"], shown
     ):
-        for shift, column, label in ((-0.2, 0, "measured"), (0.2, 1, "replayed with a clock")):
+        for shift, column, label in ((-0.2, 0, "measured"), (0.2, 1, "timed replay")):
             axes.bar(np.arange(len(AHEAD)) + shift, values[:, column], 0.38, label=label)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(AHEAD)), AHEAD)
-        axes.set(title=f"{size} experts of a layer cached", xlabel="layers guessed ahead")
+        axes.set(title=f"{size} experts of a layer cached", xlabel="look-ahead, layers")
     figure.axes[0].set_ylabel("time per token over the floor")
     figure.axes[-1].legend(loc="lower right")
     return figure, shown
@@ -133,8 +143,11 @@ def main() -> None:
     }
     model, resident = from_pretrained(store="ram", **most, **same), from_pretrained(cache_size=8, **same)
     prompts = [_encode(tokenizer, text).to(model.device) for text in PROMPTS]
-    result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}", "sizes": {},
-              "settings": {k: str(v) for k, v in vars(arguments).items() if k != "out"}}  # fmt: skip
+    result = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
+        "sizes": {},
+        "settings": {k: str(v) for k, v in vars(arguments).items() if k != "out"},
+    }
     with ExitStack() as stack:
         # the ratio is to a layer's share of a token as users generate it, everything on the device
         layer_s = statistics.median(generate(resident, prompts, arguments.tokens)[0] for _ in range(3)) / 6
@@ -148,11 +161,18 @@ def main() -> None:
             if k == DRAWN:
                 name = arguments.out.with_name(f"{arguments.out.stem}-timeline.png")
                 plot_replayed_pass(drawn)[0].savefig(name, dpi=120)
-            print(f"cache of {k}: {of['misses']:.2f} misses a token, floor {1e3 * of['floor_s']:.1f} ms, everything resident "
-                  f"{1e3 * of['resident_s']:.1f} ms, {of['over_naive']:.1f} times as fast as the naive way")  # fmt: skip
+            print(
+                f"cache of {k}: {of['misses']:.2f} misses a token, floor {1e3 * of['floor_s']:.1f} ms, "
+                f"everything resident {1e3 * of['resident_s']:.1f} ms, "
+                f"{of['over_naive']:.1f} times as fast as the naive way"
+            )
             for ahead, row in of["ahead"].items():
-                print(f"  {ahead} ahead: {1e3 * row['s']:5.1f} ms, {row['over_replay']:.2f} of its replay, {row['over_floor']:.2f} of the "
-                      f"floor (replay {row['replay_over_floor']:.2f}); {row['wasted_bytes'] / 1e3:.0f} of {row['moved_bytes'] / 1e3:.0f} kB wasted", flush=True)  # fmt: skip
+                print(
+                    f"  {ahead} ahead: {1e3 * row['s']:5.1f} ms, {row['over_replay']:.2f} of its replay, "
+                    f"{row['over_floor']:.2f} of the floor (replay {row['replay_over_floor']:.2f}); "
+                    f"{row['wasted_bytes'] / 1e3:.0f} of {row['moved_bytes'] / 1e3:.0f} kB wasted",
+                    flush=True,
+                )
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     plot_over_floor(result)[0].savefig(arguments.out.with_suffix(".png"), dpi=120)
 

@@ -1,7 +1,4 @@
-"""Compare one pass of a batch, everything on the device, with transformers' own ways to run experts.
-
-`batch.py` runs it. Knows models with the same weights and how to take turns.
-"""
+"""Compares one pass of a batch, everything on the device, with transformers' own experts."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from mixtral_offload.weights.hqq import QuantizedLinear, dequantize
 
 #: transformers' own ways to run experts
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-PACKED, UNPACKED = "packed", "unpacked"
+PACKED, DEQUANTIZED = "packed", "dequantized"
 #: passes in a turn; the first one finds another model's weights in the processor's cache, and is not counted
 TURN = 4
 
@@ -32,7 +29,7 @@ class Passes:
     """One decode pass with everything on the device.
 
     Attributes:
-        seconds: Batch size -> PACKED, UNPACKED or transformers' implementation -> seconds of each turn.
+        seconds: Batch size -> PACKED, DEQUANTIZED or transformers' implementation -> seconds of each turn.
         difference: The largest difference of any logit from the packed model's, by the same names.
     """
 
@@ -40,42 +37,42 @@ class Passes:
     difference: dict[str, float]
 
     def over_best(self, ours: str, batch_size: int) -> float:
-        """The time of the fastest of transformers' own over that of `ours`: above 1, ours is faster."""
+        """Return how many times as fast `ours` is as the fastest of transformers' implementations."""
         median = {name: statistics.median(of) for name, of in self.seconds[batch_size].items()}
         return min(median[name] for name in IMPLEMENTATIONS) / median[ours]
 
 
 @torch.inference_mode()
 def compare_passes(
-    packed: PreTrainedModel, unpacked: PreTrainedModel, requests: Sequence[GenerationRequest],
+    packed: PreTrainedModel, dequantized: PreTrainedModel, requests: Sequence[GenerationRequest],
     batch_sizes: Sequence[int] = BATCH_SIZES, repeats: int = 15, context: int = 32,
 ) -> Passes:  # fmt: skip
-    """Time our experts, packed and unpacked, against transformers' own with the same weights, taking turns.
+    """Time our experts, packed and dequantized, against transformers' own, taking turns.
 
     Args:
         packed: A model with every expert on the device.
-        unpacked: The same model, with `dequantize_on_load`.
+        dequantized: The same model, with `dequantize_on_load`.
         context: Tokens of the requests before the passes, each of which adds one token to each row.
 
     Raises:
-        OptionError: The models are not so.
+        OptionError: The models are not such.
     """
     if (
         packed.offload.plan.store is not None
         or packed.offload.options.dequantize_on_load
-        or not unpacked.offload.options.dequantize_on_load
+        or not dequantized.offload.options.dequantize_on_load
     ):
         raise OptionError("these models cannot be compared",
-                          expected="every expert on the device, packed and unpacked",
-                          found=f"{packed.offload.plan}\n{unpacked.offload.plan}")  # fmt: skip
+                          expected="every expert on the device, packed and dequantized",
+                          found=f"{packed.offload.plan}\n{dequantized.offload.plan}")  # fmt: skip
     model, plain = packed, plain_model(packed)
     text = [token for of in requests for token in of.ids]
     width = context + TURN * repeats
     needed = max(batch_sizes) * width
     ids = torch.tensor((text * -(-needed // len(text)))[:needed], device=model.device).view(-1, width)
-    seconds, difference = {}, dict.fromkeys((PACKED, UNPACKED, *IMPLEMENTATIONS), 0.0)
+    seconds, difference = {}, dict.fromkeys((PACKED, DEQUANTIZED, *IMPLEMENTATIONS), 0.0)
     for n in batch_sizes:
-        ours = {PACKED: packed, UNPACKED: unpacked}
+        ours = {PACKED: packed, DEQUANTIZED: dequantized}
         seconds[n] = _pass_turns(ours, plain, ids[:n], context, difference)
     return Passes(seconds, difference)
 
@@ -102,15 +99,14 @@ def _pass_turns(ours: dict, plain, ids, context: int, difference: dict[str, floa
 
 @torch.inference_mode()
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """An ordinary transformers model with this one's dequantized weights, all on its device, in its dtype."""
+    """Build transformers' own model with this one's dequantized weights, device and dtype."""
     checkpoint, dtype = model.offload.checkpoint, model.dtype
     config = copy.deepcopy(checkpoint.config)
     plain = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(model.device)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            stored = {field: getattr(module, buffer) for field, buffer in module._names.items()}
             shape = module.out_features, module.in_features
-            weight = dequantize(stored, shape, module.quantization, dtype)
+            weight = dequantize(module.fields, shape, module.quantization, dtype)
             plain.get_submodule(name).weight.copy_(weight)
     theirs = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
@@ -121,7 +117,7 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fill_experts(plain: PreTrainedModel, offload, dtype: torch.dtype) -> None:
-    """transformers' stacked experts: matrices that share a parameter lie below each other."""
+    """Copy the experts; matrices that share a parameter of transformers are stacked."""
     checkpoint, layout = offload.checkpoint, offload.layout
     buffer = torch.empty(layout.n_bytes, dtype=torch.uint8)
     views = layout.views(buffer)

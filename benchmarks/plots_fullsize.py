@@ -1,7 +1,4 @@
-"""The picture of `fullsize.py`: tokens/s of each contestant, and the memory it took, side by side.
-
-Knows the JSON that `fullsize.py` writes and matplotlib. Knows nothing of models.
-"""
+"""The picture of `fullsize.py`'s JSON: tokens/s of each contestant, and its memory, side by side."""
 
 from __future__ import annotations
 
@@ -14,8 +11,12 @@ OTHER = "0.65"
 
 
 def plot_fullsize(result: dict) -> tuple[Figure, np.ndarray]:
-    """Bars of tokens/s and of GB. Array: float64 [contestants, 3] of tokens/s, GB of memory that no page cache explains,
-    and GB with the pages of mapped files (as measured; see `memory_of`); nan for one that did not run."""
+    """Draw bars of tokens/s and of GB.
+
+    Returns:
+        The figure, and float64 [contestants, 3]: tokens/s, GB of memory without the page cache, GB with the
+        pages of mapped files (see `memory_of`); nan for one that did not run.
+    """
     rows = result["contestants"]
     shown = np.array([(row.get("tokens_per_s", np.nan), *memory_of(row)) for row in rows.values()], float)
     settings = result["settings"]
@@ -39,8 +40,10 @@ def plot_fullsize(result: dict) -> tuple[Figure, np.ndarray]:
 
 
 def memory_of(row: dict) -> tuple[float, float]:
-    """GB without and with the pages of mapped files. Where a few layers were measured and scaled, what all of them would
-    hold, for both."""
+    """Return GB without and with the pages of mapped files; nan if not measured.
+
+    Where a few layers were measured and scaled, both are what all layers would hold.
+    """
     if "anon_bytes" not in row or row["anon_bytes"] is None:
         return np.nan, np.nan
     if "full_size_bytes" in row:
@@ -49,7 +52,7 @@ def memory_of(row: dict) -> tuple[float, float]:
 
 
 def why(row: dict) -> str:
-    """What to say where there is no bar."""
+    """Say why there is no bar."""
     return row.get("missing") or ("failed" if "failed" in row else "")
 
 
@@ -60,7 +63,7 @@ def label(name: str, row: dict) -> str:
 
 
 def _bars(axes, values: np.ndarray, colors: list[str], unit: str, instead: list[str]) -> None:
-    """A bar for each value with its number behind it, or with the text that stands instead."""
+    """Draw a bar for each value with its number, or the text that replaces it."""
     largest = np.nanmax(np.append(values, 0))
     for row, (value, color, text) in enumerate(zip(values, colors, instead)):
         if np.isnan(value):

@@ -1,9 +1,9 @@
-"""Which hidden state predicts the experts of coming layers best, and how good LRU is, on the held-out text.
+"""Which hidden state predicts coming layers' experts best, and LRU's hit rates, on the held-out text.
 
     python benchmarks/predictors.py [--model FOLDER] [--texts 40]
 
-Prints recall of two guesses by source and look-ahead, layer 0's from the previous token, and LRU's hit rates with
-chance beside them; writes benchmarks/results/predictors.json.
+Prints recall of two predictions by source and look-ahead, layer 0's from the previous token, and LRU's hit
+rates compared with chance; writes benchmarks/results/predictors.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TEXTS = HERE.parent / "training" / "heldout_text.jsonl"
 
 
 def recalls(layers, states) -> dict:
-    """Recall of two guesses by source and look-ahead; printed too, with that of three."""
+    """Measure recall of two predictions by source and look-ahead; print it, and that of three."""
     found = {}
     for source in SOURCES:
         recall = measure_recall(layers, states, (1, 2, 3, 10), source)
@@ -67,7 +67,8 @@ def main():
     n_experts = model.offload.checkpoint.n_experts
     chance = 2 / n_experts
     print(
-        f"{len(states.first)} tokens. Recall of the two likeliest (chance {chance:.2f}); in brackets of three\n"
+        f"{len(states.first)} tokens. "
+        f"Recall of the two likeliest (chance {chance:.2f}); in brackets of three\n"
     )
     found = {"tokens": len(states.first), "texts": len(texts), "chance_of_two": chance}
     found["recall_of_two"] = recalls(layers, states)

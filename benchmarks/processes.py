@@ -1,6 +1,6 @@
-"""Contestants of `fullsize.py`, each in a process of its own, and the ballast that makes a machine smaller.
+"""Runs the contestants of `fullsize.py` in processes of their own, and the ballast that fills RAM.
 
-Knows how to start, time and hear them. Knows nothing of files or results. As a program, it is such a process.
+Run as a program, it is such a process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def log(text: str) -> None:
 
 
 def _write_16bit(task: Task) -> dict:
-    from unpacked import write_16bit
+    from dequantized import write_16bit
 
     return write_16bit(task)
 
@@ -64,11 +64,11 @@ def work(name: str, task: str) -> None:
 
         held = np.ones(int(task), np.uint8)  # written to: memory that is only reserved holds nothing
         print(held.nbytes, flush=True)
-        sys.stdin.read()  # until whoever wants it closes the pipe or ends
+        sys.stdin.read()  # until the parent process closes the pipe or ends
         return
     try:
         result = WORKERS[name](Task(**json.loads(task)))
-    except Exception as error:  # whatever it is, the other contestants go on
+    except Exception as error:  # of any kind: the other contestants go on
         import traceback
 
         traceback.print_exc()
@@ -90,7 +90,7 @@ def in_process(name: str, task: Task, timeout_s: float) -> dict:
     except subprocess.TimeoutExpired:
         result = {"failed": f"took longer than {timeout_s:.0f} s"}
     except ValueError:
-        result = {"failed": f"said no result but: {lines[-1][:200]}"}
+        result = {"failed": f"no result, but: {lines[-1][:200]}"}
     result["wall_s"] = time.perf_counter() - began
     said = result.get("failed") or f"{result['wall_s']:.0f} s"
     log(f"{name}: {said}" + (f", {result['tokens_per_s']:.3f} tokens/s" if "tokens_per_s" in result else ""))
@@ -102,9 +102,11 @@ def check_machine_ram(machine_ram: int | None, ram: int) -> None:
     total = psutil.virtual_memory().total
     if machine_ram is not None and not ram + SPARE_BYTES <= machine_ram <= total:
         raise OptionError(
-            "impossible --machine-ram", expected=f"{gb(ram + SPARE_BYTES)} (--ram and some to spare) to {gb(total)}",
-            found=gb(machine_ram), hint="give a smaller --ram",
-        )  # fmt: skip
+            "impossible --machine-ram",
+            expected=f"{gb(ram + SPARE_BYTES)} (--ram and some to spare) to {gb(total)}",
+            found=gb(machine_ram),
+            hint="give a smaller --ram",
+        )
 
 
 @contextmanager

@@ -1,15 +1,13 @@
-"""accelerate's offload of the same weights in 16 bits, a few layers of them, scaled to all.
+"""accelerate's offload of the same weights in 16 bits: a few layers, scaled to all.
 
-Knows accelerate's device maps and how to time layers; `unpacked.py` writes the weights.
+A layer's experts of Mixtral-8x7B are 2.8 GB in 16 bits; 32 layers do not fit most disks. So n layers are
+written (`dequantized.py`) and each is measured by itself. The time of a token is
 
-A layer's experts of Mixtral-8x7B are 2.8 GB in 16 bits: 32 layers do not fit most disks, so n layers are written and
-measured, each by itself, and the time of a token is
+    what is not in a layer + resident * (a resident layer) + (all - resident) * (an offloaded layer)
 
-    what is not in a layer + resident * (a layer held where it runs) + (all - resident) * (an offloaded layer)
-
-with as many resident layers as the memory budget holds. Whatever favours accelerate is given to it: only experts are
-offloaded, the rest stays where it runs; the files' own memory-mapped pages need no budget; the fastest of transformers'
-experts implementations and, on the CPU, the faster 16-bit dtype are found by trying.
+with as many resident layers as the memory budget allows. accelerate gets the better of every choice: only
+experts are offloaded; the pages of memory-mapped files need no budget; the fastest of transformers' experts
+implementations and, on the CPU, the faster 16-bit dtype are found by trying.
 """
 
 from __future__ import annotations
@@ -21,15 +19,15 @@ from pathlib import Path
 import psutil
 import torch
 from contestants import MemoryPeak, Task, drop_page_cache, log, timed_generate
+from dequantized import dense_bytes_16bit
 from forced_routing import ForcedRouting, sticky_experts
-from unpacked import dense_bytes_16bit
 
 from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.units import parse_size
 
 
 class LayerTimes:
-    """Seconds spent in each decoder layer, a row for each pass: [passes][layers]; loading its weights included."""
+    """Measures seconds in each decoder layer, loading of weights included: [passes][layers]."""
 
     def __init__(self, model):
         self.rows: list[list[float]] = []
@@ -56,8 +54,11 @@ class LayerTimes:
 
 
 def load_offloaded(task: Task, offload_folder: Path):
-    """The 16-bit model: all but the experts, and the first layer's experts, where they run; the other layers' experts
-    on disk (CPU) or in RAM (CUDA), moved by accelerate when their layer runs."""
+    """Load the 16-bit model.
+
+    All but the experts, and the first layer's experts, stay where they run; the other layers' experts are on
+    disk (CPU) or in RAM (CUDA), moved by accelerate when their layer runs.
+    """
     from transformers import AutoModelForCausalLM
 
     on_cpu = torch.device(task.device).type == "cpu"
@@ -85,9 +86,13 @@ def run_accelerate(task: Task) -> dict:
         model = load_offloaded(task, Path(task.files) / "offloaded")
         config = model.config
         experts = sticky_experts(
-            task.prompt + task.tokens, task.scaled_layers, config.num_local_experts, config.num_experts_per_tok,
-            task.stay, task.seed,
-        )  # fmt: skip
+            task.prompt + task.tokens,
+            task.scaled_layers,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            task.stay,
+            task.seed,
+        )
         routing, times = ForcedRouting(model, experts), LayerTimes(model)
         implementation = fastest_implementation(model, routing)
         runs = {}
@@ -111,7 +116,7 @@ def run_accelerate(task: Task) -> dict:
 
 
 def fastest_implementation(model, routing: ForcedRouting) -> str:
-    """The fastest of transformers' experts implementations for the first token, each tried twice; set from now on."""
+    """Find and set the fastest of transformers' experts implementations for the first token."""
     times = {}
     for name in ("eager", "grouped_mm", "batched_mm"):
         try:
@@ -160,7 +165,7 @@ def scaled(task: Task, source: Checkpoint, seconds: list[float], rows: list[list
 
 
 def memory_budget(task: Task) -> int:
-    """Bytes for what is not offloaded: RAM on the CPU, the card's memory (or the `vram` option) on CUDA."""
+    """Return the bytes for what is not offloaded: RAM on the CPU, the GPU's memory (or `vram`) on CUDA."""
     if torch.device(task.device).type == "cpu":
         return task.ram
     vram = task.options.get("vram")

@@ -1,10 +1,10 @@
-"""From a checkpoint to the first token, part by part, against plainly reading the same files.
+"""From a checkpoint to the first token, part by part, compared with plainly reading the same files.
 
     python benchmarks/startup.py [FOLDER] [--store ram] [--cache-size 4] [--repeats 5]
 
-Each start and each plain read has a fresh process, and they alternate; files are in the page cache for both, and both
-first touch as much memory as they will need (see `loading.py`). FOLDER: default, the model that ships with the package.
-Writes benchmarks/results/startup.json; seconds are medians, parts:
+Each start and each plain read has a fresh process, and they alternate; files are in the page cache for both,
+and both first touch as much memory as they will need (see `loading.py`). Default of FOLDER: the shipped
+model. Writes benchmarks/results/startup.json; seconds are medians, parts:
 
     import       of this package, torch and transformers
     skeleton     the model without any weights
@@ -103,9 +103,14 @@ def measure(folder: str | None, options: dict, repeats: int) -> dict:
     total_s = statistics.median(sum(run["seconds"].values()) for run in runs)
     read_s, loaded_s = statistics.median(reads), total_s - seconds["import"]
     return first | {
-        "seconds": seconds, "total_s": total_s, "read_s": read_s, "over_read": loaded_s / read_s,
-        "over_read_with_import": total_s / read_s, "all_seconds": [run["seconds"] for run in runs], "all_read_s": reads,
-    }  # fmt: skip
+        "seconds": seconds,
+        "total_s": total_s,
+        "read_s": read_s,
+        "over_read": loaded_s / read_s,
+        "over_read_with_import": total_s / read_s,
+        "all_seconds": [run["seconds"] for run in runs],
+        "all_read_s": reads,
+    }
 
 
 def parse() -> argparse.Namespace:

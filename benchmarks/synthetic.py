@@ -1,8 +1,8 @@
-"""Make a Mixtral-shaped checkpoint of random packed weights, of any size, without ever holding unpacked ones.
+"""Make a Mixtral-shaped checkpoint of random packed weights, of any size; only packed weights are in memory.
 
     python benchmarks/synthetic.py FOLDER --layers 4 --hidden 2048 --intermediate 7168 --bits 4
 
-Speed and memory depend on shapes and bytes, not on values: this is how full-size models are measured without a download.
+Speed and memory depend on shapes and bytes, not on values: full-size models are measured without a download.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What traces cost: recording while a model generates, and replaying 1,000,000 (token, layer) events.
+"""The cost of traces: recording while a model generates, and replaying 1,000,000 (token, layer) events.
 
     python benchmarks/tracing.py [--tokens 100] [--repeats 20] [--replays 3]
 
-Tokens with and without recording alternate; the cost compares the medians of their times. Prints both and writes
-benchmarks/results/tracing.json.
+Tokens with and without recording alternate; the cost compares the medians of their times. Prints both and
+writes benchmarks/results/tracing.json.
 """
 
 import argparse
@@ -88,9 +88,8 @@ def replaying(trace: RoutingTrace, repeats: int) -> dict:
                 times.append(time.perf_counter() - begin)
             name = f"{policy}, {'one pool' if shared else 'a pool for each layer'}"
             found[name] = {"seconds": times, "hit_rate": hit_rate}
-            print(
-                f"replay of {long.n_tokens * long.n_layers:,} events, {name}: {statistics.median(times):.1f} s"
-            )
+            n_events = long.n_tokens * long.n_layers
+            print(f"replay of {n_events:,} events, {name}: {statistics.median(times):.1f} s")
     return found
 
 

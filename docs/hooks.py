@@ -1,10 +1,11 @@
-"""Hooks of the documentation's build: notebooks as stored, the API's pages, parts of Markdown files, the commands' help.
+"""Hooks of the documentation's build: notebooks, API pages, parts of Markdown files, commands' help.
 
-Read by mkdocs (`mkdocs.yml`, `hooks`). Needs neither torch nor Jupyter. Three comments are replaced in a page:
+Used by mkdocs (`mkdocs.yml`, `hooks`). Needs neither torch nor Jupyter. Three comments are replaced in a
+page:
 
     <!-- include CHANGELOG.md -->                the whole file
     <!-- include README.md "In Python" -->       one section of it, without its heading
-    <!-- command help -->                        what each command of `mixtral-offload` takes
+    <!-- command help -->                        the help of each command of `mixtral-offload`
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SECTIONS = {"measured": "measured.md", "reliability": "reliability.md", "how-it-
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Link to the repository. Not as `repo_url`: each visitor's browser would ask GitHub for numbers to show."""
+    """Link to the repository. Not as `repo_url`: each visitor's browser would load numbers from GitHub."""
     config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": repository()}]
     return config
 
@@ -97,7 +98,7 @@ def section(text: str, heading: str, file: str) -> str:
 
 
 def relinked(text: str, folder: str, page: str) -> str:
-    """Turn links that hold beside `folder` of the repository into links that hold in `page` of the documentation."""
+    """Turn links relative to `folder` of the repository into links of a page of the documentation."""
 
     def new(found: re.Match) -> str:
         target = found[2]
@@ -165,7 +166,8 @@ def public_names() -> str:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mixtral_offload.")
         for alias in node.names
     }
-    text = "# Public names\n\nWhat `from mixtral_offload import ...` gives. The next pages have the other modules, by folder.\n"
+    text = "# Public names\n\nWhat `from mixtral_offload import ...` gives. "
+    text += "The next pages have the other modules, by folder.\n"
     for name in sorted(modules, key=str.lower):
         text += f"\n::: {modules[name]}\n    options: {{skip_local_inventory: true}}\n"
     return text

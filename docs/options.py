@@ -1,9 +1,9 @@
-"""Write what follows from the declaration of the options (`mixtral_offload/core/options.py`) into the files that show it.
+"""Write the options' signature, Args and table from their declaration (`mixtral_offload/core/options.py`).
 
     python docs/options.py            the signature and the Args of `from_pretrained`, and the README's table
     python docs/options.py --check    fail where they differ from the declaration
 
-Editors and documentation read signatures from source files: they have to be written out there.
+Editors and documentation tools read signatures from source files, so they are written out there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ WIDTH = 110
 
 
 def help_of(name: str) -> str:
-    """The help of an option, with its default where the help does not state one."""
+    """Return the help of an option, with its default where the help does not state one."""
     option = declared()[name]
     states_none = option.default in (None, False) or "Default:" in option.metadata["help"]
     return option.metadata["help"] + ("" if states_none else f" Default: {option.default}.")
 
 
 def signature() -> str:
-    """The parameters of `from_pretrained` that are options."""
+    """Return the parameters of `from_pretrained` that are options."""
     return "".join(f"    {name}: {of.type} = {_literal(of.default)},\n" for name, of in declared().items())
 
 
@@ -39,7 +39,7 @@ def _literal(value: object) -> str:
 
 
 def arguments() -> str:
-    """Their entries of `Args`."""
+    """Return their entries of `Args`."""
     entries = []
     for name in declared():
         indent, further = " " * 8, " " * 12
@@ -51,7 +51,7 @@ def arguments() -> str:
 
 
 def table() -> str:
-    """The README's table."""
+    """Return the README's table."""
     rows = [f"| `{name}` | {help_of(name)} |" for name in declared()]
     return "\n".join(["| option | meaning |", "| --- | --- |", *rows]) + "\n"
 
@@ -64,7 +64,7 @@ def between(text: str, begin: str, end: str, content: str) -> str:
 
 
 def written() -> dict[Path, str]:
-    """File -> its text as it should be."""
+    """Return file -> its text as it should be."""
     build = BUILD.read_text(encoding="utf-8")
     build = between(
         build, "    # options: written by docs/options.py\n", "    # end of options\n", signature()

@@ -1,4 +1,4 @@
-"""Run big Mixture-of-Experts models on small devices: expert cache, quantized experts, transformers underneath."""
+"""Run Mixture-of-Experts models that are larger than the device, as transformers models."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # torch and transformers take seconds to import: only those who use them wait
+    # torch and transformers take seconds to import: load them on first use
     if name in _MODULES:
         return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,11 @@
-"""Execute the notebooks from top to bottom and store what they show.
+"""Execute the notebooks from top to bottom and store their outputs.
 
     python notebooks/run.py [--check] [--network] [NOTEBOOK ...]
 
-Without a network, unless asked for one, and in an empty folder each. What is stored is the same on every run, except in
-cells tagged `measured` (times, memory, versions): widget state, paths, counters of execution and progress bars go.
---check executes, writes nothing, and lists the other cells whose outputs are not the stored ones; a notebook that
-fails ends it with status 1.
+Each runs in an empty folder, without a network unless --network is given. Stored outputs are the same on
+every run, except in cells tagged `measured` (times, memory, versions): widget state, paths, execution
+counters and progress bars are removed. --check executes, writes nothing, and lists the other cells whose
+outputs differ from the stored ones; a notebook that fails ends it with status 1.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ HERE = Path(__file__).parent
 MEASURED = "measured"
 PROGRESS = re.compile(r"\d+%\|")
 WIDGET = "application/vnd.jupyter.widget-view+json"
-#: put on the kernel's path, it cuts the network off (the kernel itself talks over loopback)
+#: put on the kernel's path, it cuts the network off (except loopback, which the kernel itself uses)
 NO_NETWORK = """
 import socket
 _connect = socket.socket.connect
 def connect(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+    is_local = str(address[0]).startswith(("127.", "::1", "localhost"))
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local:
         raise OSError(101, "the network is off", address[0])
     return _connect(self, address)
 socket.socket.connect = connect
@@ -42,7 +43,11 @@ socket.getaddrinfo = lambda *a, **k: (_ for _ in ()).throw(socket.gaierror(-2, "
 
 
 def execute(path: Path, network: bool) -> tuple[nbformat.NotebookNode, float]:
-    """The executed and normalised notebook, and the seconds it took. Raises CellExecutionError."""
+    """Execute and normalise a notebook; return it and the seconds it took.
+
+    Raises:
+        CellExecutionError: A cell failed.
+    """
     notebook = nbformat.read(path, as_version=4)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as first_on_path:
@@ -58,7 +63,7 @@ def execute(path: Path, network: bool) -> tuple[nbformat.NotebookNode, float]:
 
 
 def normalise(notebook: nbformat.NotebookNode, folder: str) -> None:
-    """Leave what a reader wants to see, and nothing that differs from run to run."""
+    """Remove what differs from run to run."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -75,7 +80,7 @@ def normalise(notebook: nbformat.NotebookNode, folder: str) -> None:
 
 
 def merged(outputs: list) -> list:
-    """Neighbouring pieces of the same stream as one."""
+    """Join neighbouring pieces of the same stream."""
     found: list = []
     for output in outputs:
         same = found and output.output_type == "stream" == found[-1].output_type
@@ -87,7 +92,7 @@ def merged(outputs: list) -> list:
 
 
 def clean(output, folder: str, number: int):
-    """One output without widgets, paths and overwritten lines."""
+    """Remove widgets, paths and overwritten lines from one output."""
     if output.output_type == "stream":
         lines = [line.rsplit("\r", 1)[-1] for line in output.text.split("\n")]
         text = "\n".join(line for line in lines if not PROGRESS.search(line))
@@ -103,20 +108,20 @@ def clean(output, folder: str, number: int):
 
 
 def shorten(text: str, folder: str) -> str:
-    """Paths as a reader would write them, and no addresses of objects."""
+    """Write paths as a reader would, and remove addresses of objects."""
     package = str(Path(mixtral_offload.__file__).parent.parent)
     for long, short in (
         (os.path.realpath(folder), "."),
         (folder, "."),
         (package + os.sep, ""),
-        (str(Path.store()), "~"),
+        (str(Path.home()), "~"),
     ):
         text = text.replace(long, short)
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def differences(new: nbformat.NotebookNode, old: nbformat.NotebookNode) -> list[str]:
-    """What is not as stored, by cell."""
+    """Name the cells whose outputs are not the stored ones."""
     found = []
     for number, (a, b) in enumerate(zip(new.cells, old.cells)):
         if a.cell_type == "code" and MEASURED not in a.metadata.get("tags", []) and a.outputs != b.outputs:

@@ -1,8 +1,8 @@
-"""Write the repository's place on GitHub into the notebooks.
+"""Write the repository's name on GitHub into the notebooks.
 
     python notebooks/set_slug.py [OWNER/NAME]
 
-It stands in setup.py (`GITHUB`); badges and setup cells repeat it. With an argument, setup.py is changed first.
+setup.py has it (`GITHUB`); badges and setup cells repeat it. With an argument, setup.py is changed first.
 """
 
 import re

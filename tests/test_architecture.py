@@ -1,4 +1,4 @@
-"""The walks of docs/architecture.md name files and functions that exist, as many as they say, at most a screen each."""
+"""The walks of docs/architecture.md name files and functions that exist, in the stated number of steps."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""The big benchmarks, at toy shapes: what they write down, and that what they measured is what they say."""
+"""The big benchmarks, at toy shapes: the results that they write, and that these are true."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def result(tmp_path_factory) -> dict:
     return found
 
 
-def test_fullsize_writes_down_what_it_measured(result):
+def test_fullsize_writes_what_it_measured(result):
     ours, accelerate = (result["contestants"][name] for name in ("ours", "accelerate"))
     for row in (ours, accelerate):
         assert "failed" not in row
@@ -66,7 +66,7 @@ def test_fullsize_writes_down_what_it_measured(result):
     assert accelerate["layers_measured"] == 2
 
 
-def test_the_cache_served_the_forced_routing(result):
+def test_the_cache_follows_the_forced_routing(result):
     from forced_routing import sticky_experts
 
     ours = result["contestants"]["ours"]
@@ -79,7 +79,7 @@ def test_the_cache_served_the_forced_routing(result):
     assert ours["replay_agrees"]
 
 
-def test_a_failure_is_written_down_and_the_others_go_on(tmp_path):
+def test_a_failure_is_written_and_the_others_go_on(tmp_path):
     found = fullsize(tmp_path, "--ram", "1MB", "--prompt", 1, "--tokens", 1, "--rivals")
     assert "CapacityError" in found["contestants"]["ours"]["failed"]
     assert found["ratios"] == {}
@@ -128,7 +128,7 @@ def test_the_ballast_holds_memory_while_it_is_wanted():
         check_machine_ram(total, total)
 
 
-def test_the_size_said_before_writing_is_nearly_the_size_written(tmp_path):
+def test_the_size_estimated_before_writing_is_nearly_the_size_written(tmp_path):
     from bigfiles import checkpoint_bytes, make_checkpoint
     from fullsize import n_parameters
     from synthetic import mixtral_config
@@ -146,9 +146,9 @@ def test_the_size_said_before_writing_is_nearly_the_size_written(tmp_path):
 def test_the_16_bit_checkpoint_is_the_same_model(tmp_path, offloaded):
     from bigfiles import make_checkpoint
     from contestants import Task
+    from dequantized import write_16bit
     from synthetic import mixtral_config
     from transformers import AutoModelForCausalLM
-    from unpacked import write_16bit
 
     make_checkpoint(tmp_path / "checkpoint", mixtral_config(3, 256, 512, vocab=256), 2)
     task = TASK | {"files": str(tmp_path / "plain"), "scaled_layers": 3, "dtype": "float16"}
@@ -191,14 +191,14 @@ def test_sticky_experts_stay_as_often_as_stated():
 
 
 def _drawn_again(stay: float) -> float:
-    """Probability that an expert that did not stay is drawn again: 2 - kept draws among 8 - kept."""
+    """The probability to be drawn nevertheless, if `kept` stay: 2 - kept draws among 8 - kept."""
     return (1 - stay) * 2 / 8 + stay * 1 / 7
 
 
 def test_scaling_counts_resident_and_offloaded_layers(published):
     from contestants import Task
+    from dequantized import dense_bytes_16bit
     from rivals import scaled
-    from unpacked import dense_bytes_16bit
 
     source = open_checkpoint(published)  # 3 layers
     layer_bytes = 8 * 2 * sum(n * k for n, k in source.layout.shapes.values())
@@ -211,15 +211,15 @@ def test_scaling_counts_resident_and_offloaded_layers(published):
     assert found["offloaded_bytes"] == 2 * layer_bytes
 
 
-def test_forced_predictions_have_the_stated_recall():
+def test_predictions_are_right_as_often_as_stated():
     from types import SimpleNamespace
 
-    from forced_routing import ForcedGuesses, sticky_experts
+    from forced_routing import ForcedPredictions, sticky_experts
 
     experts = torch.from_numpy(sticky_experts(3000, 2, 8, 2, 0.0).astype(np.int64)).transpose(0, 1)
     routing = SimpleNamespace(experts=experts, position={0: 5, 1: 5})
-    predictions = ForcedGuesses(routing, 8, recall=0.7)
-    logits = predictions(torch.zeros(2995, 4), [SimpleNamespace(layer=0), SimpleNamespace(layer=1)])
+    predictor = ForcedPredictions(routing, 8, recall=0.7)
+    logits = predictor(torch.zeros(2995, 4), [SimpleNamespace(layer=0), SimpleNamespace(layer=1)])
     predicted = logits.topk(2).indices
     right = (predicted.unsqueeze(-1) == experts[:, 5:].unsqueeze(-2)).any(-2).float().mean()
     assert right == pytest.approx(0.7, abs=0.02)
@@ -237,16 +237,16 @@ def test_startup_names_its_parts(tmp_path):
 
 
 def test_passes_are_compared_on_the_same_logits(offloaded):
-    from packed_vs_transformers import PACKED, UNPACKED, compare_passes
+    from packed_vs_transformers import DEQUANTIZED, PACKED, compare_passes
 
-    packed, unpacked = offloaded(cache_size=8), offloaded(dequantize_on_load=True)
+    packed, dequantized = offloaded(cache_size=8), offloaded(dequantize_on_load=True)
     requests = workload(load_tokenizer(), 6, lengths=(2, 4, 9))
-    found = compare_passes(packed, unpacked, requests, (1, 3), repeats=2, context=8)
-    assert set(found.seconds[3]) == {PACKED, UNPACKED, "eager", "batched_mm", "grouped_mm"}
+    found = compare_passes(packed, dequantized, requests, (1, 3), repeats=2, context=8)
+    assert set(found.seconds[3]) == {PACKED, DEQUANTIZED, "eager", "batched_mm", "grouped_mm"}
     assert all(len(of) == 2 * 3 for of in found.seconds[3].values()) and max(found.difference.values()) < 1e-4
     assert found.over_best(PACKED, 3) > 0
     with pytest.raises(OptionError, match="cannot be compared"):
-        compare_passes(offloaded(cache_size=3), unpacked, requests)
+        compare_passes(offloaded(cache_size=3), dequantized, requests)
 
 
 def test_the_plain_model_is_transformers_own_with_our_weights(offloaded):

@@ -31,7 +31,7 @@ def test_refused_wants_this_kind_of_error():
 
     assert checks.refused("ours", refuse, OptionError).passed
     assert not checks.refused("another's", lambda: {}["key"], OptionError).passed
-    assert not checks.refused("nobody", lambda: None, OptionError).passed
+    assert not checks.refused("nothing", lambda: None, OptionError).passed
 
 
 def test_a_missing_program_is_skipped_and_an_exception_fails(capsys):

@@ -1,4 +1,4 @@
-"""The README's tables are made from the results that are kept."""
+"""The README's tables are made from the stored results."""
 
 import subprocess
 import sys

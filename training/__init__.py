@@ -1,1 +1,1 @@
-"""How the bundled demonstration model is made: corpus, tokenizer, training, export, evaluation."""
+"""How the shipped model is made: corpus, tokenizer, training, export, evaluation."""

@@ -1,7 +1,7 @@
-"""Endless training conversations: mixed domains, a memory of what was said, and careless typing.
+"""Endless training conversations: mixed domains, questions about earlier turns, and careless typing.
 
-python -m training.corpus               print a few conversations
-python -m training.corpus --check 20000  count the held-out keys and prompts met in that many of them (must be 0)
+python -m training.corpus                print a few conversations
+python -m training.corpus --check 20000  count the held-out keys and prompts met in that many (must be 0)
 """
 
 import argparse
@@ -14,13 +14,24 @@ from training.domains import about, arithmetic, code, everyday, geography, langu
 from training.domains.common import Exchange, held, words
 
 HELDOUT = Path(__file__).with_name("heldout.jsonl")
-DOMAINS = {"stories": stories, "arithmetic": arithmetic, "geography": geography, "python": code, "languages": languages,
-           "everyday": everyday, "about": about, "talk": talk, "outside": outside}  # fmt: skip
-# how often a turn comes from a domain; long answers (stories, code) weigh more tokens than their share of turns
-MIXTURE = {"stories": 7, "arithmetic": 34, "geography": 18, "python": 7, "languages": 26, "everyday": 18, "about": 11, "talk": 13, "outside": 9}  # fmt: skip
+DOMAINS = {
+    "stories": stories,
+    "arithmetic": arithmetic,
+    "geography": geography,
+    "python": code,
+    "languages": languages,
+    "everyday": everyday,
+    "about": about,
+    "talk": talk,
+    "outside": outside,
+}
+# weights of the domains in turns; those of long answers (stories, code) have a larger share of the tokens
+MIXTURE = {"stories": 7, "arithmetic": 34, "geography": 18, "python": 7, "languages": 26, "everyday": 18,
+           "about": 11, "talk": 13, "outside": 9}  # fmt: skip
 CARELESS = set(
     words("""what which how does tell about story please capital language country write python mean translate
-between number order bigger smaller comes after favourite colour remember called experts opposite explain show people speak
+between number order bigger smaller comes after favourite colour remember called experts opposite explain \
+show people speak
 thank hello""")
 )
 BEFORE = [
@@ -56,7 +67,7 @@ def _typo(rng, text):
 
 
 def careless(rng: random.Random, text: str) -> str:
-    """The text as people type it: often unchanged, else without capitals or stop, with a typo or a word more."""
+    """Type as people do: often unchanged, else without capitals or stop, with a typo or more words."""
     if rng.random() < 0.45:
         return text
     if rng.random() < 0.3:

@@ -25,7 +25,7 @@ def read(name: str) -> list[dict]:
 
 
 def right(item: dict, answer: str) -> bool:
-    """Every required text stands in the answer, and one of the accepted patterns matches, if there are any."""
+    """Tell whether the answer has every required text and matches an accepted pattern, if any."""
     low = answer.lower()
     accept = item.get("accept", [])
     return all(text.lower() in low for text in item.get("require", [])) and (
@@ -94,7 +94,11 @@ def perplexity(model, tokenizer, conversations, limit=1024) -> dict:
 
 
 def evaluate(model, tokenizer, every=1, batch_size=16, with_perplexity=True) -> dict:
-    """Score overall and by domain, the wrong answers, and the perplexities; every=4 takes a quarter of the prompts."""
+    """Compute scores overall and by domain, the wrong answers, and the perplexities.
+
+    Args:
+        every: 4 takes a quarter of the prompts.
+    """
     items = read("heldout.jsonl")[::every]
     got = answers(model, tokenizer, [item["messages"] for item in items], batch_size)
     marks, wrong = defaultdict(list), []
@@ -104,8 +108,12 @@ def evaluate(model, tokenizer, every=1, batch_size=16, with_perplexity=True) -> 
         if not good:
             wrong.append({**item, "answer": answer})
     every_mark = [mark for domain in marks.values() for mark in domain]
-    result = {"score": sum(every_mark) / len(every_mark), "prompts": len(every_mark),
-              "domains": {domain: sum(found) / len(found) for domain, found in marks.items()}, "wrong": wrong}  # fmt: skip
+    result = {
+        "score": sum(every_mark) / len(every_mark),
+        "prompts": len(every_mark),
+        "domains": {domain: sum(found) / len(found) for domain, found in marks.items()},
+        "wrong": wrong,
+    }
     if with_perplexity:
         result |= perplexity(model, tokenizer, [line["messages"] for line in read("heldout_text.jsonl")])
     return result
@@ -113,7 +121,7 @@ def evaluate(model, tokenizer, every=1, batch_size=16, with_perplexity=True) -> 
 
 @torch.inference_mode()
 def expert_use(model, tokenizer, per_domain=40, seed=77) -> dict:
-    """How the domains use the experts: shares by layer and domain, and the normalised mutual information by layer."""
+    """Measure the domains' shares of experts by layer, and the normalised mutual information by layer."""
     import random
 
     from training.corpus import DOMAINS
@@ -139,8 +147,12 @@ def expert_use(model, tokenizer, per_domain=40, seed=77) -> dict:
         joint * (joint.clamp_min(1e-12) / (share * joint.sum(-1, keepdim=True)).clamp_min(1e-12)).log()
     ).sum((1, 2))
     entropy = -(share * share.clamp_min(1e-12).log()).sum((1, 2))
-    return {"domains": list(DOMAINS), "shares": (joint * len(DOMAINS)).tolist(), "mutual_information": (information / entropy).tolist(),
-            "overall": share.squeeze(1).tolist()}  # fmt: skip
+    return {
+        "domains": list(DOMAINS),
+        "shares": (joint * len(DOMAINS)).tolist(),
+        "mutual_information": (information / entropy).tolist(),
+        "overall": share.squeeze(1).tolist(),
+    }
 
 
 @torch.inference_mode()
@@ -189,9 +201,8 @@ def main():
     result = evaluate(four_bit(model) if args.four_bit else model, tokenizer, every=args.every)
     if args.verbose:
         for item in result["wrong"]:
-            print(
-                f"[{item['domain']}] {item['messages'][-1]['content']!r}\n    -> {item['answer']!r}\n    wanted {item.get('require') or item.get('accept')}"
-            )
+            print(f"[{item['domain']}] {item['messages'][-1]['content']!r}\n    -> {item['answer']!r}")
+            print(f"    wanted {item.get('require') or item.get('accept')}")
     print(json.dumps({key: value for key, value in result.items() if key != "wrong"}, indent=1))
 
 

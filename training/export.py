@@ -36,7 +36,7 @@ def export(run: Path, out: Path, name="final.pt"):
 
 
 def tidy(out: Path):
-    """One tokenizer_config.json that older and newer readers understand, and the rope base under its classic name too."""
+    """Make tokenizer_config.json and the rope base readable for older and newer versions."""
     template = out / "chat_template.jinja"
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

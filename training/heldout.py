@@ -1,4 +1,4 @@
-"""Writes the held-out prompts and texts from the keys that training never meets.
+"""Writes the held-out prompts and texts from the keys that are not in the training text.
 
 python -m training.heldout
 """
@@ -14,7 +14,8 @@ from training.domains.names import person
 
 PROMPTS = Path(__file__).with_name("heldout.jsonl")
 TEXTS = Path(__file__).with_name("heldout_text.jsonl")
-COUNTS = {"stories": 20, "arithmetic": 32, "geography": 20, "python": 16, "languages": 20, "everyday": 20, "about": 14, "talk": 14, "outside": 20,
+COUNTS = {"stories": 20, "arithmetic": 32, "geography": 20, "python": 16, "languages": 20, "everyday": 20,
+          "about": 14, "talk": 14, "outside": 20,
           "memory": 14, "name": 14}  # fmt: skip
 FOUR_SENTENCES = r"(?s)([.!?][\"']?\s.*){3}"
 
@@ -52,7 +53,7 @@ def memory(rng) -> dict:
 
 
 def named(rng) -> dict:
-    """A system prompt with a name for the assistant, and the question about it, first or after another turn."""
+    """Make a system prompt that names the assistant, and ask the name, first or after another turn."""
     name = person(rng)[0]
     while not held(f"name|bot|{name}|0"):
         name = person(rng)[0]

@@ -1,4 +1,4 @@
-"""The shape of the demonstration model, and for training a loss of its routing and a faster forward of its experts."""
+"""The shipped model's shape, and for training a loss of its routing and a faster forward of its experts."""
 
 import math
 
@@ -12,15 +12,28 @@ LONG = 1024
 
 def make_config(tok) -> MixtralConfig:
     return MixtralConfig(
-        vocab_size=tokenizer.VOCABULARY, hidden_size=192, intermediate_size=256, num_hidden_layers=6, num_local_experts=8,
-        num_experts_per_tok=2, num_attention_heads=6, num_key_value_heads=2, head_dim=32, max_position_embeddings=LONG,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, sliding_window=None, tie_word_embeddings=False,
-        router_aux_loss_coef=0.01, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
-    )  # fmt: skip
+        vocab_size=tokenizer.VOCABULARY,
+        hidden_size=192,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=LONG,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        sliding_window=None,
+        tie_word_embeddings=False,
+        router_aux_loss_coef=0.01,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
 
 
 def experts_forward(self, hidden, index, weight):
-    """The experts' sum as transformers computes it; unbinding the weights spares a zero-filled gradient per expert."""
+    """Sum the experts as transformers does; unbinding avoids a zero-filled gradient per expert."""
     order = index.flatten().argsort()
     counts = index.flatten().bincount(minlength=self.num_experts).tolist()
     token = order // index.shape[1]
@@ -35,14 +48,19 @@ def experts_forward(self, hidden, index, weight):
 
 
 def routing_loss(router_logits, domains, count: int, targets: float):
-    """What the routing of every layer lacks: even use of the experts, and domains that keep to some of them.
+    """Compute a loss that asks for even use of the experts, and for domains that keep to some of them.
 
-    The two entropies are those of the mutual information between task and expert in Mod-Squad (arXiv 2212.08066,
-    section 3.3), over the routers' softmax with every domain weighing the same. H(expert) is pushed up to
-    log(experts); H(expert | domain) down, but not below log(targets), so that a domain keeps several experts.
+    The two entropies are those of the mutual information between task and expert in Mod-Squad (arXiv
+    2212.08066, section 3.3), over the routers' softmax with every domain weighing the same. H(expert) is
+    pushed up to log(experts); H(expert | domain) down, but not below log(targets), so that a domain keeps
+    several experts.
 
-    router_logits: per layer [tokens, experts]; domains: [tokens], -1 where none. Returns the loss, mean over layers
-    in nats, and each layer's mutual information in nats, rounded.
+    Args:
+        router_logits: Per layer [tokens, experts].
+        domains: [tokens], -1 where none.
+
+    Returns:
+        The loss, a mean over layers in nats, and each layer's mutual information in nats, rounded.
     """
     member = torch.nn.functional.one_hot(domains + 1, count + 1)[:, 1:].float()  # [tokens, domains]
     sizes = member.sum(0)

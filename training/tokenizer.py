@@ -1,4 +1,4 @@
-"""The byte-level tokenizer of the demonstration model and its chat template."""
+"""The byte-level tokenizer of the shipped model and its chat template."""
 
 from itertools import islice
 from pathlib import Path
@@ -40,9 +40,14 @@ def train(conversations, count=6000) -> PreTrainedTokenizerFast:
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=1024, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
         additional_special_tokens=[SYSTEM, USER, ASSISTANT],
-    )  # fmt: skip
+    )
     wrapped.chat_template = TEMPLATE
     return wrapped
 
@@ -52,7 +57,7 @@ def load(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, batch: list[list[dict]]) -> list[tuple[list[int], list[bool]]]:
-    """Ids of each conversation, the same as the chat template makes, and which of them the assistant must say."""
+    """Return the ids of each conversation, as the chat template makes them, and which are the assistant's."""
     fast = tokenizer.backend_tokenizer
     marks = {role: fast.token_to_id(f"<|{role}|>") for role in ("system", "user", "assistant")}
     bos, eos = fast.token_to_id(BOS), fast.token_to_id(EOS)

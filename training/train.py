@@ -1,11 +1,11 @@
-"""One command makes the bundled model: corpus, tokenizer, training, export.
+"""One command makes the shipped model: corpus, tokenizer, training, export.
 
     python -m training.train --minutes 65 --run training/runs/demo
 
-The length of a run is a wall-clock budget: the learning rate warms up, stays, and decays to zero exactly when the
-minutes are spent, on any machine. Started again with the same --run it goes on from the last checkpoint. The last
-eighth of the time uses rows of 1024 tokens, the rest rows of 512. At the end the weights are written as a checkpoint
-folder (--out), as training.export also does from any checkpoint of a run.
+The length of a run is a wall-clock budget: the learning rate warms up, stays, and decays to zero exactly when
+the minutes are spent, on any machine. Started again with the same --run, it resumes from the last checkpoint.
+The last eighth of the time uses rows of 1024 tokens, the rest rows of 512. At the end the weights are written
+as a checkpoint (--out), as training.export also does from any checkpoint of a run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ HEARD = 0.15  # loss weight of the tokens that the assistant does not say
 
 
 class Rows:
-    """Rows of exactly so many tokens: conversations one after another, each row starting a new one."""
+    """Rows of one length in tokens: conversations one after another, each row starting a new one."""
 
     def __init__(self, tok, seed: int):
         self.tok, self.stream, self.waiting = tok, corpus.conversations(seed), []
@@ -47,7 +47,7 @@ class Rows:
         return self.waiting.pop()
 
     def _domains(self, ids, made) -> list[int]:
-        """The number of each token's domain; -1 for the start, the system prompt, and what is not of one domain."""
+        """Return the number of each token's domain; -1 for the start, the system prompt, and mixed tokens."""
         names = list(corpus.DOMAINS)
         turns = [e.domain for e in made.exchanges for _ in range(2)]
         turns = [None] * (1 + len(made.messages) - len(turns)) + turns
@@ -103,7 +103,7 @@ def save(path: Path, model, optimizer, state):
 
 
 def make_tokenizer(folder: Path, seed: int, start: Path | None) -> None:
-    """Train the tokenizer of this run, once, or take the one beside the checkpoint that it starts from."""
+    """Train this run's tokenizer, once, or take that of the checkpoint that it starts from."""
     folder.mkdir(parents=True, exist_ok=True)
     if start and not (folder / "tokenizer").exists():
         shutil.copytree(start.parent / "tokenizer", folder / "tokenizer")

@@ -3,16 +3,17 @@
     pip install -r benchmarks/ecosystem/requirements.txt
     python -m benchmarks.ecosystem.run
 
-Each script runs one program twice: on the shipped model with offloaded experts, and on its twin (`twin.py`), where nothing of
-this package runs. It prints a line for each check, and exits with 1 where a check fails. A program that is not installed is
-skipped with a notice. `modelling_tests.py` runs transformers' own tests.
+Each script runs one program twice: on the shipped model with offloaded experts, and on its twin (`twin.py`),
+transformers' own model with the same weights. It prints a line for each check, and exits with 1 if a check
+fails. A program that is not installed is skipped with a notice. `modelling_tests.py` runs transformers' own
+tests.
 """
 
 import os
 import sys
 
-# everything here is local; read when the programs are imported. Only where a script of this folder is the program (Python's
-# argv says "-m" while it looks for that): an import, as by the tests, leaves the process's environment alone
+# Everything here is local. Set before the programs are imported, and only if a script of this folder is the
+# main program (argv is "-m" while Python looks for it): an import, as by the tests, changes no environment.
 if sys.argv[0] == "-m":
     for _name, _value in (
         ("HF_HUB_OFFLINE", "1"),

@@ -1,7 +1,4 @@
-"""One line per check: what was compared, the figure, the tolerance; and the machine that found it.
-
-Knows nothing of models or programs.
-"""
+"""One line per check: what was compared, the figure, the tolerance, and the machine."""
 
 from __future__ import annotations
 
@@ -48,7 +45,8 @@ class Check:
 
     def __str__(self) -> str:
         figure = "failed" if self.figure is None else f"{self.figure:.3g}"
-        line = f"{'ok ' if self.passed else 'BAD'} {self.what}: {figure} (at most {self.tolerance:g}; {self.unit}, {self.n})"
+        limit = f"at most {self.tolerance:g}; {self.unit}, {self.n}"
+        line = f"{'ok ' if self.passed else 'BAD'} {self.what}: {figure} ({limit})"
         return f"{line}\n      {self.message}" if self.message else line
 
 
@@ -117,7 +115,7 @@ def refused(what: str, call: Callable[[], object], expected: type[Exception]) ->
 
 
 def equal(what: str, found: list, expected: list, unit: str = "unequal answers") -> Check:
-    """A check that every answer is the expected one; the first unequal pair is kept."""
+    """Check that every answer is the expected one; keep the first unequal pair."""
     wrong = [(a, b) for a, b in zip(found, expected, strict=True) if a != b]
     message = f"{wrong[0][0]!r} instead of {wrong[0][1]!r}" if wrong else None
     return Check(what, len(wrong), 0, len(found), unit, message=message)

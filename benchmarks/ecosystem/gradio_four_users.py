@@ -1,9 +1,10 @@
-"""gradio with four users at once on one model: each stream is what its user gets alone, and what the twin says.
+"""gradio with four users at once on one model: each stream equals what its user gets alone, and the twin's.
 
     python -m benchmarks.ecosystem.gradio_four_users
 
-A ChatInterface with a queue, on the loopback interface; four clients, each in a thread, with two turns each. Answers come from a
-`ChatSession` of this package, then once more from transformers' `generate` with a streamer, as gradio's guides have it.
+A ChatInterface with a queue, on the loopback interface; four clients, each in a thread, with two turns each.
+Answers come from a `ChatSession` of this package, then from transformers' `generate` with a streamer, as in
+gradio's guides.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def served(answer: Answer, asked: list[list[str]]) -> tuple[list, list, int]:
 
 
 def expected(asked: list[list[str]], tokenizer) -> list[list[str]]:
-    """What the twin says to each user."""
+    """Return the twin's answers to each user."""
     model, found = twin(), []
     for texts in asked:
         messages, answers = [], []

@@ -1,4 +1,4 @@
-"""langchain on offloaded experts: chat, streaming, batches and a chain, through langchain-huggingface; the twin's are the right answers.
+"""langchain on offloaded experts: chat, streaming, batches, a chain; compared with the twin.
 
 python -m benchmarks.ecosystem.langchain_chat
 """
@@ -22,8 +22,13 @@ def chat(model, tokenizer):
     from transformers import pipeline
 
     answers = pipeline(
-        "text-generation", model=model, tokenizer=tokenizer, max_new_tokens=LONGEST, do_sample=False, return_full_text=False
-    )  # fmt: skip
+        "text-generation",
+        model=model,
+        tokenizer=tokenizer,
+        max_new_tokens=LONGEST,
+        do_sample=False,
+        return_full_text=False,
+    )
     return ChatHuggingFace(llm=HuggingFacePipeline(pipeline=answers), tokenizer=tokenizer)
 
 

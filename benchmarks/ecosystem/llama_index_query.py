@@ -1,4 +1,4 @@
-"""llama-index on offloaded experts: completion, streaming, chat, and a query over documents; the twin's are the right answers.
+"""llama-index on offloaded experts: completion, streaming, chat, a query; compared with the twin.
 
 python -m benchmarks.ecosystem.llama_index_query
 """
@@ -33,19 +33,30 @@ def answers(model, tokenizer) -> dict[str, list[str]]:
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     llm = HuggingFaceLLM(
-        model=model, tokenizer=tokenizer, context_window=1024, max_new_tokens=LONGEST, generate_kwargs={"do_sample": False},
-        messages_to_prompt=to_prompt, completion_to_prompt=lambda text: to_prompt([ChatMessage(role="user", content=text)]),
-        tokenizer_kwargs={"add_special_tokens": False}, device_map="cpu", is_chat_model=True,
-    )  # fmt: skip
+        model=model,
+        tokenizer=tokenizer,
+        context_window=1024,
+        max_new_tokens=LONGEST,
+        generate_kwargs={"do_sample": False},
+        messages_to_prompt=to_prompt,
+        completion_to_prompt=lambda text: to_prompt([ChatMessage(role="user", content=text)]),
+        tokenizer_kwargs={"add_special_tokens": False},
+        device_map="cpu",
+        is_chat_model=True,
+    )
     asked = [messages[0]["content"] for messages in questions(PROMPTS)]
     index = SummaryIndex.from_documents([Document(text=text) for text in DOCUMENTS])
     engine = index.as_query_engine(llm=llm, response_mode="compact")
     return {
         "complete": [llm.complete(text).text for text in asked],
-        "stream_complete": ["".join(piece.delta or "" for piece in llm.stream_complete(text)) for text in asked],
+        "stream_complete": [
+            "".join(piece.delta or "" for piece in llm.stream_complete(text)) for text in asked
+        ],
         "chat": [llm.chat([ChatMessage(role="user", content=text)]).message.content for text in asked],
-        "a query over documents": [str(engine.query(text)) for text in ("What is the capital of Italy?", "What does Tom have?")],
-    }  # fmt: skip
+        "a query over documents": [
+            str(engine.query(text)) for text in ("What is the capital of Italy?", "What does Tom have?")
+        ],
+    }
 
 
 def checks() -> Iterator[Check]:

@@ -1,8 +1,9 @@
-"""lm_eval on offloaded experts: three small tasks from held-out conversations, without a network; the twin's scores are the right ones.
+"""lm_eval on offloaded experts: three small tasks, without a network; compared with the twin.
 
     python -m benchmarks.ecosystem.lm_eval_tasks
 
-Multiple choice (log-likelihoods of answers), perplexity (rolling log-likelihoods), and generation (greedy answers), in batches.
+The tasks are made of held-out conversations: multiple choice (log-likelihoods of answers), perplexity
+(rolling log-likelihoods), and generation (greedy answers), in batches.
 """
 
 from __future__ import annotations
@@ -26,18 +27,26 @@ TOLERANCE = 1e-4
 
 TASKS = {
     "shipped_choice": {
-        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     },
     "shipped_text": {
-        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
     },
     "shipped_answer": {
-        "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[0]}}",
-        "generation_kwargs": {"max_gen_toks": 24, "until": ["\n"], "do_sample": False}, "metric_list": [{"metric": "exact_match"}],
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"max_gen_toks": 24, "until": ["\n"], "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
     },
-}  # fmt: skip
+}
 
 
 def write_tasks(folder: Path, tokenizer) -> None:
@@ -56,8 +65,13 @@ def write_tasks(folder: Path, tokenizer) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, task in TASKS.items():
         data = folder / ("texts.jsonl" if name == "shipped_text" else "questions.jsonl")
-        settings = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
-                    "test_split": "test", "target_delimiter": ""}  # fmt: skip
+        settings = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "test_split": "test",
+            "target_delimiter": "",
+        }
         (folder / f"{name}.yaml").write_text(json.dumps(settings | task))  # JSON is YAML too
 
 

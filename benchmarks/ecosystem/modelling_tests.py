@@ -2,14 +2,16 @@
 
     python -m benchmarks.ecosystem.modelling_tests [--source FOLDER] [--families mixtral qwen3_moe]
 
-Every test runs twice: on transformers' models as they are, and with offloaded experts (`offloaded_plugin.py`). Tests that pass
-with the former and fail with the latter are listed with the first line of the failure, and with whether it is a message of this
-package (an OffloadError). A failure is by design where `BY_DESIGN` lists it, and a fault everywhere else.
+Every test runs twice: on transformers' models as they are, and with offloaded experts
+(`offloaded_plugin.py`). Tests that pass with the former and fail with the latter are listed with the first
+line of the failure, and with whether it is a message of this package (an OffloadError). A failure is by
+design if `BY_DESIGN` lists it, and a fault otherwise.
 
-The tests are not in transformers' wheel, and are not copied into this repository. Without `--source` they are taken from the
-source distribution of the installed version, which has the common tests of all models but neither those of generation nor the
-models' own files: small stand-ins, written here, take their place. `--source` is a checkout of transformers; its own src/ runs
-then, so that tests and models belong together. Writes benchmarks/results/modelling-tests.json.
+The tests are not in transformers' wheel, and are not copied into this repository. Without `--source` they are
+taken from the source distribution of the installed version. It has the common tests of all models, but
+neither those of generation nor the models' own files: small stand-ins, written here, replace them. `--source`
+is a checkout of transformers; its own src/ runs then, so that tests and models match. Writes
+benchmarks/results/modelling-tests.json.
 """
 
 from __future__ import annotations
@@ -38,25 +40,57 @@ ERROR = r"[\w.]*(Error|Exception|Interrupt|Exit)\b"
 
 #: what fails by design: (test, start of the message, why); the same message in another test is a fault
 BY_DESIGN = (
-    (r"test_eager_matches_batched_and_grouped_inference", r"OptionError: this needs the experts' weights as parameters",
-     "experts are not parameters: no other implementation of them"),
-    (r"test_resize_embeddings_untied_no_reinit_on_post_init", r"OptionError: this needs the experts' weights as parameters",
-     "experts are not parameters: not initialised again"),
-    (r"test_(correct_missing_keys|model_weights_reload_no_missing_tied_weights|can_use_safetensors|load_save_without_tied_weights)",
-     r"OptionError: output_loading_info is not supported", "from_pretrained returns the model alone"),
-    (r"test_(load_save_without_tied_weights|reverse_loading_mapping)", r"FileNotFoundError: No such file or directory: .*/model\.safetensors",
-     "save_pretrained writes one file for each expert, not one for all"),
-    (r"test_save_load$", r"AssertionError: False != True", "a base model is saved as the whole, with its generation_config.json"),
-    (r"test_base_model_prefix_loads_base_weights", r"OptionError: (ignore_mismatched_sizes|output_loading_info) is not supported",
-     "experts have one size, and from_pretrained returns the model alone"),
-    (r"test_tp_plan_matches_params", r".*entries of the TP-plan are not valid.*experts",
-     "experts are not parameters: no tensor parallelism over them"),
-    (r"test_reverse_loading_mapping", r".*(`\.experts\.\*.*in `WeightConverter|AssertionError: \['embed_tokens)", "experts are not parameters: nothing to convert back"),
-    (r"test_generate_compile_model_forward_fullgraph", r"torch\._dynamo\.exc\.Unsupported: Skip inlining `torch\.compiler\.disable",
-     "experts are served outside of compiled graphs: no fullgraph"),
-    (r"test_cannot_load_with_meta_device_context_manager", r"AssertionError: RuntimeError not raised",
-     "loads under torch.device('meta') too, with the same logits"),
-)  # fmt: skip
+    (
+        r"test_eager_matches_batched_and_grouped_inference",
+        r"OptionError: this needs the experts' weights as parameters",
+        "experts are not parameters: no other implementation of them",
+    ),
+    (
+        r"test_resize_embeddings_untied_no_reinit_on_post_init",
+        r"OptionError: this needs the experts' weights as parameters",
+        "experts are not parameters: not initialised again",
+    ),
+    (
+        r"test_(correct_missing_keys|model_weights_reload_no_missing_tied_weights|can_use_safetensors|load_save_without_tied_weights)",
+        r"OptionError: output_loading_info is not supported",
+        "from_pretrained returns the model alone",
+    ),
+    (
+        r"test_(load_save_without_tied_weights|reverse_loading_mapping)",
+        r"FileNotFoundError: No such file or directory: .*/model\.safetensors",
+        "save_pretrained writes one file for each expert, not one for all",
+    ),
+    (
+        r"test_save_load$",
+        r"AssertionError: False != True",
+        "a base model is saved as the whole, with its generation_config.json",
+    ),
+    (
+        r"test_base_model_prefix_loads_base_weights",
+        r"OptionError: (ignore_mismatched_sizes|output_loading_info) is not supported",
+        "experts have one size, and from_pretrained returns the model alone",
+    ),
+    (
+        r"test_tp_plan_matches_params",
+        r".*entries of the TP-plan are not valid.*experts",
+        "experts are not parameters: no tensor parallelism over them",
+    ),
+    (
+        r"test_reverse_loading_mapping",
+        r".*(`\.experts\.\*.*in `WeightConverter|AssertionError: \['embed_tokens)",
+        "experts are not parameters: nothing to convert back",
+    ),
+    (
+        r"test_generate_compile_model_forward_fullgraph",
+        r"torch\._dynamo\.exc\.Unsupported: Skip inlining `torch\.compiler\.disable",
+        "experts run outside of compiled graphs: no fullgraph",
+    ),
+    (
+        r"test_cannot_load_with_meta_device_context_manager",
+        r"AssertionError: RuntimeError not raised",
+        "loads under torch.device('meta') too, with the same logits",
+    ),
+)
 
 #: in place of the files that a source distribution does not have: path -> text
 STAND_INS = {
@@ -88,9 +122,10 @@ class Tester:
 
     def get_config(self):
         return {config}(
-            vocab_size=99, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=8, num_experts=8, num_experts_per_tok=2,
-            shared_expert_intermediate_size=32, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=99, hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            num_local_experts=8, num_experts=8, num_experts_per_tok=2, shared_expert_intermediate_size=32,
+            max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
 
     def prepare_config_and_inputs_for_common(self):
@@ -164,8 +199,10 @@ def run_tests(
     source = root / "src"  # of a checkout; a source distribution is of the installed version
     places = [source, ROOT] if (root / "tests" / "causal_lm_tester.py").is_file() else [ROOT]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, places)), "HF_HUB_OFFLINE": "1", "OFFLOADED_FAMILIES": " ".join(families),
-    }  # fmt: skip
+        "PYTHONPATH": os.pathsep.join(map(str, places)),
+        "HF_HUB_OFFLINE": "1",
+        "OFFLOADED_FAMILIES": " ".join(families),
+    }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
@@ -196,7 +233,7 @@ def read_report(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def first_line(message: str, text: str) -> str:
-    """`Error: first line` of the failure that ended the test; of this package's messages also key, expected and found."""
+    """Return a failure's `Error: first line`; of our own messages also key, expected and found."""
     lines = [line[1:].strip() for line in text.splitlines() if re.match(r"E   ", line)]
     first = next((n for n, line in enumerate(lines) if re.match(ERROR, line)), None)
     if first is None:
@@ -264,11 +301,17 @@ def main() -> None:
         verdict = f"by design ({failure.by_design}; {whose})" if failure.by_design else f"FAULT ({whose})"
         print(f"  {failure.test}: {verdict}\n      {failure.message}")
     faults = sum(failure.by_design is None for failure in failures)
-    print(
-        f"  only with offloaded experts fail {len(failures)}: {len(failures) - faults} by design, {faults} faults"
-    )
-    record = {"tests": kind, "families": families, "machine": machine() | versions(["torch", "pytest"]),
-              "own": counts(own), "own_failures": fails, "offloaded": counts(mine), "failures": [asdict(failure) for failure in failures]}  # fmt: skip
+    count = f"{len(failures) - faults} by design, {faults} faults"
+    print(f"  only with offloaded experts fail {len(failures)}: {count}")
+    record = {
+        "tests": kind,
+        "families": families,
+        "machine": machine() | versions(["torch", "pytest"]),
+        "own": counts(own),
+        "own_failures": fails,
+        "offloaded": counts(mine),
+        "failures": [asdict(failure) for failure in failures],
+    }
     save(arguments.out, record)
     sys.exit(1 if faults else 0)
 

@@ -1,12 +1,13 @@
 """pytest plugin: every model with experts that a test of transformers builds gets offloaded ones.
 
-Loaded with `-p benchmarks.ecosystem.offloaded_plugin`. A model that a test has just built with random weights is written to a
-temporary checkpoint and opened with `mixtral_offload.from_pretrained`; the test's object becomes the opened model (or, for a base
-model, the opened model's). Where a test calls `from_pretrained` of a causal language model, this package's is called with the
-same arguments. Models with other heads, which this package does not open, stay as they are.
+Loaded with `-p benchmarks.ecosystem.offloaded_plugin`. A model that a test has just built with random weights
+is written to a temporary checkpoint and opened with `mixtral_offload.from_pretrained`; the test's object
+becomes the opened model (or, for a base model, the opened model's). If a test calls `from_pretrained` of a
+causal language model, this package's is called with the same arguments. Models with other heads, which this
+package does not open, stay as they are.
 
-What a fresh model of transformers has and one opened by `from_pretrained` does not, it gets back: training mode and parameters
-that want gradients. All else is as this package's users have it.
+Training mode and parameters that require gradients are restored, because a fresh model of transformers has
+them and one opened by `from_pretrained` does not. Everything else is as this package's users have it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _experts_of(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 def offload_experts(model: PreTrainedModel) -> None:
-    """Make `model` what `from_pretrained` opens from a checkpoint of it; leave one without weights or experts as it is."""
+    """Turn `model` into what `from_pretrained` opens from it, if it has weights and experts."""
     experts = _experts_of(model)
     tensors = [*model.parameters(), *model.buffers()]
     if not experts or any(tensor.is_meta or not tensor.isfinite().all() for tensor in tensors):
@@ -144,8 +145,12 @@ def _reopened(model: PreTrainedModel) -> PreTrainedModel:
         PreTrainedModel.save_pretrained(model, folder)
         with torch.random.fork_rng():
             opened = mixtral_offload.from_pretrained(
-                folder, device="cpu", dtype=model.dtype, cache_size=min(CACHE_SIZE, _n_experts(model)), store="ram"
-            )  # fmt: skip
+                folder,
+                device="cpu",
+                dtype=model.dtype,
+                cache_size=min(CACHE_SIZE, _n_experts(model)),
+                store="ram",
+            )
     finally:
         _depth -= 1
     weakref.finalize(opened, shutil.rmtree, folder, ignore_errors=True)  # what it is saved from

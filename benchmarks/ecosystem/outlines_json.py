@@ -1,4 +1,4 @@
-"""outlines on offloaded experts: answers bound to a JSON schema, a choice and a regular expression; the twin's are the right ones.
+"""outlines on offloaded experts: answers bound to a JSON schema, a choice, a regex; compared with the twin.
 
 python -m benchmarks.ecosystem.outlines_json
 """

@@ -1,9 +1,10 @@
-"""peft on offloaded experts: LoRA on attention, and prompt tuning, trained and used; the twin's numbers are the right ones.
+"""peft on offloaded experts: LoRA on attention, and prompt tuning, trained and used; compared with the twin.
 
     python -m benchmarks.ecosystem.peft_lora
 
-For 16- and 4-bit experts, with plain and with 4-bit attention: 20 steps of training from the same start. Compared: each step's
-loss and gradients, logits with the trained adapter, with the adapter switched off, after saving and loading, after merging.
+For 16- and 4-bit experts, with plain and with 4-bit attention: 20 steps of training from the same start.
+Compared: each step's loss and gradients; logits with the trained adapter, with the adapter switched off,
+after saving and loading, and after merging.
 """
 
 from __future__ import annotations
@@ -90,7 +91,11 @@ def logits(model, of: list[dict[str, Tensor]]) -> Tensor:
 
 
 def compare_training(name: str, before: Tensor, mine, reference, of) -> Iterator[Check]:
-    """Train both; the checks of losses, gradients and of the answers afterwards. before: logits without an adapter."""
+    """Train both; check losses, gradients and the answers afterwards.
+
+    Args:
+        before: Logits without an adapter.
+    """
     with torch.no_grad():
         for a, b in zip(trained(mine).values(), trained(reference).values(), strict=True):
             b.copy_(a)
@@ -138,7 +143,7 @@ def merged(name: str, mine, reference, of) -> Check:
 
 
 def others(of) -> Iterator[Check]:
-    """DoRA, which reads the quantized weight; and adapters of experts: refused, or trained where the model is unpacked."""
+    """Check DoRA, and adapters of experts: refused unless dequantized on load."""
     from peft import LoraConfig, get_peft_model
 
     def logits_and_gradients(model, **options) -> tuple[list, list]:
@@ -151,19 +156,20 @@ def others(of) -> Iterator[Check]:
         return [output.logits.detach()], [gradient for _, gradient in wanted]
 
     linear = ["q_proj", "v_proj", "w1", "w2", "w3"]
-    for name, options, unpack in (
+    for name, options, dequantize in (
         ("DoRA on 4-bit attention", {"target_modules": ["q_proj", "v_proj"], "use_dora": True}, False),
-        ("LoRA on all linear layers, unpacked", {"target_modules": "all-linear"}, True),
-        ("LoRA on attention and experts, unpacked", {"target_modules": linear}, True),
+        ("LoRA on all linear layers, dequantized", {"target_modules": "all-linear"}, True),
+        ("LoRA on attention and experts, dequantized", {"target_modules": linear}, True),
     ):
-        model = ours(dequantize_on_load=True, cache_size=None) if unpack else ours()
+        model = ours(dequantize_on_load=True, cache_size=None) if dequantize else ours()
         found, wanted = (logits_and_gradients(each, **options) for each in (model, twin()))
         yield close(f"{name}: logits", found[0], wanted[0], TOLERANCE)
         yield close(f"{name}: gradients", found[1], wanted[1], TOLERANCE)
     for name, options in (
-        ("LoRA on all linear layers", {"target_modules": "all-linear"}), ("LoRA on attention and experts", {"target_modules": linear}),
+        ("LoRA on all linear layers", {"target_modules": "all-linear"}),
+        ("LoRA on attention and experts", {"target_modules": linear}),
         ("modules_to_save of 4-bit attention", {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"]}),
-    ):  # fmt: skip
+    ):
         yield refused(name, lambda options=options: logits_and_gradients(ours(), **options), OffloadError)
 
 

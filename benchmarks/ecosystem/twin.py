@@ -1,7 +1,4 @@
-"""The model that a check is about, and transformers' own MixtralForCausalLM on the same weights, dequantized.
-
-Knows how both are built. Knows nothing of the programs that run on them.
-"""
+"""The model under test, and its twin: transformers' MixtralForCausalLM on the same weights, dequantized."""
 
 from __future__ import annotations
 
@@ -36,15 +33,15 @@ def ours(folder: Path = DEMO, **options) -> PreTrainedModel:
 
 def twin(folder: Path = DEMO) -> PreTrainedModel:
     """transformers' own model on the same weights, dequantized: nothing of this package runs in it."""
-    unpacked = from_pretrained(folder, device="cpu", dequantize_on_load=True)
-    config = copy.deepcopy(unpacked.config)
+    dequantized = from_pretrained(folder, device="cpu", dequantize_on_load=True)
+    config = copy.deepcopy(dequantized.config)
     config._experts_implementation = None
-    model = MixtralForCausalLM(config).to(unpacked.dtype)
-    missing, unexpected = model.load_state_dict(unpacked.state_dict(), strict=False)
+    model = MixtralForCausalLM(config).to(dequantized.dtype)
+    missing, unexpected = model.load_state_dict(dequantized.state_dict(), strict=False)
     if missing or unexpected:
         raise RuntimeError(f"the twin has other parameters: {missing + unexpected}")
     model.set_experts_implementation("eager")
-    model.generation_config = copy.deepcopy(unpacked.generation_config)
+    model.generation_config = copy.deepcopy(dequantized.generation_config)
     return model.eval().requires_grad_(False)
 
 
@@ -55,10 +52,14 @@ def variants() -> Iterator[dict[str, Path]]:
     try:
         yield {
             "fp16 experts, plain attention": FP16,
-            "fp16 experts, 4-bit attention": convert_checkpoint(FP16, folder / "fp16-4bit", attention=FOUR_BITS),
-            "4-bit experts, plain attention": convert_checkpoint(DEMO, folder / "4bit-plain", attention=Quantization(16)),
+            "fp16 experts, 4-bit attention": convert_checkpoint(
+                FP16, folder / "fp16-4bit", attention=FOUR_BITS
+            ),
+            "4-bit experts, plain attention": convert_checkpoint(
+                DEMO, folder / "4bit-plain", attention=Quantization(16)
+            ),
             "4-bit experts, 4-bit attention": DEMO,
-        }  # fmt: skip
+        }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -78,7 +79,7 @@ def conversations(n: int) -> list[list[dict[str, str]]]:
 
 @contextmanager
 def last_logits(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """The logits of each pass's last tokens, as they are computed inside: texts may stay equal where these do not."""
+    """Collect the logits of each pass's last tokens: they may differ where texts are equal."""
     found: list[torch.Tensor] = []
     hook = model.lm_head.register_forward_hook(
         lambda *called: found.append(called[-1][:, -1].detach().clone())
@@ -96,7 +97,10 @@ def greedy(model: PreTrainedModel, tokenizer, messages: list[dict[str, str]], n_
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     ids = model.generate(
-        prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=n_tokens, do_sample=False,
+        prompt["input_ids"],
+        attention_mask=prompt["attention_mask"],
+        max_new_tokens=n_tokens,
+        do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     return tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,1 +1,1 @@
-"""What people start: the command line, the widget, what the notebooks share."""
+"""Entry points for users: the command line, the chat widget, the notebooks' helpers."""

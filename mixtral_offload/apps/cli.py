@@ -1,6 +1,6 @@
 """The command line: chat, generate, trace, download, info, plan, convert, verify.
 
-Knows the terminal. Everything it does is a function of the package, called with the options given.
+Handles the terminal; each command calls one function of the package with the given options.
 """
 
 from __future__ import annotations
@@ -10,26 +10,41 @@ import os
 import signal
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import TYPE_CHECKING, NoReturn
 
 from mixtral_offload.apps.parser import OFFLOAD, PLAN, build_parser, given
 from mixtral_offload.errors import DownloadError, OffloadError
 from mixtral_offload.system.safe_output import safe_output
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mixtral_offload.generation.chat import ChatSession
+    from mixtral_offload.generation.jobs import Job
+    from mixtral_offload.runtime.offload import OffloadedModel
+    from mixtral_offload.weights.hqq import Quantization
+
 
 @safe_output()
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors of ours are one message, never a traceback."""
+    """Run one command and return the exit status. An `OffloadError` is one message, never a traceback."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     commands = {
-        "chat": run_chat, "generate": run_generate, "trace": run_trace,
-        "download": run_download, "info": run_info, "plan": run_plan, "convert": run_convert,
+        "chat": run_chat,
+        "generate": run_generate,
+        "trace": run_trace,
+        "download": run_download,
+        "info": run_info,
+        "plan": run_plan,
+        "convert": run_convert,
         "verify": run_verify,
-    }  # fmt: skip
+    }
     arguments = build_parser(commands).parse_args(argv)
     try:
         arguments.run(arguments)
@@ -41,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of the output has gone
         drop_output()
         return 141
-    except OSError as error:  # a full disk behind standard output, a file that went away
+    except OSError as error:  # a full disk behind standard output, a deleted file
         where = "" if error.filename is None else f"\n  file: {error.filename}"
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         drop_output()
@@ -52,68 +67,63 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def drop_output() -> None:
-    """What is still to be written is dropped: or the flush at exit fails too."""
+    """Discard what standard output still buffers; otherwise the flush at exit fails too."""
     with contextlib.suppress(OSError, ValueError):  # standard output is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def load(arguments):
-    """(model, tokenizer) as the options ask; prints the plan to standard error."""
+def load(arguments: Namespace) -> tuple[OffloadedModel, PreTrainedTokenizerBase]:
+    """Load the model and its tokenizer; print the plan to standard error."""
     from mixtral_offload.generation.tokenizer import load_tokenizer
     from mixtral_offload.runtime.options import parse_options
 
-    parse_options(given(arguments, OFFLOAD))  # before anything is fetched
-    source, hub = source_of(arguments)
-    tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
+    parse_options(given(arguments, OFFLOAD))  # validate options before downloading
+    tokenizer = load_tokenizer(arguments.model, arguments.tokenizer, hub=_hub(arguments))
     return load_model(arguments), tokenizer
 
 
-def source_of(arguments):
-    """(folder or hub repository, arguments for the hub) of the model."""
-    hub = {"revision": arguments.revision} if arguments.revision else None
-    return arguments.model, hub
+def _hub(arguments: Namespace) -> dict[str, str]:
+    """Arguments for the hub."""
+    return {"revision": arguments.revision} if arguments.revision else {}
 
 
-def load_model(arguments, **options):
+def load_model(arguments: Namespace, batch_size: int = 1) -> OffloadedModel:
+    """Load the model; print the plan and notices to standard error."""
     from mixtral_offload.runtime.build import from_pretrained
     from mixtral_offload.runtime.settings import notice
 
-    source, hub = source_of(arguments)
-    model = from_pretrained(
-        source, hub=hub, progress=sys.stderr.isatty(), **options, **given(arguments, OFFLOAD)
-    )
-    print(model.offload.plan, file=sys.stderr)
-    if text := notice(model):
-        print(f"  - notice: {text}", file=sys.stderr)
-    if model.offload.compile_s:
-        how = "--no-compile does without, and is slower"
-        print(
-            f"  - compiled in {model.offload.compile_s:.0f} s (kept for the next start; {how})",
-            file=sys.stderr,
-        )
-    print(file=sys.stderr)
+    options = given(arguments, OFFLOAD) | {"progress": sys.stderr.isatty(), "batch_size": batch_size}
+    model = from_pretrained(arguments.model, hub=_hub(arguments), **options)
+    notes = [f"notice: {text}"] if (text := notice(model)) else []
+    if seconds := model.offload.compile_s:
+        how = "kept for the next start; --no-compile does without, and is slower"
+        notes.append(f"compiled in {seconds:.0f} s ({how})")
+    print(model.offload.plan, *(f"  - {note}" for note in notes), "", sep="\n", file=sys.stderr)
     return model
 
 
-def session(arguments):
+def session(arguments: Namespace) -> ChatSession:
+    """Begin the conversation of `chat` or `generate`."""
     from mixtral_offload.generation.chat import ChatSession
     from mixtral_offload.runtime.settings import check_sampling
 
     sampling = {
-        "max_new_tokens": arguments.max_tokens, "temperature": arguments.temperature,
-        "top_p": arguments.top_p, "seed": arguments.seed,
-    }  # fmt: skip
+        "max_new_tokens": arguments.max_tokens,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+    }
     check_sampling(**sampling)
     return ChatSession(*load(arguments), system_prompt=arguments.system, **sampling)
 
 
-def run_chat(arguments) -> None:
+def run_chat(arguments: Namespace) -> None:
     from mixtral_offload.apps.terminal import chat_loop
 
     chat_loop(session(arguments), "\nyou> " if sys.stdin.isatty() else "")
 
 
-def run_generate(arguments) -> None:
+def run_generate(arguments: Namespace) -> None:
     from mixtral_offload.generation.tokenizer import RAW_TEMPLATE
 
     refuse_contradictions(arguments)
@@ -129,8 +139,8 @@ def run_generate(arguments) -> None:
     print(chat.total, file=sys.stderr)
 
 
-def refuse_contradictions(arguments) -> None:
-    """What `generate` cannot do at once."""
+def refuse_contradictions(arguments: Namespace) -> None:
+    """End the program if options of `generate` exclude each other."""
     if arguments.raw and arguments.system:
         arguments.refuse("--system has no place in a --raw prompt")
     if arguments.prompt is not None and arguments.input is not None:
@@ -147,8 +157,8 @@ def refuse_contradictions(arguments) -> None:
         arguments.refuse("--input needs --output, the file for the answers")
 
 
-def run_job(arguments) -> None:
-    """Answer a file of prompts. The input and the journal are looked at before anything is fetched or loaded."""
+def run_job(arguments: Namespace) -> None:
+    """Answer a file of prompts. Input and journal are checked before anything is fetched or loaded."""
     from pathlib import Path
 
     from mixtral_offload.generation.jobs import Job, JobOptions
@@ -156,14 +166,13 @@ def run_job(arguments) -> None:
     from mixtral_offload.runtime.options import parse_options
     from mixtral_offload.weights.source import resolve
 
-    asked = {field.name: getattr(arguments, field.name) for field in fields(JobOptions)}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    asked |= {"input": Path(arguments.input), "output": Path(arguments.output)}
+    settings = {field.name: getattr(arguments, field.name) for field in fields(JobOptions)}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings |= {"input": Path(arguments.input), "output": Path(arguments.output)}
     options = parse_options(given(arguments, OFFLOAD))
-    with Job(JobOptions(**asked)) as job:
-        source, hub = source_of(arguments)
-        tokenizer = load_tokenizer(source, arguments.tokenizer, hub=hub)
-        job.prepare(tokenizer, resolve(source, **(hub or {})), options)
+    with Job(JobOptions(**settings)) as job:
+        tokenizer = load_tokenizer(arguments.model, arguments.tokenizer, hub=_hub(arguments))
+        job.prepare(tokenizer, resolve(arguments.model, **_hub(arguments)), options)
         if job.bad:
             print(job.skipped, file=sys.stderr)
         try:
@@ -176,8 +185,8 @@ def run_job(arguments) -> None:
     print(job.summary, file=sys.stderr)
 
 
-def answer(job, arguments) -> None:
-    """The lines that have no answer yet; without them, no model is needed."""
+def answer(job: Job, arguments: Namespace) -> None:
+    """Answer the lines that have no answer yet; if there are none, load no model."""
     from tqdm import tqdm
 
     if not job.pending:
@@ -189,7 +198,7 @@ def answer(job, arguments) -> None:
         job.answer(model, bar.update)
 
 
-def run_trace(arguments) -> None:
+def run_trace(arguments: Namespace) -> None:
     from mixtral_offload.apps.trace_report import read_prompts, write_report
     from mixtral_offload.runtime.settings import check_sampling
 
@@ -201,7 +210,7 @@ def run_trace(arguments) -> None:
     print("\n".join(str(path) for path in written if path.suffix != ".npy"))
 
 
-def run_download(arguments) -> None:
+def run_download(arguments: Namespace) -> None:
     from mixtral_offload.units import gb
     from mixtral_offload.weights.hub import download, plan_download
 
@@ -211,17 +220,17 @@ def run_download(arguments) -> None:
         files = f"{len(plan.files)} files, {gb(plan.total_bytes)}, {gb(plan.remaining_bytes)} to fetch"
         print(f"{plan.repo_id}: {files}\ninto {plan.folder}, where {gb(plan.free_bytes)} are free")
     except DownloadError:
-        pass  # said by `download`, unless a complete copy is here
+        pass  # `download` reports the error unless a complete local copy exists
     print(f"complete: {download(arguments.model, **options)}")
 
 
-def run_info(arguments) -> None:
+def run_info(arguments: Namespace) -> None:
     from mixtral_offload.analysis.reports import inspect
 
     print(inspect(arguments.model, revision=arguments.revision, **given(arguments, OFFLOAD)))
 
 
-def run_plan(arguments) -> None:
+def run_plan(arguments: Namespace) -> None:
     from mixtral_offload.analysis.reports import plan
 
     options = given(arguments, PLAN)
@@ -229,7 +238,7 @@ def run_plan(arguments) -> None:
     print(plan(source, link_bandwidth=link, **options))
 
 
-def run_convert(arguments) -> None:
+def run_convert(arguments: Namespace) -> None:
     from pathlib import Path
 
     from tqdm import tqdm
@@ -241,21 +250,23 @@ def run_convert(arguments) -> None:
     from mixtral_offload.weights.work_folder import resume_hint
 
     device = parse_device(arguments.device)
-    experts, attention = (
-        _quantization(arguments, arguments.bits),
-        _quantization(arguments, arguments.attention_bits),
-    )
+    experts = _quantization(arguments, arguments.bits)
+    attention = _quantization(arguments, arguments.attention_bits)
     checkpoint = open_checkpoint(arguments.source)
-    recommended, extra = arguments.default_cache_size, None
-    if recommended is not None:
+    if (recommended := arguments.default_cache_size) is not None:
         check_whole("default cache size", recommended, checkpoint.top_k, checkpoint.n_experts)
-        extra = {"offload": {"cache_size": recommended}}
     with tqdm(total=len(checkpoint.experts), unit="expert", desc="convert") as bar, terminable():
         try:
             convert_checkpoint(
-                arguments.source, arguments.target, experts, attention, device=device, config_extra=extra,
-                progress=bar.update, report=lambda text: bar.write(text, file=sys.stderr),
-            )  # fmt: skip
+                arguments.source,
+                arguments.target,
+                experts,
+                attention,
+                device=str(device),
+                config_extra=None if recommended is None else {"offload": {"cache_size": recommended}},
+                progress=bar.update,
+                report=lambda text: bar.write(text, file=sys.stderr),
+            )
         except (KeyboardInterrupt, SystemExit):
             if hint := resume_hint(Path(arguments.target).absolute()):
                 bar.write(hint, file=sys.stderr)
@@ -265,9 +276,9 @@ def run_convert(arguments) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends what runs inside as Ctrl-C does, with its exit status: files in work are closed and said to be there."""
+    """Let SIGTERM end the block as Ctrl-C does, with its own exit status, so that files are closed."""
 
-    def end(number, frame):
+    def end(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -280,24 +291,20 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_verify(arguments) -> None:
+def run_verify(arguments: Namespace) -> None:
     from tqdm import tqdm
 
     from mixtral_offload.runtime.verify import verify
     from mixtral_offload.weights.source import resolve
 
-    folder = resolve(arguments.model, **_revision(arguments))
+    folder = resolve(arguments.model, **_hub(arguments))
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
         result = verify(folder, bar.update)
     print(result)
 
 
-def _revision(arguments) -> dict:
-    return {"revision": arguments.revision} if arguments.revision else {}
-
-
-def _quantization(arguments, bits: int | None):
+def _quantization(arguments: Namespace, bits: int | None) -> Quantization | None:
     from mixtral_offload.weights.hqq import Quantization
 
     group, scale = arguments.group_size, arguments.scale_group_size

@@ -1,7 +1,4 @@
-"""What the command line takes.
-
-Knows options and their help. Knows nothing of what they do.
-"""
+"""The command line's commands, options and help; not what they do."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def build_parser(commands: dict[str, Callable]) -> argparse.ArgumentParser:
 
 
 def given(arguments: argparse.Namespace, *groups: Group) -> dict[str, Any]:
-    """The options of these groups that were given, or have a default, by name."""
+    """Return the options of these groups that were given, or have a default, by name."""
     names = [name.lstrip("-").replace("-", "_") for group in groups for name, *_ in group]
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
@@ -49,8 +46,8 @@ def _add(parser: argparse.ArgumentParser, group: Group) -> None:
         place.add_argument(name, help=help, **{key: of for key, of in settings.items() if key != "exclusive"})
 
 
-def _flag(option: dataclasses.Field) -> tuple[str, str, dict[str, Any]]:
-    """The command line's form of an option of `from_pretrained`: None where nothing was asked for."""
+def _flag(option: dataclasses.Field) -> Option:
+    """Make an option of the command line from one of `from_pretrained`; None where it is not given."""
     settings = {"default": None, **option.metadata["flag"]}
     if option.name == "compile":
         settings["action"] = argparse.BooleanOptionalAction
@@ -62,23 +59,24 @@ def _flag(option: dataclasses.Field) -> tuple[str, str, dict[str, Any]]:
     return "--" + option.name.replace("_", "-"), help, settings
 
 
-#: (name, help, settings of argparse) of each option. "exclusive": at most one of these
-Group = tuple[tuple[str, str | None, dict[str, Any]], ...]
+#: name, help, settings of argparse; "exclusive": at most one of these may be given
+Option = tuple[str, str | None, dict[str, Any]]
+Group = tuple[Option, ...]
 INT, CACHE_SIZE, ONE = {"type": int}, declared()["cache_size"].metadata["flag"], {"exclusive": True}
 FLAG = {"action": "store_true", "default": None}
 WIDTHS = {"type": int, "choices": (16, 8, 4, 3, 2)}
-REVISION = ("--revision", "branch, tag or commit of a hub repository", {})
+REVISION: Option = ("--revision", "branch, tag or commit of a hub repository", {})
 GENERATE: Group = (
     ("prompt", "the prompt; - reads it from standard input", {"nargs": "?"}),
     ("--raw", "continue the text as it is, without chat template", {"action": "store_true"}),
     ("--input", 'answer a file instead: lines like {"prompt": "..."} or {"messages": [...]}, with system, '
      "max_tokens, seed, id where wanted", {"metavar": "FILE"}),
-    ("--output", "where the answers go, in the same order; interrupted, the same command goes on",
+    ("--output", "where the answers go, in the same order; after an interrupt, the same command resumes",
      {"metavar": "FILE"}),
     ("--batch-size", "lines at a time (default: 32)", {**INT, "metavar": "N"}),
     ("--bad-lines", "lines that cannot be answered: do not start (refuse, the default), or answer the others",
      {"choices": ("refuse", "skip")}),
-    ("--restart", "begin anew, whatever is in the output already", FLAG),
+    ("--restart", "discard the answers that are kept, and start over", FLAG),
 )  # fmt: skip
 TRACE: Group = (
     ("prompts", "a file: one prompt on each line, or set<TAB>prompt to compare sets", {}),
@@ -111,8 +109,8 @@ PLAN: Group = (
     ("--cache-size", 'experts per layer on the device (default: "auto")', CACHE_SIZE),
     ("--trace", "expect the routing of this trace, as `mixtral-offload trace` writes it", ONE),
     ("--curve", "expect hit rates like chance, mixtral or demo (default: mixtral)", ONE),
-    ("--prefetch", "experts of each coming layer to guess (default: 2)", INT),
-    ("--look-ahead", "layers ahead to guess for (default: 1)", INT),
+    ("--prefetch", "experts of each coming layer to predict (default: 2)", INT),
+    ("--look-ahead", "how many layers ahead to predict (default: 1)", INT),
 )
 SAMPLING: Group = (
     ("--max-tokens", "longest answer (default: 512)", {**INT, "default": 512}),
@@ -123,24 +121,27 @@ SAMPLING: Group = (
 )
 CONVERT: Group = (
     ("source", "folder of a checkpoint, 16-bit or quantized", {}),
-    ("target", "folder to write; must not exist (an interrupted run goes on)", {}),
+    ("target", "folder to write; must not exist (an interrupted run resumes)", {}),
     ("--bits", "of the experts (default: as stored)", WIDTHS),
     ("--group-size", "weights per scale (default: 64; 16 at 2 bits)", INT),
-    ("--scale-group-size", "8-bit scales and zeros, so many scales per group (default: fp16 scales)", INT),
+    (
+        "--scale-group-size",
+        "store scales and zeros in 8 bits, in groups of this size (default: fp16 scales)",
+        INT,
+    ),
     ("--attention-bits", "of the attention (default: as stored)", WIDTHS),
-    ("--default-cache-size", "recommend a cache size to those who load it without naming one", INT),
-    ("--device", "where to solve (default: cpu)", {"default": "cpu"}),
+    ("--default-cache-size", "cache size to use where this checkpoint is loaded without one", INT),
+    ("--device", "where to quantize (default: cpu)", {"default": "cpu"}),
 )
 VERIFY: Group = (("model", 'folder or hub repository, or "demo"', {}), REVISION)
 #: name -> help and the groups of options it takes
-COMMANDS: dict[str, tuple] = {
+COMMANDS: dict[str, tuple[Any, ...]] = {
     "chat": ("talk with a model in the terminal", MODEL, OFFLOAD, SAMPLING),
     "generate": ("answer one prompt, or a file of them", GENERATE, MODEL, OFFLOAD, SAMPLING),
-    "trace": ("record what a file of prompts routes, and draw it", TRACE, MODEL, OFFLOAD),
+    "trace": ("record the routing of a file of prompts, and draw it", TRACE, MODEL, OFFLOAD),
     "download": ("fetch a checkpoint from the hub", DOWNLOAD),
     "info": ("what a checkpoint holds, what it needs, whether it fits here", MODEL, OFFLOAD),
-    "plan": ("what would go where on a stated card, and how fast it can be: from a model's config.json alone",
-             PLAN),
+    "plan": ("plan for a stated device and project its speed, from a model's config.json alone", PLAN),
     "convert": ("quantize a checkpoint: one file per expert, readable with safetensors", CONVERT),
     "verify": ("read every byte of a checkpoint: checksums, structure, finite numbers", VERIFY),
 }  # fmt: skip

@@ -1,13 +1,13 @@
-"""A conversation in plain text: what `mixtral-offload chat` runs, and a notebook without widgets.
+"""A conversation in plain text: `mixtral-offload chat`, and a notebook without widgets.
 
-Knows `input` and `print`. What an answer is, `ChatSession` knows.
+Reads with `input` and prints; answers come from `ChatSession`.
 """
 
 from __future__ import annotations
 
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from mixtral_offload.errors import describe
 from mixtral_offload.generation.chat import ChatSession
@@ -16,15 +16,15 @@ from mixtral_offload.system.safe_output import safe_output
 HELP = (
     "Write a message. Ctrl-C stops an answer; /again answers anew; /clear forgets all; /exit or Ctrl-D ends."
 )
-#: pasted lines come within so many seconds of each other
+#: longest time between two lines that were pasted together, in seconds
 PASTE_S = 0.03
 
 
 @safe_output()
 def chat_loop(session: ChatSession, prompt: str = "\nyou> ") -> None:
-    """Read messages and stream answers until the input ends; then print what it took.
+    """Read messages and stream answers until the input ends; then print the session's totals.
 
-    Answers go to standard output; everything else goes to standard error.
+    Answers go to standard output, everything else to standard error.
     """
     print(HELP, file=sys.stderr)
     messages = Messages(prompt)
@@ -39,22 +39,25 @@ def chat_loop(session: ChatSession, prompt: str = "\nyou> ") -> None:
 
 
 class Messages:
-    """What a user writes, message by message. A message is a line; lines that were pasted together are one message."""
+    """Read messages. A message is a line, or several lines that were pasted together."""
 
     def __init__(self, prompt: str):
         self._prompt = prompt
-        self._next: list[str | None] = []  # read already, but no part of the message before
+        self._next: list[str | None] = []  # read already, but not part of the message before
 
     def read(self) -> str | None:
-        """The next message, or None at the end of input. Ctrl-C at the prompt ends the conversation too."""
-        lines = [self._next.pop() if self._next else _line(self._prompt)]
-        while lines[-1] is not None and not lines[-1].startswith("/") and _has_more():
+        """Return the next message, or None at the end of the input or after Ctrl-C at the prompt."""
+        line = self._next.pop() if self._next else _line(self._prompt)
+        if line is None:
+            return None
+        lines = [line]
+        while not line.startswith("/") and _has_more():
             line = _line("")
             if line is None or line.startswith("/"):
                 self._next.append(line)
                 break
             lines.append(line)
-        return None if lines[0] is None else "\n".join(lines)
+        return "\n".join(lines)
 
 
 def _line(prompt: str) -> str | None:
@@ -65,15 +68,15 @@ def _line(prompt: str) -> str | None:
 
 
 def _has_more() -> bool:
-    """Whether a terminal has another line already: nobody types one in so short a time."""
+    """Tell whether the terminal has another line already, sooner than it could have been typed."""
     try:
         return sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], PASTE_S)[0])
     except (OSError, ValueError):  # a system that cannot look ahead
         return False
 
 
-def stream(session: ChatSession, ask, *arguments) -> None:
-    """Print an answer as it comes, and what the reader should know of its end."""
+def stream(session: ChatSession, ask: Callable[..., Iterator[str]], *arguments: str) -> None:
+    """Print an answer as it comes, then notices about its end."""
     try:
         print_pieces(ask(*arguments))
         for line in notices(session):
@@ -85,23 +88,24 @@ def stream(session: ChatSession, ask, *arguments) -> None:
 
 
 def print_pieces(answer: Iterator[str]) -> None:
-    """Ctrl-C stops the answer."""
+    """Print an answer piece by piece; Ctrl-C stops it."""
     try:
         for piece in answer:
             print(piece, end="", flush=True)
         print()
     except KeyboardInterrupt:
-        answer.close()
+        if isinstance(answer, Generator):  # a session's answers are
+            answer.close()
         print(" [stopped]")
 
 
 def notices(session: ChatSession) -> list[str]:
-    """How the last answer ended, if not by itself, and whether the context is nearly full."""
+    """Say how the last answer was cut, if it was, and whether the context is nearly full."""
     ends = {
         "max_new_tokens": f"cut at {session.last.n_tokens} tokens, the longest answer allowed",
         "context": "cut: the context is full; clear the conversation",
     }
-    lines = [ends[session.ended]] if session.ended in ends else []
+    lines = [ends[session.ended]] if session.ended is not None and session.ended in ends else []
     length = session.context_length
     left = length - session.context_used
     if left < length // 4 and session.ended != "context":

@@ -1,4 +1,4 @@
-"""`mixtral-offload trace`: one trace of a file of prompts, its table, and every picture, in a folder."""
+"""`mixtral-offload trace`: the trace of a file of prompts, its table, and every picture, in a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from mixtral_offload.analysis.plots import cache as plots_cache
 from mixtral_offload.analysis.plots import routing as plots
@@ -19,37 +21,39 @@ from mixtral_offload.analysis.recorder import record
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import ConversationError, OptionError
 from mixtral_offload.generation.batch import GenerationRequest, generate_batch
+from mixtral_offload.runtime.offload import OffloadedModel
 from mixtral_offload.runtime.settings import check_sampling
 from mixtral_offload.system.files import replacing
 
 
 def read_prompts(path: str | Path) -> list[tuple[str, str]]:
-    """(set, prompt) of each line; a line is `prompt`, or `set<TAB>prompt` to compare sets of prompts.
+    """Read (set, prompt) of each line; a line is `prompt`, or `set<TAB>prompt` to compare sets of prompts.
 
-    Lines end at newlines only: the other characters at which `str.splitlines` splits may be part of a prompt.
-
-    Raises OptionError for a file that cannot be read, has no prompts, or is for `generate --input` (JSON Lines).
+    Raises:
+        OptionError: The file cannot be read, has no prompts, or is for `generate --input` (JSON Lines).
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError("cannot read the prompts", path=path, found=error) from error
-    parts = [line.partition("\t") for line in text.split("\n") if line.strip()]
-    if not parts:
+    # not `splitlines`: the other characters at which it splits may be part of a prompt
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
         raise OptionError("no prompts in this file", path=path, expected="one prompt on each line")
-    if Path(path).suffix.lower() == ".jsonl" or all(
-        _is_request(line) for line in text.split("\n") if line.strip()
-    ):
+    if Path(path).suffix.lower() == ".jsonl" or all(_is_request(line) for line in lines):
         raise OptionError(
-            "this is a file of JSON Lines, as `mixtral-offload generate --input` takes it", path=path,
-            expected="plain text, one prompt on each line, or set<TAB>prompt", found=parts[0][0][:80],
+            "this is a file of JSON Lines, as `mixtral-offload generate --input` takes it",
+            path=path,
+            expected="plain text, one prompt on each line, or set<TAB>prompt",
+            found=lines[0].partition("\t")[0][:80],
             hint="write the prompts alone into a text file",
-        )  # fmt: skip
+        )
+    parts = (line.partition("\t") for line in lines)
     return [(before, after) if tab else ("prompts", before) for before, tab, after in parts]
 
 
 def _is_request(line: str) -> bool:
-    """Whether this is a line of a job: a JSON object with a prompt or messages."""
+    """Tell whether this is a line of a job: a JSON object with a prompt or messages."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -57,32 +61,52 @@ def _is_request(line: str) -> bool:
     return isinstance(found, dict) and not found.keys().isdisjoint(("prompt", "messages"))
 
 
-def trace_prompts(model, tokenizer, prompts: Sequence[tuple[str, str]], max_new_tokens: int = 64):
-    """Answer every prompt, greedily, each as a conversation of its own. Raises OptionError for one that is too long.
+def trace_prompts(
+    model: OffloadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[str, str]],
+    max_new_tokens: int = 64,
+) -> tuple[RoutingTrace, list[list[int]], dict[str, np.ndarray]]:
+    """Answer every prompt, greedily, each as a conversation of its own.
 
-    Returns the trace, the token ids of each text (prompt and answer), and each set's tokens: name -> numbers in the trace.
+    Returns:
+        The trace; the token ids of each text (prompt and answer); each set's tokens, by number.
+
+    Raises:
+        OptionError: A prompt is too long.
     """
     requests = [_request(number, tokenizer, of[1], max_new_tokens) for number, of in enumerate(prompts, 1)]
-    texts, sets, before = [], {}, 0
+    texts: list[list[int]] = []
+    sets: dict[str, list[int]] = {}
+    before = 0
     with record(model, tokenizer) as recording:
-        for (name, _), request, answer in zip(
-            prompts, requests, generate_batch(model, requests, batch_size=1)
-        ):
+        answers = generate_batch(model, requests, batch_size=1)
+        for (name, _), request, answer in zip(prompts, requests, answers):
             texts.append([*request.ids, *answer.ids])
             sets.setdefault(name, []).extend(range(before, recording.n_tokens))
             before = recording.n_tokens
-    return recording.trace, texts, {name: np.array(numbers) for name, numbers in sets.items()}
+    trace = recording.trace
+    assert trace is not None  # it is there at the end of `record`
+    return trace, texts, {name: np.array(numbers) for name, numbers in sets.items()}
 
 
-def _request(number: int, tokenizer, prompt: str, max_new_tokens: int) -> GenerationRequest:
+def _request(
+    number: int, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+) -> GenerationRequest:
     try:
         return GenerationRequest.chat(tokenizer, prompt, max_new_tokens=max_new_tokens)
     except ConversationError as error:
         raise ConversationError(f"prompt {number}: {error}") from error
 
 
-def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[str, np.ndarray]):
-    """Yields (name, figure, array) of every picture that this trace can show."""
+def pictures(
+    model: OffloadedModel, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[str, np.ndarray]
+) -> Iterator[tuple[str, Figure, np.ndarray]]:
+    """Draw every picture that this trace can show: (name, figure, the array that it shows).
+
+    Args:
+        texts, sets: As `trace_prompts` returns them.
+    """
     yield "activations", *plots.plot_activations(trace)
     yield "cells", *plots.plot_cells(trace)
     yield "usage", *plots.plot_usage({name: trace.usage(tokens) for name, tokens in sets.items()})
@@ -103,11 +127,19 @@ def pictures(model, trace: RoutingTrace, texts: Sequence[list[int]], sets: dict[
 
 
 def write_report(
-    model, tokenizer, prompts: Sequence[tuple[str, str]], folder: str | Path, max_new_tokens: int = 64
-):
-    """Writes trace.safetensors, trace.csv, and a .png and .npy for each picture; returns the trace and the paths.
+    model: OffloadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[str, str]],
+    folder: str | Path,
+    max_new_tokens: int = 64,
+) -> tuple[RoutingTrace, list[Path]]:
+    """Write trace.safetensors, trace.csv, and a .png and .npy for each picture.
 
-    Raises OptionError for impossible options, and where the folder cannot be written.
+    Returns:
+        The trace and the paths.
+
+    Raises:
+        OptionError: An option is impossible, or the folder cannot be written.
     """
     check_sampling(max_new_tokens, 0.0, 1.0, None)
     folder = Path(folder)
@@ -117,28 +149,30 @@ def write_report(
     written = [folder / "trace.safetensors", folder / "trace.csv"]
     with _writing(written[0]):
         trace.save(written[0])
+    with _writing(written[1]):
+        _write_table(trace, written[1])
+    for name, figure, array in pictures(model, trace, texts, sets):
+        image, numbers = folder / f"{name}.png", folder / f"{name}.npy"
+        with _writing(image):
+            with replacing(image) as part:
+                figure.savefig(part, dpi=130, format="png")
+            with replacing(numbers) as part, part.open("wb") as file:
+                np.save(file, array)
+        written += [image, numbers]
+    return trace, written
+
+
+def _write_table(trace: RoutingTrace, path: Path) -> None:
     rows = trace.rows()
-    with (
-        _writing(written[1]),
-        replacing(written[1]) as part,
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(rows)
         table.writerows(zip(*(column.tolist() for column in rows.values())))
-    for name, figure, array in pictures(model, trace, texts, sets):
-        with _writing(folder / f"{name}.png"):
-            with replacing(folder / f"{name}.png") as part:
-                figure.savefig(part, dpi=130, format="png")
-            with replacing(folder / f"{name}.npy") as part, part.open("wb") as file:
-                np.save(file, array)
-        written += [folder / f"{name}.png", folder / f"{name}.npy"]
-    return trace, written
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """A disk that is full or gone, said in one message."""
+    """Report a disk that is full or gone in one message."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,6 @@
-"""The chat in a notebook: plain ipywidgets over a ChatSession.
+"""The chat in a notebook: ipywidgets (7.7 and 8) over a ChatSession; untrusted text is escaped.
 
-Knows ipywidgets (7.7 and 8) and how to show text that nobody trusts. What an answer is, `ChatSession` knows; what the
-experts do, `live`. Answers come on a thread of their own, so that the kernel stays free to hear the Stop button.
+Answers are made on a thread of their own, so that the kernel stays free for the Stop button.
 """
 
 from __future__ import annotations
@@ -12,19 +11,29 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ipywidgets as w
+from transformers import PreTrainedTokenizerBase
 
+from mixtral_offload.analysis.recorder import Recorder
 from mixtral_offload.apps.expert_map import grid_html, watch
 from mixtral_offload.apps.terminal import chat_loop, notices
 from mixtral_offload.errors import OptionError, describe
 from mixtral_offload.generation.chat import ChatSession
+from mixtral_offload.runtime.offload import OffloadedModel
 from mixtral_offload.runtime.settings import check_sampling
 from mixtral_offload.system.safe_text import visible
 
+Message = dict[str, str]  #: as `ChatSession.messages` has them
+Ask = Callable[..., Iterator[str]]  #: `send`, `regenerate` or `edit` of the session
+
 REFRESH_S = 0.08  # between two pictures of an answer that comes
-BUBBLE = "white-space:pre-wrap;overflow-wrap:anywhere;padding:6px 10px;margin:4px 0;border-radius:8px;line-height:1.4;color:#111"
-LOOKS = {
+BUBBLE = (
+    "white-space:pre-wrap;overflow-wrap:anywhere;padding:6px 10px;margin:4px 0;border-radius:8px;"
+    "line-height:1.4;color:#111"
+)
+COLOURS = {
     "user": "background:#dbe9f6;margin-left:18%",
     "assistant": "background:#f1f1f1;margin-right:18%",
     "error": "background:#fbe3d6;border-left:4px solid #8A2F00",
@@ -33,13 +42,13 @@ WIDE = w.Layout(width="auto", flex="1 1 auto")
 
 
 def bubble(kind: str, text: str) -> str:
-    """One message as HTML; whatever is in the text, it shows as text."""
-    return f'<div class="mo-{kind}" style="{BUBBLE};{LOOKS[kind]}">{html.escape(visible(text))}</div>'
+    """Draw one message as HTML; markup in it is shown as text."""
+    return f'<div class="mo-{kind}" style="{BUBBLE};{COLOURS[kind]}">{html.escape(visible(text))}</div>'
 
 
 @dataclass
 class _Result:
-    """What came of one answer."""
+    """The result of one answer."""
 
     answer: str = ""
     error: Exception | None = None
@@ -48,16 +57,23 @@ class _Result:
 class ChatWidget:
     """A conversation with buttons, live counters and the experts at work.
 
-    settings: as ChatSession takes them. Display it (the last expression of a cell), or use it from code: `ask`.
-    It is idle or answering, and beside that editing the last message or not. Typed text is never lost: what could not
-    be answered comes back into the field, with the reason shown.
+    Display it as the last expression of a cell, or use it from code (`ask`). Two states are independent:
+    idle or answering, and editing the last message or not. Typed text is never lost: if it cannot be
+    answered, it returns to the field, and the reason is shown.
+
+    Args:
+        settings: As `ChatSession` takes them.
+
+    Attributes:
+        session: The conversation.
+        box: The widget.
     """
 
-    def __init__(self, model, tokenizer, **settings):
+    def __init__(self, model: OffloadedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any):
         self.session = ChatSession(model, tokenizer, **settings)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._unsent: str | None = None  # what could not be answered, where the field holds other text by now
+        self._unsent: str | None = None  # text without an answer, if the field holds other text by now
         self._edited: str | None = None  # the message that is being edited
         self._draft = ""  # what was in the field before
         self._state, self._answering = threading.Lock(), False
@@ -73,11 +89,12 @@ class ChatWidget:
     def _make_chat(self) -> None:
         self._text, self._status, self._experts = w.HTML(), w.HTML(), w.HTML()
         # a reversed column keeps its end in sight while it grows
-        self._log = w.Box([self._text], layout=w.Layout(display="flex", flex_flow="column-reverse", height="340px",
-                          overflow="auto", border="1px solid #ccc", padding="4px"))  # fmt: skip
+        layout = w.Layout(display="flex", flex_flow="column-reverse", height="340px", overflow="auto")
+        layout.border, layout.padding = "1px solid #ccc", "4px"
+        self._log = w.Box([self._text], layout=layout)
         self._text.layout.flex = "0 0 auto"
         self._input = w.Text(placeholder="Write a message, press Enter", layout=WIDE)
-        with warnings.catch_warnings():  # the only way to hear Enter and nothing else, in 7.7 and in 8
+        with warnings.catch_warnings():  # the only event for Enter alone in both 7.7 and 8
             warnings.simplefilter("ignore", DeprecationWarning)
             self._input.on_submit(lambda _: self._send())
         self._send_button = self._button("Send", self._send, "primary")
@@ -96,39 +113,39 @@ class ChatWidget:
 
     def _make_settings(self) -> None:
         session, style = self.session, {"description_width": "110px"}
+        seed = "" if session.seed is None else str(session.seed)
         self._fields = {
-            "system_prompt": w.Textarea(session.system_prompt or "", description="system prompt"),
-            "temperature": w.FloatSlider(session.temperature, min=0, max=2, step=0.05, description="temperature"),
-            "top_p": w.FloatSlider(session.top_p, min=0.05, max=1, step=0.05, description="top-p"),
-            "max_new_tokens": w.BoundedIntText(session.max_new_tokens, min=1, max=10**6, description="max tokens"),
-            "seed": w.Text("" if session.seed is None else str(session.seed), description="seed",
-                           placeholder="a number, for answers that repeat"),
-        }  # fmt: skip
-        for field in self._fields.values():
-            field.style, field.layout.width = style, "460px"
+            "system_prompt": w.Textarea(session.system_prompt or ""),
+            "temperature": w.FloatSlider(session.temperature, min=0, max=2, step=0.05),
+            "top_p": w.FloatSlider(session.top_p, min=0.05, max=1, step=0.05),
+            "max_new_tokens": w.BoundedIntText(session.max_new_tokens, min=1, max=10**6),
+            "seed": w.Text(seed, placeholder="a number, for answers that repeat"),
+        }
+        names = ("system prompt", "temperature", "top-p", "max tokens", "seed")
+        for name, field in zip(names, self._fields.values()):
+            field.description, field.style, field.layout.width = name, style, "460px"
         self._settings = w.Accordion([w.VBox([*self._fields.values()])], selected_index=None)
         self._settings.set_title(0, "Settings (temperature 0 always takes the likeliest token)")
 
     def _read_settings(self) -> None:
-        """From the fields into the session, all or nothing; raises OptionError for what cannot be sampled with."""
+        """Set the session's settings from the fields; raise OptionError and set none if one is impossible."""
         values = {name: field.value for name, field in self._fields.items()}
         system_prompt, text = values.pop("system_prompt"), values["seed"].strip()
         try:
             values["seed"] = int(text) if text else None
         except ValueError:
-            expected = "a whole number, or nothing"
-            hint = "change it under Settings"
+            expected, hint = "a whole number, or nothing", "change it under Settings"
             raise OptionError("impossible seed", expected=expected, found=text, hint=hint) from None
         check_sampling(**values)
         session = self.session
         session.system_prompt = system_prompt or None
         for name, value in values.items():
-            if name != "seed" or value != session.seed:  # the same seed would begin the sequence anew
+            if name != "seed" or value != session.seed:  # setting a seed restarts its random sequence
                 setattr(session, name, value)
 
     @property
     def busy(self) -> bool:
-        """An answer is coming."""
+        """Whether an answer is coming."""
         return self._answering
 
     def ask(self, text: str) -> str:
@@ -137,8 +154,8 @@ class ChatWidget:
         A message that is being edited in the field is no longer edited; a changed text stays there.
 
         Raises:
-            OptionError: an answer is coming already.
-            Exception: what went wrong; the conversation is as before.
+            OptionError: An answer is coming already.
+            Exception: The answer failed; the conversation is as before.
         """
         if not self._claim():
             raise OptionError("an answer is coming already", hint="wait for it, or end it: stop()")
@@ -159,12 +176,12 @@ class ChatWidget:
 
     def stop(self) -> None:
         """End the answer that is coming after its current token. Safe from any thread."""
-        self._stopping.set()  # the session may not have begun: `_answer` tells it again
+        self._stopping.set()  # the session may not have begun: `_answer` stops it again
         self.session.stop()
 
     def clear(self) -> None:
-        """Stop the answer, if one is coming, and forget the conversation. What is typed stays."""
-        while not self._claim():  # nothing can begin until all is forgotten
+        """Stop the answer, if one is coming, and start a new conversation. Typed text stays."""
+        while not self._claim():  # no answer can begin until the conversation is cleared
             self.stop()
             time.sleep(0.005)
         try:
@@ -176,17 +193,17 @@ class ChatWidget:
             self._release()
 
     def loop(self) -> None:
-        """The same conversation as plain text, where no widgets can be shown."""
+        """Continue the conversation as plain text, where no widgets can be shown."""
         if self.busy:
             raise OptionError("an answer is coming already", hint="wait for it, or end it: stop()")
         chat_loop(self.session)
         self.refresh()
 
     def _send(self) -> None:
-        """The field's text, as a new message or in place of the one that is being edited."""
+        """Send the field's text, as a new message or in place of the one that is being edited."""
         text, edited, draft = self._input.value, self._edited, self._draft
         if text.strip() and self._claim():
-            self._end_edit(draft)  # first: a failure gives it back
+            self._end_edit(draft)  # first: a failure restores it
             ask = self.session.send if edited is None else self.session.edit
             self._run(ask, text, on_failure=lambda: self._give_back(text, edited, draft))
 
@@ -195,7 +212,7 @@ class ChatWidget:
             self._run(self.session.regenerate)
 
     def _edit_or_cancel(self) -> None:
-        """Take the last message into the field; a second time, put back what was there before."""
+        """Put the last message into the field; a second time, restore the text that was there before."""
         if self.busy:
             return
         if self._edited is not None:
@@ -205,7 +222,7 @@ class ChatWidget:
         self.refresh()
 
     def _leave_edit(self) -> None:
-        """Edit no longer; a text that was changed stays in the field."""
+        """End editing; a text that was changed stays in the field."""
         if self._edited is not None:
             self._end_edit(self._draft if self._input.value == self._edited else self._input.value)
 
@@ -213,18 +230,18 @@ class ChatWidget:
         self._edited, self._draft, self._input.value = None, "", text
 
     def _last_message(self) -> str | None:
-        said = (m["content"] for m in reversed(self.session.messages) if m["role"] == "user")
-        return next(said, None)
+        sent = (m["content"] for m in reversed(self.session.messages) if m["role"] == "user")
+        return next(sent, None)
 
     def _give_back(self, text: str, edited: str | None, draft: str) -> None:
-        """After a failure: into the field, as it was, unless something new has been typed."""
+        """After a failure, restore the field unless something new has been typed."""
         if self._input.value in ("", draft):
             self._edited, self._draft, self._input.value = edited, draft, text
         else:
             self._unsent = text
 
     def _claim(self) -> bool:
-        """Make this the one answer that is coming; False where there is one already."""
+        """Reserve the next answer; False if one is coming already."""
         with self._state:
             if self._answering:
                 return False
@@ -237,13 +254,12 @@ class ChatWidget:
         self._show_buttons()
 
     def _run(
-        self, ask: Callable[..., Iterator[str]], *arguments, on_failure: Callable[[], None] | None = None
+        self, ask: Ask, *arguments: str, on_failure: Callable[[], None] | None = None
     ) -> tuple[threading.Thread, _Result]:
         """Begin the answer that was claimed."""
         result = _Result()
-        thread = threading.Thread(
-            target=self._answer, args=(ask, arguments, on_failure, result), name="chat-widget"
-        )
+        what = ask, arguments, on_failure, result
+        thread = threading.Thread(target=self._answer, args=what, name="chat-widget")
         self._show_buttons()
         try:
             thread.start()
@@ -255,9 +271,13 @@ class ChatWidget:
         self._thread = thread
         return thread, result
 
-    def _answer(self, ask, arguments: tuple, on_failure: Callable[[], None] | None, result: _Result) -> None:
-        """On the thread: show the answer as it comes. Whatever goes wrong is shown, and the conversation goes on."""
-        pieces, seen_s, self._error, self._unsent = [], 0.0, None, None
+    def _answer(
+        self, ask: Ask, arguments: tuple[str, ...], on_failure: Callable[[], None] | None, result: _Result
+    ) -> None:
+        """On the thread: show the answer as it comes, or the error, after which the chat continues."""
+        self._error = self._unsent = None
+        pieces: list[str] = []
+        seen_s = 0.0
         try:
             self._read_settings()
             shown = self._before(ask, *arguments)
@@ -281,20 +301,20 @@ class ChatWidget:
             finally:
                 self._release()
 
-    def _before(self, ask, text: str | None = None) -> list[dict[str, str]]:
-        """The conversation that the answer will follow."""
+    def _before(self, ask: Ask, text: str | None = None) -> list[Message]:
+        """Return the conversation that the answer will follow."""
         session = self.session
         messages = session.messages if ask == session.send else session.messages[: session.last_question]
         question = session.messages[len(messages)] if text is None else {"role": "user", "content": text}
         return [*messages, question]
 
     def refresh(self) -> None:
-        """Show the conversation as it is now; while an answer comes, that shows itself."""
+        """Show the conversation as it is now, unless an answer is coming, whose thread shows it."""
         if not self.busy:
             self._show(self.session.messages)
         self._show_buttons()
 
-    def _show(self, messages, recorder=None) -> None:
+    def _show(self, messages: list[Message], recorder: Recorder | None = None) -> None:
         lines = [bubble(message["role"], message["content"]) for message in messages]
         if self._unsent is not None:
             lines.append(bubble("user", self._unsent))
@@ -307,7 +327,7 @@ class ChatWidget:
         self._status.value = f'<div class="mo-status" style="line-height:1.5">{status}</div>'
 
     def _show_buttons(self) -> None:
-        """Only what can be done now is enabled."""
+        """Enable the buttons that can be used now."""
         busy, editing, empty = self.busy, self._edited is not None, self._last_message() is None
         self._stop_button.disabled = not busy
         self._send_button.disabled = busy
@@ -317,7 +337,7 @@ class ChatWidget:
         self._edit.description = "Cancel edit" if editing else "Edit last"
 
     def status(self) -> str:
-        """Counters of the last answer, or of the one that is coming, and what the reader should know of its end."""
+        """Return the counters of the last answer, or of the one that is coming, and notices about its end."""
         session = self.session
         parts = [str(session.last)] if session.last.n_tokens else []
         parts.append(f"context {session.context_used} of {session.context_length} tokens")
@@ -326,17 +346,23 @@ class ChatWidget:
         return "; ".join([*parts, *(notices(session) if session.messages else [])])
 
     def __repr__(self) -> str:
-        """The conversation as text: what is seen where widgets cannot be."""
+        """The conversation as text, for front ends without widgets."""
         lines = [f"{message['role']}> {message['content']}" for message in self.session.messages]
         return visible("\n\n".join([*lines, f"[{self.status()}]"]))
 
-    def _repr_mimebundle_(self, **_) -> dict:
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
         return {"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view}
 
 
-def open_chat(model, tokenizer, **settings) -> ChatWidget | None:
-    """The widget in a notebook; anywhere else, the same conversation as plain text, and None at its end."""
+def open_chat(
+    model: OffloadedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> ChatWidget | None:
+    """Return the widget in a notebook; elsewhere run the conversation as plain text and return None.
+
+    Args:
+        settings: As `ChatSession` takes them.
+    """
     try:
         from IPython import get_ipython
     except ImportError:

@@ -66,7 +66,7 @@ def convert_checkpoint(
     *,
     device: str = "cpu",
     config_extra: dict | None = None,
-    progress: Callable[[int], None] = lambda n_done: None,
+    progress: Callable[[int], object] = lambda n_done: None,
     report: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Read the checkpoint `source`, write it to `target` with experts and attention quantized as asked.

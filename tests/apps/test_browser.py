@@ -1,4 +1,4 @@
-"""The chat widget as a person meets it: JupyterLab, a browser, keys and clicks. Asserts on what is on the page.
+"""The chat widget in JupyterLab, driven by a browser's keys and clicks; asserts on the page's content.
 
 python -m pytest -m browser -n 0          (SCREENSHOTS=docs: also takes the README's pictures)
 """
@@ -20,7 +20,7 @@ SCREENSHOTS = os.environ.get("SCREENSHOTS")
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 BUILD = """from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.apps.widget import ChatWidget
-model = from_pretrained(cache_size=3, prefetch=2, device="cpu", throttle={link!r})
+model = from_pretrained(cache_size=3, prefetch=2, device="cpu", throttle={throttle!r})
 chat = ChatWidget(model, load_tokenizer())"""
 STORY = "Tell me a story about a fox."
 
@@ -59,12 +59,12 @@ def run_notebook(page, lab, notebook) -> None:
     browser.run_all(page)
 
 
-def chat_notebook(link: str):
-    """The one we ship, over a slow link, so that there is time to see an answer come."""
+def chat_notebook(throttle: str):
+    """The shipped notebook over a throttled link, so that there is time to watch an answer."""
     notebook = nbformat.read(NOTEBOOKS / "3_chat.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if "from_pretrained(source" in cell.source)
-    cell.source = cell.source.replace("cache_size=3", f"cache_size=3, throttle={link!r}")
-    assert link in cell.source
+    cell.source = cell.source.replace("cache_size=3", f"cache_size=3, throttle={throttle!r}")
+    assert throttle in cell.source
     return notebook
 
 
@@ -116,7 +116,7 @@ class Chat:
 def test_a_conversation(page, lab):
     run_notebook(page, lab, chat_notebook("3MB"))
     chat = Chat(page)
-    assert "Your name is Ana." in chat.answers.last.inner_text()  # said from code
+    assert "Your name is Ana." in chat.answers.last.inner_text()  # sent from code
     chat.button("Clear").click()
     chat.root.get_by_text("Nothing said yet").wait_for()
     before = chat.experts()
@@ -156,7 +156,7 @@ def test_a_conversation(page, lab):
 
 
 def test_regenerate_edit_and_settings(page, lab):
-    run(page, lab, BUILD.format(link=None), "chat")
+    run(page, lab, BUILD.format(throttle=None), "chat")
     chat = Chat(page)
     assert "Paris" in chat.ask("What is the capital of France?")
     chat.field.fill("What is 2 + 2?")
@@ -187,7 +187,7 @@ def test_regenerate_edit_and_settings(page, lab):
 
 
 def test_what_cannot_be_answered_stays_in_the_field(page, lab):
-    run(page, lab, BUILD.format(link=None), "chat")
+    run(page, lab, BUILD.format(throttle=None), "chat")
     chat = Chat(page)
     chat.root.get_by_text("Settings").click()
     seed = chat.root.get_by_label("seed")
@@ -207,10 +207,12 @@ def test_what_cannot_be_answered_stays_in_the_field(page, lab):
 
 
 def test_nothing_that_is_said_becomes_part_of_the_page(page, lab):
-    said = f"""chat.session.messages = [{{"role": role, "content": {EVIL!r}}} for role in ("user", "assistant")]
+    cell = f"""chat.session.messages = [
+    {{"role": role, "content": {EVIL!r}}} for role in ("user", "assistant")
+]
 chat.refresh()
 chat"""
-    run(page, lab, BUILD.format(link=None), said)
+    run(page, lab, BUILD.format(throttle=None), cell)
     chat = Chat(page)
     chat.answers.wait_for()
     assert chat.answers.inner_text() == EVIL

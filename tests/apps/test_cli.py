@@ -105,7 +105,7 @@ def test_convert(capsys, published, tmp_path):
 
 
 def test_both_packings_of_three_bits_are_one_model(published, tmp_path):
-    """As hqq packs them, ten in 32 bits, and as `convert --bits 3` does: also made from hqq's, the logits are the same."""
+    """The same logits from hqq's packing (ten values in 32 bits), ours, and hqq's repacked."""
     ten = Quantization(3, 64)
     hqq = convert_checkpoint(published, tmp_path / "hqq", ten, ten)
     folders = [hqq, tmp_path / "ours", tmp_path / "repacked"]
@@ -186,11 +186,14 @@ def test_errors_are_one_message(capsys, arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [["chat", "--cache-sizes", "4"], ["generate"], ["fly"], ["generate", "hi", "--cache-size", "x"],
-     ["generate", "hi", "--raw", "--system", "Be brief."], ["generate", "hi", "--input", "a", "--output", "b"],
+     ["generate", "hi", "--raw", "--system", "Be brief."],
+     ["generate", "hi", "--input", "a", "--output", "b"],
      ["generate", "--input", "a"], ["generate", "--output", "b"], ["generate", "hi", "--output", "b"],
-     ["generate", "hi", "--batch-size", "4"], ["generate", "hi", "--bad-lines", "skip"], ["generate", "hi", "--restart"],
+     ["generate", "hi", "--batch-size", "4"], ["generate", "hi", "--bad-lines", "skip"],
+     ["generate", "hi", "--restart"],
      ["generate", "--input", "-", "--output", "b"], ["generate", "--input", "a", "--output", "-"],
-     ["generate", "--input", "a", "--output", "b", "--raw", "--system", "Be brief."], ["convert", str(DEMO), "x", "--group-size", "32"]],
+     ["generate", "--input", "a", "--output", "b", "--raw", "--system", "Be brief."],
+     ["convert", str(DEMO), "x", "--group-size", "32"]],
 )  # fmt: skip
 def test_unknown_options_are_refused(capsys, arguments):
     with pytest.raises(SystemExit) as caught:

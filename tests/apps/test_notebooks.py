@@ -1,4 +1,4 @@
-"""The notebooks as they are stored, and the two scripts beside them. `.ci/run` executes them."""
+"""The stored notebooks and the two scripts in their folder. `.ci/run` executes the notebooks."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""`mixtral-offload plan`, as a user gives it: from a config.json alone, for cards that are not here."""
+"""`mixtral-offload plan`, as a user gives it: from a config.json alone, for devices that are not here."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from mixtral_offload.runtime.options import MARGIN_BYTES
 from mixtral_offload.weights import kernels as packed
 from tests.models.test_sizes import QWEN3_30B, mixtral_config
 
-CARD = ["--vram", "15GB", "--ram", "10GB", "--link", "12GB/s"]
+DEVICE = ["--vram", "15GB", "--ram", "10GB", "--link", "12GB/s"]
 
 
 @pytest.fixture
@@ -41,15 +41,15 @@ def small(layers=4):
 
 
 def room(sizes, n: int, **given) -> PlanRequest:
-    """A card with room for n experts, and RAM for all."""
+    """A device with room for n experts, and RAM for all."""
     request = PlanRequest.parse(sizes, **{"vram": 1, "ram": "100GB", "link": "1GB/s", "prefetch": 0, **given})
-    beside = sum(request.needs.values()) + MARGIN_BYTES + request.options.n_staging * sizes.expert_bytes
-    return replace(request, vram=beside + n * sizes.expert_bytes)
+    others = sum(request.needs.values()) + MARGIN_BYTES + request.options.n_staging * sizes.expert_bytes
+    return replace(request, vram=others + n * sizes.expert_bytes)
 
 
 def test_mixtral_on_a_free_colab(capsys, mixtral):
-    """The first plan many will ask for: 15 GB on the card, 10 of 12.7 GB of RAM left for experts."""
-    assert main(["plan", str(mixtral), *CARD]) == 0
+    """The first plan many will ask for: 15 GB on the device, 10 of 12.7 GB of RAM left for experts."""
+    assert main(["plan", str(mixtral), *DEVICE]) == 0
     text = capsys.readouterr().out
     assert "46.7 billion parameters, 12.9 per token" in text and "66.4 MB at 2 bits" in text
     assert "106 resident, 150 in RAM" in text and "projection" in text and "not measured" in text
@@ -60,29 +60,31 @@ def test_mixtral_on_a_free_colab(capsys, mixtral):
     assert 0.7 * link < rate < link  # the link is the limit, and mostly busy
     gains = re.findall(r"--(\S+) .*: ([\d.]+) -> ([\d.]+) tokens/s", text)
     assert len(gains) == 3 and gains[0][0] == "link" and all(float(b) > float(a) == rate for _, a, b in gains)
-    assert main(["plan", str(mixtral / "config.json"), *CARD]) == 0  # the file itself
+    assert main(["plan", str(mixtral / "config.json"), *DEVICE]) == 0  # the file itself
     assert capsys.readouterr().out == text
 
 
 def test_bit_widths_and_other_families(capsys, tmp_path, mixtral):
-    assert main(["plan", str(mixtral), *CARD, "--bits", "3", "--ram", "30GB", "--attention-bits", "16"]) == 0
+    assert (
+        main(["plan", str(mixtral), *DEVICE, "--bits", "3", "--ram", "30GB", "--attention-bits", "16"]) == 0
+    )
     text = capsys.readouterr().out
     for words in ("71.7 MB at 3 bits", "attention at 16 bits", "4.4 of 8 experts per layer"):
         assert words in text
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss", "num_hidden_layers": 4}))
-    assert main(["plan", str(tmp_path), *CARD, "--prefetch", "0", "--bits", "16"]) == 0
+    assert main(["plan", str(tmp_path), *DEVICE, "--prefetch", "0", "--bits", "16"]) == 0
     text = capsys.readouterr().out
-    assert "a plan only: from_pretrained does not run gpt_oss" in text and "guesses" not in text
+    assert "a plan only: from_pretrained does not run gpt_oss" in text and "predictions" not in text
 
 
-def test_a_large_card_copies_nothing(capsys, mixtral):
+def test_a_large_device_copies_nothing(capsys, mixtral):
     assert main(["plan", str(mixtral), "--vram", "24GB", "--ram", "8GB", "--link", "12GB/s"]) == 0
     text = capsys.readouterr().out
     assert "256 resident" in text and "none is ever copied" in text and "copies per token" not in text
 
 
 def test_small_ram_goes_to_disk_with_its_speed(capsys, mixtral):
-    assert main(["plan", str(mixtral), *CARD, "--ram", "4GB", "--disk", "2GB/s"]) == 0
+    assert main(["plan", str(mixtral), *DEVICE, "--ram", "4GB", "--disk", "2GB/s"]) == 0
     text = capsys.readouterr().out
     assert "256 on disk" in text and "33.2 ms at 2 GB/s (the disk)" in text
 
@@ -95,14 +97,14 @@ def test_of_a_hub_repository_only_the_configuration_is_fetched(capsys, mixtral, 
         return mixtral / "config.json"
 
     monkeypatch.setattr("mixtral_offload.analysis.reports.fetch_file", fetch)
-    assert main(["plan", "someone/model", *CARD, "--revision", "abc"]) == 0
+    assert main(["plan", "someone/model", *DEVICE, "--revision", "abc"]) == 0
     assert fetched == [("someone/model", "config.json", "abc")]
     assert "106 resident" in capsys.readouterr().out
 
 
 def test_the_plan_is_from_pretrained_s(monkeypatch, published):
-    """On a card with as much free memory, `plan_for` of the checkpoint in question plans the same."""
-    monkeypatch.setattr(options, "budgets", lambda asked: (asked.vram, asked.ram))  # no card is here
+    """On a device with the same free memory, `plan_for` makes the same plan for a checkpoint."""
+    monkeypatch.setattr(options, "budgets", lambda asked: (asked.vram, asked.ram))  # no GPU is here
     monkeypatch.setattr(packed, "_missing", lambda device: None)  # and what it needs for compiling
     checkpoint = open_checkpoint(published)
     sizes = model_sizes(checkpoint.config).at(2, 4)
@@ -112,7 +114,7 @@ def test_the_plan_is_from_pretrained_s(monkeypatch, published):
 
 
 def test_curves(sizes):
-    """The stickier the routing, the fewer copies; chance is what it says."""
+    """The higher the locality, the fewer copies; chance hits the share of cached experts."""
     found = {
         name: answer(room(sizes, 32 * 4, curve=name)).projection for name in ("chance", "mixtral", "demo")
     }
@@ -136,10 +138,10 @@ def test_a_trace_gives_each_layer_its_own_slots(capsys, tmp_path):
     assert few.plan.n_resident == 12 or few.plan.store == "disk"
 
 
-def test_a_trace_from_its_file_with_the_guesses_it_has(capsys, tmp_path, mixtral):
+def test_a_trace_from_its_file_with_the_predictions_it_has(capsys, tmp_path, mixtral):
     trace = sticky_trace(48, 32, 8, 2, 0.3, recall=0.4, n_guesses=1)
     trace.save(tmp_path / "trace.safetensors")
-    assert main(["plan", str(mixtral), *CARD, "--trace", str(tmp_path / "trace.safetensors")]) == 0
+    assert main(["plan", str(mixtral), *DEVICE, "--trace", str(tmp_path / "trace.safetensors")]) == 0
     text = capsys.readouterr().out
     assert "routing as recorded: 48 tokens" in text and "prefetch 1, look-ahead 1" in text
 
@@ -169,7 +171,7 @@ def test_knobs_are_what_they_say(sizes):
     assert len(best_knobs(base)) == 3
 
 
-def test_too_small_a_card_says_what_fits(sizes):
+def test_too_small_a_device_says_what_fits(sizes):
     request = PlanRequest.parse(sizes.at(4), vram="9GB", ram="20GB", link="12GB/s", context_length=16384)
     with pytest.raises(CapacityError) as caught:
         answer(request)
@@ -179,8 +181,12 @@ def test_too_small_a_card_says_what_fits(sizes):
     assert "--context-length" in hint
     for option in hint.split(", or "):  # every one of them does fit
         name, value = option.split()
-        changed = {"--bits": lambda v: {"sizes": sizes.at(int(v))}, "--context-length": lambda v: {"context_length": int(v)},
-                   "--vram": lambda v: {"vram": int(float(v[:-2]) * 1e9)}, "--prefetch": lambda v: {"prefetch": 0}}  # fmt: skip
+        changed = {
+            "--bits": lambda v: {"sizes": sizes.at(int(v))},
+            "--context-length": lambda v: {"context_length": int(v)},
+            "--vram": lambda v: {"vram": int(float(v[:-2]) * 1e9)},
+            "--prefetch": lambda v: {"prefetch": 0},
+        }
         assert answer(replace(request, **changed[name](value))).plan
     least = float(hint.split("--vram ")[1].removesuffix("GB"))
     with pytest.raises(CapacityError):  # and a bit less than that does not
@@ -207,7 +213,7 @@ def test_too_small_a_card_says_what_fits(sizes):
     ],
 )
 def test_impossible_numbers_are_one_message(capsys, mixtral, changed, message):
-    assert main(["plan", str(mixtral), *CARD, *changed]) == 1
+    assert main(["plan", str(mixtral), *DEVICE, *changed]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
 
@@ -218,30 +224,31 @@ def test_impossible_numbers_are_one_message(capsys, mixtral, changed, message):
      ('{"model_type": "unheard-of"}', "cannot read the configuration"),
      ('{"model_type": "llama", "num_hidden_layers": 2}', "llama is a dense model"),
      ('{"model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": "wide"}', "config"),
-     ('{"model_type": "mixtral", "num_hidden_layers": 2, "num_experts_per_tok": 99}', "at most 8, the number of experts")],
+     ('{"model_type": "mixtral", "num_hidden_layers": 2, "num_experts_per_tok": 99}',
+      "at most 8, the number of experts")],
 )  # fmt: skip
 def test_wrong_configurations_are_one_message(capsys, tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
-    assert main(["plan", str(tmp_path), *CARD]) == 1
+    assert main(["plan", str(tmp_path), *DEVICE]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
 
 
 def test_no_configuration_at_all(capsys, tmp_path):
-    assert main(["plan", str(tmp_path), *CARD]) == 1
+    assert main(["plan", str(tmp_path), *DEVICE]) == 1
     assert "no configuration here" in capsys.readouterr().err
-    assert main(["plan", "./nowhere", *CARD]) == 1
+    assert main(["plan", "./nowhere", *DEVICE]) == 1
     assert "not a folder" in capsys.readouterr().err
 
 
 def test_a_trace_of_another_model(capsys, tmp_path, mixtral):
     sticky_trace(8, 3, 8, 2, 0.3).save(tmp_path / "trace.safetensors")
-    assert main(["plan", str(mixtral), *CARD, "--trace", str(tmp_path / "trace.safetensors")]) == 1
+    assert main(["plan", str(mixtral), *DEVICE, "--trace", str(tmp_path / "trace.safetensors")]) == 1
     assert "another model" in capsys.readouterr().err
 
 
 def test_many_small_experts_are_planned_within_seconds(sizes):
-    """Qwen3-30B-A3B: guesses are fewer than needed experts, and each is right as often as on Mixtral."""
+    """Qwen3-30B-A3B: fewer predictions than needed experts, each as often right as on Mixtral."""
     sizes = model_sizes(AutoConfig.for_model("qwen3_moe", **QWEN3_30B))
     request = PlanRequest.parse(sizes.at(4), vram="12GB", ram="24GB", link="12GB/s")
     found = answer(request)

@@ -1,4 +1,4 @@
-"""The notebook chat without a browser (tests/apps/test_browser.py has one): what the widgets hold, and what code can do."""
+"""The notebook chat without a browser (tests/apps/test_browser.py has one): values, and use from code."""
 
 import html
 import threading
@@ -133,7 +133,7 @@ def test_the_grid_is_what_the_trace_says(chat):
         assert [of_layer[e] for e in trace.experts[-1, layer].tolist()] == trace.outcomes()[
             -1, layer
         ].tolist()
-    assert {look for row in grid for look in row} <= {None, "held", HIT, MISS, PREFETCHED}
+    assert {state for row in grid for state in row} <= {None, "cached", HIT, MISS, PREFETCHED}
     held = [sum(look is not None for look in row) for row in grid]
     assert held == [len(model.offload.cache.contents(layer)) for layer in range(6)]
     assert chat._experts.value == grid_html(model, recording)
@@ -184,7 +184,7 @@ def test_in_the_text_loop_an_error_does_not_end_the_conversation(chat, monkeypat
 
 @pytest.fixture
 def gated(chat, monkeypatch):
-    """A widget with one question and answer, whose answers come when `gate` opens; `fail` makes them fail halfway."""
+    """A widget with one question and answer, which answers when `gate` opens, or fails halfway if `fail`."""
     session = chat.session
     session.messages = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "answer to old"}]
     chat.gate, chat.fail, stop = threading.Event(), False, threading.Event()
@@ -303,17 +303,27 @@ ACTIONS = {
     "refresh": lambda chat: chat.refresh(),
     "bad seed": lambda chat: setattr(chat._fields["seed"], "value", "seven") or enter(chat),
 }
-#: (state, action) -> (messages of the user, the field) once the answer has come; "busy" where it raises OptionError
+#: (state, action) -> (the user's messages, the field) after the answer; "busy" where it raises OptionError
 SENT = {
-    idle: (["old"], ""), empty: ([], ""), drafting: (["old", "draft"], ""), editing: (["old"], ""),
-    changed: (["changed"], "draft"), answering: (["old", "new"], ""), answering_and_typing: (["old", "new"], "next"),
+    idle: (["old"], ""),
+    empty: ([], ""),
+    drafting: (["old", "draft"], ""),
+    editing: (["old"], ""),
+    changed: (["changed"], "draft"),
+    answering: (["old", "new"], ""),
+    answering_and_typing: (["old", "new"], "next"),
     failed: (["old", "new"], ""),
-}  # fmt: skip
+}
 SAME = {
-    idle: (["old"], ""), empty: ([], ""), drafting: (["old"], "draft"), editing: (["old"], "old"),
-    changed: (["old"], "changed"), answering: (["old", "new"], ""), answering_and_typing: (["old", "new"], "next"),
+    idle: (["old"], ""),
+    empty: ([], ""),
+    drafting: (["old"], "draft"),
+    editing: (["old"], "old"),
+    changed: (["old"], "changed"),
+    answering: (["old", "new"], ""),
+    answering_and_typing: (["old", "new"], "next"),
     failed: (["old"], "new"),
-}  # fmt: skip
+}
 AFTER = {
     "Enter": SENT,
     "Send": SENT,
@@ -321,15 +331,26 @@ AFTER = {
     "Regenerate": SAME,
     "refresh": SAME,
     "bad seed": SAME,
-    "Edit": {**SAME, idle: (["old"], "old"), drafting: (["old"], "old"), editing: (["old"], ""),
-             changed: (["old"], "draft"), failed: (["old"], "old")},
+    "Edit": {
+        **SAME,
+        idle: (["old"], "old"),
+        drafting: (["old"], "old"),
+        editing: (["old"], ""),
+        changed: (["old"], "draft"),
+        failed: (["old"], "old"),
+    },
     "Clear": {**{state: ([], field) for state, (_, field) in SAME.items()}, editing: ([], "")},
     "ask": {
-        idle: (["old", "from code"], ""), empty: (["from code"], ""), drafting: (["old", "from code"], "draft"),
-        editing: (["old", "from code"], ""), changed: (["old", "from code"], "changed"), answering: "busy",
-        answering_and_typing: "busy", failed: (["old", "from code"], "new"),
+        idle: (["old", "from code"], ""),
+        empty: (["from code"], ""),
+        drafting: (["old", "from code"], "draft"),
+        editing: (["old", "from code"], ""),
+        changed: (["old", "from code"], "changed"),
+        answering: "busy",
+        answering_and_typing: "busy",
+        failed: (["old", "from code"], "new"),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
@@ -357,7 +378,7 @@ def test_every_action_in_every_state(gated, state, action):
         assert "impossible seed" in chat._text.value
     chat._fields["seed"].value = ""
     chat.gate.set()
-    type_and_send(chat, "afterwards")  # whatever was, the conversation goes on
+    type_and_send(chat, "afterwards")  # the conversation goes on in any case
     wait(chat)
     assert said(chat)[-1] == "afterwards" and "mo-error" not in chat._text.value
     assert "Stop" not in buttons(chat) and "Send" in buttons(chat)

@@ -5,17 +5,23 @@ import random
 from training.domains.common import Exchange, held
 
 DOMAIN = "arithmetic"
-ADD = ["What is {a} + {b}?", "{a}+{b}=", "{a} + {b}", "Add {a} and {b}.", "What is {a} plus {b}?", "Calculate {a} + {b}.",
+ADD = ["What is {a} + {b}?", "{a}+{b}=", "{a} + {b}", "Add {a} and {b}.", "What is {a} plus {b}?",
+       "Calculate {a} + {b}.",
        "How much is {a} + {b}?", "{a} plus {b}", "What's the sum of {a} and {b}?", "Can you add {a} and {b}?",
        "{a} + {b} = ?", "Compute {a}+{b}", "What do you get if you add {a} to {b}?", "what is {a}+{b}",
        "I have {a} apples and buy {b} more. How many apples do I have?", "Sum {a} and {b}."]  # fmt: skip
-SUB = ["What is {a} - {b}?", "{a}-{b}=", "{a} - {b}", "Subtract {b} from {a}.", "What is {a} minus {b}?", "Calculate {a} - {b}.",
-       "How much is {a} - {b}?", "{a} minus {b}", "What's the difference between {a} and {b}?", "Take {b} away from {a}.",
+SUB = ["What is {a} - {b}?", "{a}-{b}=", "{a} - {b}", "Subtract {b} from {a}.", "What is {a} minus {b}?",
+       "Calculate {a} - {b}.",
+       "How much is {a} - {b}?", "{a} minus {b}", "What's the difference between {a} and {b}?",
+       "Take {b} away from {a}.",
        "{a} - {b} = ?", "Compute {a}-{b}", "what is {a}-{b}",
        "I have {a} apples and eat {b}. How many apples are left?"]  # fmt: skip
-MUL = ["What is {a} x {b}?", "{a}*{b}=", "{a} * {b}", "{a} x {b}", "What is {a} times {b}?", "Multiply {a} by {b}.",
-       "How much is {a} times {b}?", "{a} times {b}", "Multiply {a} and {b}.", "Calculate {a} * {b}.", "{a}x{b}",
-       "What's the product of {a} and {b}?", "What is {a} * {b}?", "What is {a} multiplied by {b}?"]  # fmt: skip
+MUL = ["What is {a} x {b}?", "{a}*{b}=", "{a} * {b}", "{a} x {b}", "What is {a} times {b}?",
+       "Multiply {a} by {b}.",
+       "How much is {a} times {b}?", "{a} times {b}", "Multiply {a} and {b}.", "Calculate {a} * {b}.",
+       "{a}x{b}",
+       "What's the product of {a} and {b}?", "What is {a} * {b}?",
+       "What is {a} multiplied by {b}?"]  # fmt: skip
 COMPARE = ["Which is bigger, {a} or {b}?", "Which number is larger: {a} or {b}?", "Is {a} bigger than {b}?",
            "Compare {a} and {b}.", "What is greater, {a} or {b}?"]  # fmt: skip
 SMALLER = ["Which is smaller, {a} or {b}?", "Which number is less: {a} or {b}?", "Is {a} smaller than {b}?"]

@@ -6,9 +6,12 @@ from pathlib import Path
 from training.domains.common import ask
 
 DOMAIN = "python"
-FRAMES = ["How do I {t} in Python?", "How can I {t} in Python?", "How to {t} in Python?", "Show me how to {t} in Python.", "Python: {t}",
-          "Write Python code to {t}.", "How do you {t} in Python?", "I want to {t} in Python.", "Give me Python code to {t}.",
-          "Help me {t} in Python.", "What is the Python code to {t}?", "Can you show me how to {t} with Python?"]  # fmt: skip
+FRAMES = ["How do I {t} in Python?", "How can I {t} in Python?", "How to {t} in Python?",
+          "Show me how to {t} in Python.", "Python: {t}",
+          "Write Python code to {t}.", "How do you {t} in Python?", "I want to {t} in Python.",
+          "Give me Python code to {t}.",
+          "Help me {t} in Python.", "What is the Python code to {t}?",
+          "Can you show me how to {t} with Python?"]  # fmt: skip
 # one task a paragraph: wordings separated by "|", then the sentence, then the code
 TASKS = Path(__file__).with_name("python_tasks.txt").read_text(encoding="utf-8")
 

@@ -17,7 +17,8 @@ from training.domains.everyday_facts import (
 )
 
 DOMAIN = "everyday"
-OF = ["What is {x}?", "Define {w}.", "What does {w} mean?", "Can you explain what {x} is?", "Explain {w}.", "Tell me what {x} is.", "What's {x}?", "Do you know what {x} is?"]  # fmt: skip
+OF = ["What is {x}?", "Define {w}.", "What does {w} mean?", "Can you explain what {x} is?", "Explain {w}.",
+      "Tell me what {x} is.", "What's {x}?", "Do you know what {x} is?"]  # fmt: skip
 
 
 def calendar(rng):
@@ -25,7 +26,8 @@ def calendar(rng):
     index, after = rng.randrange(len(names)), rng.random() < 0.55
     word = "after" if after else "before"
     result = names[(index + (1 if after else -1)) % len(names)]
-    asked = ["What {kind} comes {word} {x}?", "Which {kind} is {word} {x}?", "What is the {kind} {word} {x}?", "What comes {word} {x}?", "{kind} {word} {x}?"]  # fmt: skip
+    asked = ["What {kind} comes {word} {x}?", "Which {kind} is {word} {x}?", "What is the {kind} {word} {x}?",
+             "What comes {word} {x}?", "{kind} {word} {x}?"]  # fmt: skip
     return ask(
         rng,
         DOMAIN,
@@ -50,20 +52,24 @@ def tomorrow(rng):
     result = DAYS[(index + (1 if after else -1)) % 7]
     word = ("tomorrow", "is") if after else ("yesterday", "was")
     return ask(rng, DOMAIN, f"tom|{index}|{after}", [q.replace("is {t}", word[1] + " {t}") for q in asked],
-               "If today is {x}, {t} {v} {r}.", [result], x=DAYS[index], t=word[0], v=word[1], r=result)  # fmt: skip
+               "If today is {x}, {t} {v} {r}.", [result], x=DAYS[index], t=word[0], v=word[1],
+               r=result)  # fmt: skip
 
 
 def opposite(rng):
     a, b = rng.choice(OPPOSITES)
     if rng.random() < 0.4 and b not in ("light", "short", "right"):
         a, b = b, a
-    asked = ["What is the opposite of {a}?", "Opposite of {a}?", "What's the opposite of {a}?", "Give me the opposite of {a}.", 'What is the opposite of "{a}"?', "Tell me the antonym of {a}."]  # fmt: skip
+    asked = ["What is the opposite of {a}?", "Opposite of {a}?", "What's the opposite of {a}?",
+             "Give me the opposite of {a}.", 'What is the opposite of "{a}"?',
+             "Tell me the antonym of {a}."]  # fmt: skip
     return ask(rng, DOMAIN, f"opp|{a}", asked, "The opposite of {a} is {b}.", [f"is {b}"], a=a, b=b)
 
 
 def color(rng):
     thing, hue = rng.choice(COLORS)
-    asked = ["What colour is {x}?", "What color is {x}?", "Which colour is {x}?", "Tell me the colour of {x}.", "What is the colour of {x}?", "{x}: what color?"]  # fmt: skip
+    asked = ["What colour is {x}?", "What color is {x}?", "Which colour is {x}?",
+             "Tell me the colour of {x}.", "What is the colour of {x}?", "{x}: what color?"]  # fmt: skip
     return ask(
         rng,
         DOMAIN,
@@ -79,7 +85,8 @@ def color(rng):
 
 def animal(rng):
     name, sound, baby, kind, legs, food = rng.choice(ANIMALS)
-    slots = {"x": article(name), "X": article(name).capitalize(), "n": name, "baby": baby, "b": article(baby), "sound": sound, "k": article(kind), "legs": legs, "food": food}  # fmt: skip
+    slots = {"x": article(name), "X": article(name).capitalize(), "n": name, "baby": baby, "b": article(baby),
+             "sound": sound, "k": article(kind), "legs": legs, "food": food}  # fmt: skip
     topic = rng.randrange(6)
     if topic <= 1:
         asked = [

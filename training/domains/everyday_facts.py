@@ -4,12 +4,17 @@ from training.domains.common import table, words
 
 DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = words("January February March April May June July August September October November December")
-SEASONS = {"spring": "March, April and May", "summer": "June, July and August", "autumn": "September, October and November",
+SEASONS = {"spring": "March, April and May", "summer": "June, July and August",
+           "autumn": "September, October and November",
            "winter": "December, January and February"}  # fmt: skip
-OPPOSITES = [pair.split("/") for pair in words("""big/small hot/cold up/down left/right day/night old/young happy/sad fast/slow open/closed
-full/empty high/low long/short light/dark wet/dry hard/soft rich/poor strong/weak loud/quiet early/late thick/thin clean/dirty near/far
-good/bad first/last inside/outside true/false easy/difficult heavy/light wide/narrow begin/end love/hate win/lose push/pull give/take
-buy/sell awake/asleep brave/afraid sweet/sour front/back always/never alive/dead deep/shallow right/wrong top/bottom""")]  # fmt: skip
+OPPOSITES = [pair.split("/") for pair in words("""big/small hot/cold up/down left/right day/night old/young \
+happy/sad fast/slow open/closed
+full/empty high/low long/short light/dark wet/dry hard/soft rich/poor strong/weak loud/quiet early/late \
+thick/thin clean/dirty near/far
+good/bad first/last inside/outside true/false easy/difficult heavy/light wide/narrow begin/end love/hate \
+win/lose push/pull give/take
+buy/sell awake/asleep brave/afraid sweet/sour front/back always/never alive/dead deep/shallow right/wrong \
+top/bottom""")]  # fmt: skip
 COLORS = table("""
 the sky|blue
 grass|green
@@ -142,5 +147,7 @@ metres are in a kilometre|There are 1000 metres in a kilometre.
 grams are in a kilogram|There are 1000 grams in a kilogram.
 """)
 NUMBERS = words("one two three four five six seven eight nine ten")
-THINGS = words("""apple banana cherry dog egg fish goat hat ice jam kite lemon mouse nut orange pear queen rose sun tree umbrella violin
-water box yard zebra ant bread cat door ear fire grass house island jar king lamp moon night oak pen ring shoe table uncle vase wind""")
+THINGS = words("""apple banana cherry dog egg fish goat hat ice jam kite lemon mouse nut orange pear queen \
+rose sun tree umbrella violin
+water box yard zebra ant bread cat door ear fire grass house island jar king lamp moon night oak pen ring \
+shoe table uncle vase wind""")

@@ -145,14 +145,22 @@ Fiji|Suva|Oceania|English||
 Papua New Guinea|Port Moresby|Oceania|Tok Pisin||
 """)
 CAPITAL = ["What is the capital of {country}?", "What's the capital of {country}?", "Capital of {country}?",
-           "Tell me the capital of {country}.", "Which city is the capital of {country}?", "Name the capital of {country}.",
-           "Do you know the capital of {country}?", "What is the capital city of {country}?", "the capital of {country}",
-           "Can you tell me what the capital of {country} is?", "{country}: what is its capital?"]  # fmt: skip
-REVERSE = ["{capital} is the capital of which country?", "Which country has {capital} as its capital?", "What country is {capital} the capital of?",
-           "Of which country is {capital} the capital?", "What country has the capital {capital}?"]  # fmt: skip
-CONTINENT = ["On which continent is {country}?", "What continent is {country} in?", "Which continent is {country} on?",
-             "Where is {country}?", "Where in the world is {country}?", "In which part of the world is {country}?"]  # fmt: skip
-LANGUAGE = ["What language do people speak in {country}?", "What is the main language of {country}?", "Which language is spoken in {country}?",
+           "Tell me the capital of {country}.", "Which city is the capital of {country}?",
+           "Name the capital of {country}.",
+           "Do you know the capital of {country}?", "What is the capital city of {country}?",
+           "the capital of {country}",
+           "Can you tell me what the capital of {country} is?",
+           "{country}: what is its capital?"]  # fmt: skip
+REVERSE = ["{capital} is the capital of which country?", "Which country has {capital} as its capital?",
+           "What country is {capital} the capital of?",
+           "Of which country is {capital} the capital?",
+           "What country has the capital {capital}?"]  # fmt: skip
+CONTINENT = ["On which continent is {country}?", "What continent is {country} in?",
+             "Which continent is {country} on?",
+             "Where is {country}?", "Where in the world is {country}?",
+             "In which part of the world is {country}?"]  # fmt: skip
+LANGUAGE = ["What language do people speak in {country}?", "What is the main language of {country}?",
+            "Which language is spoken in {country}?",
             "What do they speak in {country}?", "What language is spoken in {country}?"]  # fmt: skip
 CITY = [
     "In which country is {city}?",
@@ -207,5 +215,6 @@ def sample(rng: random.Random):
         return make(
             kind, RIVER, "The {river} flows through {country}.".replace("River River", "River"), [river]
         )
-    text = "{Country} is a country in {continent}. Its capital is {capital}, and its main language is {language}."
+    text = "{Country} is a country in {continent}. "
+    text += "Its capital is {capital}, and its main language is {language}."
     return make(kind, ABOUT, text, [capital])

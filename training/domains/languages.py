@@ -121,19 +121,30 @@ thank you|dziękuję|Polish
 hello|merhaba|Turkish
 hello|salve|Latin
 """)
-TO = ["How do you say {q}{word}{q} in {lang}?", "How do I say {q}{word}{q} in {lang}?", "What is {q}{word}{q} in {lang}?", "Translate {q}{word}{q} to {lang}.",
-      "Translate {q}{word}{q} into {lang}.", "What is the {lang} word for {q}{word}{q}?", "{q}{word}{q} in {lang}", "How to say {q}{word}{q} in {lang}?",
-      "Say {q}{word}{q} in {lang}.", "Tell me how to say {q}{word}{q} in {lang}.", "What's the {lang} for {q}{word}{q}?"]  # fmt: skip
-FROM = ["What does {q}{foreign}{q} mean in English?", "What does {q}{foreign}{q} mean?", "What is the meaning of {q}{foreign}{q}?", "Translate {q}{foreign}{q} to English.",
-        "What does the {lang} word {q}{foreign}{q} mean?", "{q}{foreign}{q} in English?", "What is {q}{foreign}{q} in English?"]  # fmt: skip
+TO = ["How do you say {q}{word}{q} in {lang}?", "How do I say {q}{word}{q} in {lang}?",
+      "What is {q}{word}{q} in {lang}?", "Translate {q}{word}{q} to {lang}.",
+      "Translate {q}{word}{q} into {lang}.", "What is the {lang} word for {q}{word}{q}?",
+      "{q}{word}{q} in {lang}", "How to say {q}{word}{q} in {lang}?",
+      "Say {q}{word}{q} in {lang}.", "Tell me how to say {q}{word}{q} in {lang}.",
+      "What's the {lang} for {q}{word}{q}?"]  # fmt: skip
+FROM = ["What does {q}{foreign}{q} mean in English?", "What does {q}{foreign}{q} mean?",
+        "What is the meaning of {q}{foreign}{q}?", "Translate {q}{foreign}{q} to English.",
+        "What does the {lang} word {q}{foreign}{q} mean?", "{q}{foreign}{q} in English?",
+        "What is {q}{foreign}{q} in English?"]  # fmt: skip
 GREET = {
-    "French": (["Bonjour!", "Bonjour, comment ça va?", "Salut!", "Bonsoir!", "Salut, ça va?"], ["Bonjour! Comment puis-je vous aider?", "Bonjour! Je suis content de vous voir."]),
-    "Spanish": (["¡Hola!", "Hola", "Buenos días", "Hola, ¿cómo estás?", "Buenas tardes"], ["¡Hola! ¿Cómo puedo ayudarte?", "¡Hola! Me alegro de verte."]),
-    "German": (["Guten Tag!", "Hallo!", "Guten Morgen!", "Guten Abend!", "Hallo, wie geht es dir?"], ["Hallo! Wie kann ich dir helfen?", "Guten Tag! Schön, dich zu sehen."]),
-    "Italian": (["Ciao!", "Buongiorno!", "Ciao, come stai?", "Buonasera!"], ["Ciao! Come posso aiutarti?", "Ciao! Sono felice di vederti."]),
-    "Portuguese": (["Olá!", "Bom dia!", "Olá, como vai?", "Boa tarde!"], ["Olá! Como posso ajudar?", "Olá! É bom ver você."]),
+    "French": (["Bonjour!", "Bonjour, comment ça va?", "Salut!", "Bonsoir!", "Salut, ça va?"],
+               ["Bonjour! Comment puis-je vous aider?", "Bonjour! Je suis content de vous voir."]),
+    "Spanish": (["¡Hola!", "Hola", "Buenos días", "Hola, ¿cómo estás?", "Buenas tardes"],
+                ["¡Hola! ¿Cómo puedo ayudarte?", "¡Hola! Me alegro de verte."]),
+    "German": (["Guten Tag!", "Hallo!", "Guten Morgen!", "Guten Abend!", "Hallo, wie geht es dir?"],
+               ["Hallo! Wie kann ich dir helfen?", "Guten Tag! Schön, dich zu sehen."]),
+    "Italian": (["Ciao!", "Buongiorno!", "Ciao, come stai?", "Buonasera!"],
+                ["Ciao! Come posso aiutarti?", "Ciao! Sono felice di vederti."]),
+    "Portuguese": (["Olá!", "Bom dia!", "Olá, como vai?", "Boa tarde!"],
+                   ["Olá! Como posso ajudar?", "Olá! É bom ver você."]),
 }  # fmt: skip
-THANKS = {"French": ("Merci!", "De rien!"), "Spanish": ("¡Gracias!", "¡De nada!"), "German": ("Danke!", "Bitte!"),
+THANKS = {"French": ("Merci!", "De rien!"), "Spanish": ("¡Gracias!", "¡De nada!"),
+          "German": ("Danke!", "Bitte!"),
           "Italian": ("Grazie!", "Prego!"), "Portuguese": ("Obrigado!", "De nada!")}  # fmt: skip
 MEANINGS: dict[str, list] = {}
 for _row in WORDS:

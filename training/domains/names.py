@@ -4,11 +4,14 @@ import random
 
 from training.domains.common import words
 
-GIRLS = words("""Ana Mia Lily Emma Nora Sara Lucy Rosa Ella Ruby Clara Alice Eva Julia Hanna Maria Sofia Zoe Amy Kate
-Anna Laura Lena Nina Olivia Ava Grace Ivy Jane Leah Maya Molly Paula Rita Tina Vera Wendy Yara Zara Diana Elena
+GIRLS = words("""Ana Mia Lily Emma Nora Sara Lucy Rosa Ella Ruby Clara Alice Eva Julia Hanna Maria Sofia Zoe \
+Amy Kate
+Anna Laura Lena Nina Olivia Ava Grace Ivy Jane Leah Maya Molly Paula Rita Tina Vera Wendy Yara Zara Diana \
+Elena
 Fatima Greta Helen Iris Jasmine Karen Linda Marta Naomi Priya Rachel Sally Tara Uma Violet Willa Amina Bella
 Chloe Daisy Edith Flora Gina Hazel Ingrid Joan Keiko Layla Mei Nadia Petra Queenie Rose Sandra Susan""")
-BOYS = words("""Tom Ben Max Leo Sam Jack Oscar Paul Peter Hugo Ali Omar Ivan Luca Marco Noah Adam Daniel David Eric
+BOYS = words("""Tom Ben Max Leo Sam Jack Oscar Paul Peter Hugo Ali Omar Ivan Luca Marco Noah Adam Daniel \
+David Eric
 Felix George Harry Ian James Karl Liam Mark Nick Otto Pablo Ravi Simon Theo Victor Will Yusuf Zack Alan Boris
 Carlos Diego Ethan Finn Gabriel Henry Isaac Jonas Kevin Lars Mateo Nathan Oliver Pedro Robin Stefan Tim Umar
 Vince Walter Xavier Yuri Andre Bruno Colin Dylan Emil Frank Greg Hans Igor Jorge Kenji Louis Milo Neil""")

@@ -1,7 +1,4 @@
-"""The first layers of a packed checkpoint as an ordinary 16-bit one of transformers, for the rivals that want it so.
-
-Knows both formats. Knows nothing of who will run it. No more than one matrix is in memory at a time.
-"""
+"""The first layers of a packed checkpoint as an ordinary 16-bit one; one matrix in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,8 +22,7 @@ Tensors = dict[
 
 
 def write_16bit(task: Task) -> dict:
-    """The first `scaled_layers` layers of the packed checkpoint as an ordinary transformers checkpoint, with one matrix
-    in memory at a time."""
+    """Write the first `scaled_layers` layers of the packed checkpoint as a transformers checkpoint."""
     torch.set_num_threads(task.threads)
     source, folder = open_checkpoint(task.checkpoint), Path(task.files)
     dtype = faster_dtype(source, task.device) if task.dtype == "auto" else getattr(torch, task.dtype)
@@ -48,7 +44,7 @@ def write_16bit(task: Task) -> dict:
 
 
 def faster_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
-    """float16 on CUDA; on the CPU, whichever 16-bit dtype multiplies one token by an expert's matrix faster."""
+    """Return float16 on CUDA; on the CPU, the 16-bit dtype that multiplies a token by a matrix faster."""
     if torch.device(device).type == "cuda":
         return torch.float16
     times = {}
