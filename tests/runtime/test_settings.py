@@ -84,7 +84,7 @@ def test_the_file_itself_on_every_way_to_an_answer(folder, tmp_path, capsys):
     (folder / "generation_config.json").write_text(json.dumps({**IDS, **leaks}))
     tokenizer = load_tokenizer(folder)
     with pytest.warns(
-        UserWarning, match="generation_config.json also says .*repetition_penalty=20.0"
+        UserWarning, match="generation_config.json has .*repetition_penalty=20.0"
     ) as told:
         model = from_pretrained(folder, device="cpu", cache_size=8)
         chat, batch = answers(model, tokenizer)
@@ -92,7 +92,7 @@ def test_the_file_itself_on_every_way_to_an_answer(folder, tmp_path, capsys):
     options = ["--model", str(folder), "--device", "cpu", "--max-tokens", "24"]
     assert main(["generate", QUESTION, *options]) == 0
     printed = capsys.readouterr()
-    assert "notice: generation_config.json also says" in printed.err
+    assert "notice: generation_config.json has" in printed.err
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": QUESTION}))
     assert (
         main(["generate", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), *options])
