@@ -7,12 +7,12 @@ the lowest score is evicted first.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from math import inf, log2
 
 from mixtral_offload.errors import OptionError
 
-Key = tuple[int, int]  # (layer, expert)
+Key = Hashable
 
 
 class LRU:

@@ -23,8 +23,8 @@ class AbsentWeight:
         raise OptionError(
             "this needs the experts' weights as parameters of the model", key=self._name,
             found="offloaded experts, which stay in the checkpoint and in the cache",
-            hint='keep experts_implementation="offloaded"; or, if all experts fit on the device, make them parameters: '
-            "from_pretrained(..., dequantize_on_load=True)",
+            hint='keep experts_implementation="offloaded"; or, if all experts fit on the device, make them '
+            "parameters: from_pretrained(..., dequantize_on_load=True)",
         )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixtral_offload.core.options import OffloadOptions, declared
@@ -156,8 +156,11 @@ def _compile_now(model: OffloadedModel) -> float:
         if isinstance(module, QuantizedLinear):
             linears.setdefault((module.in_features, module.out_features, module.quantization), module)
     views = offload.layout.views(torch.zeros(offload.layout.n_bytes, dtype=torch.uint8, device=model.device))
-    expert = offload.layout.shapes["gate"][1], partial(offload.run, views=views)
-    calls = [expert, *((module.in_features, module) for module in linears.values())]
+    expert = offload.layout.shapes["gate"][1], lambda x: offload.run(x, views)
+    calls: list[tuple[int, Callable[[Tensor], Tensor]]] = [
+        expert,
+        *((module.in_features, module) for module in linears.values()),
+    ]
     began_s = time.perf_counter()
     with torch.no_grad():
         for n_in, call in tqdm(calls, desc="compile", disable=not offload.options.progress):

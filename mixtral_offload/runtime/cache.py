@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from mixtral_offload.weights.hqq import Fields
 from mixtral_offload.weights.layout import ExpertLayout
 
 Views = dict[str, Fields]  # of one expert: matrix -> field -> tensor
+# `core/residency.py` takes any hashable as a key; here it is an ExpertId, hence the casts
 
 
 class ExpertCache:
@@ -135,7 +137,7 @@ class ExpertCache:
     def contents(self, layer: int) -> list[int]:
         """Return the experts of `layer` on the device: residents, then cached ones in order of eviction."""
         pool = self._residency.pools[layer]
-        held = sorted((key for key in pool.held if key[0] == layer), key=pool.policy.score.__getitem__)
+        held = cast(list[ExpertId], sorted(pool.held, key=pool.policy.score.__getitem__))
         return [expert for at, expert in (*self._resident, *held) if at == layer]
 
     def n_slots(self, layer: int) -> int:
@@ -174,7 +176,7 @@ class ExpertCache:
     ) -> Iterator[tuple[int, Views]]:
         held, wait_s = self._residency.pools[layer].held, 0.0
         for action in self._residency.begin(layer, [(layer, expert) for expert in experts]):
-            do, key, load = action
+            do, load = action.do, action.load
             if do is not Do.USE and do is not Do.LAND:
                 self._carry_out(action)
                 continue
@@ -186,6 +188,7 @@ class ExpertCache:
                 _copy_of(load).wait()
                 wait_s = time.perf_counter() - began_s
                 continue
+            key = cast(ExpertId, action.key)
             self._count(key, load, wait_s)
             row = self._resident.get(key)
             yield key[1], self._views[held[key] if row is None else row]
@@ -230,7 +233,7 @@ class ExpertCache:
             self._carry_out(action)
 
     def _carry_out(self, action: Action) -> None:
-        do, key, load = action
+        do, key, load = action.do, cast(ExpertId, action.key), action.load
         assert load is not None and self.store is not None and self.engine is not None
         if do is Do.START:
             load.row = self._residency.free_row()

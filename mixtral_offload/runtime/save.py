@@ -171,8 +171,8 @@ def _check_arguments(others: dict[str, Any]) -> None:
 
 #: settings of how a model is run or how its weights are stored
 _NOT_THE_MODEL = {
-    "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "experts_implementation",
-    "attn_implementation", *OURS,
+    "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype",
+    "experts_implementation", "attn_implementation", *OURS,
 }  # fmt: skip
 
 
@@ -321,7 +321,7 @@ class _StateDictNotice:
             return
         self._said = True
         warnings.warn(
-            "state_dict() holds no experts: they stay in the checkpoint. model.save_pretrained(folder) writes "
-            "the whole model, `mixtral-offload convert` a checkpoint of other bits",
+            "state_dict() holds no experts: they stay in the checkpoint. model.save_pretrained(folder) "
+            "writes the whole model, `mixtral-offload convert` a checkpoint of other bits",
             stacklevel=3,
         )

@@ -39,8 +39,8 @@ TOP_K = 50
 MOST_SHARP = 1e30
 #: settings of transformers that do not change the tokens of an answer
 WITHOUT_EFFECT = {
-    "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "use_cache", "max_length", "max_new_tokens",
-    "_from_model_config",
+    "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "use_cache", "max_length",
+    "max_new_tokens", "_from_model_config",
 }  # fmt: skip
 SHOWN = 300  # characters of another library's message
 
@@ -259,7 +259,7 @@ def notice(model: PreTrainedModel) -> str | None:
         return None
     named = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
     named = named if len(named) <= SHOWN else f"{named[:SHOWN]}..."
-    return f"{FILE} has {named}: ignored here, where only temperature, top_p and seed count (runtime/settings.py)"
+    return f"{FILE} has {named}: ignored, only temperature, top_p and seed count (see runtime/settings.py)"
 
 
 def warn_once(model: PreTrainedModel, stacklevel: int = 3) -> None:

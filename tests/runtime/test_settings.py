@@ -83,9 +83,7 @@ def test_the_file_itself_on_every_way_to_an_answer(folder, tmp_path, capsys):
     }  # contradicts another
     (folder / "generation_config.json").write_text(json.dumps({**IDS, **leaks}))
     tokenizer = load_tokenizer(folder)
-    with pytest.warns(
-        UserWarning, match="generation_config.json has .*repetition_penalty=20.0"
-    ) as told:
+    with pytest.warns(UserWarning, match="generation_config.json has .*repetition_penalty=20.0") as told:
         model = from_pretrained(folder, device="cpu", cache_size=8)
         chat, batch = answers(model, tokenizer)
     assert len([warning for warning in told if "generation_config" in str(warning.message)]) == 1
