@@ -15,12 +15,11 @@ import torch
 from mixtral_offload.analysis.projection import HOST_S, Projection, project
 from mixtral_offload.analysis.replay import best_allocation, replay
 from mixtral_offload.analysis.synthetic import CURVES, MIXTRAL_RECALL, recall_by_layer, sticky_trace
-from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.sizes import ModelSizes
-from mixtral_offload.runtime.options import MARGIN_BYTES, plan_within, scratch_bytes
+from mixtral_offload.runtime.options import MARGIN_BYTES, CheckedOptions, plan_within, scratch_bytes
 from mixtral_offload.units import check_whole, gb, listed, parse_size
 from mixtral_offload.weights.hqq import PAPER
 
@@ -84,8 +83,8 @@ class PlanRequest:
                 "scratch": activations + sizes.dequantized_bytes}  # fmt: skip
 
     @property
-    def options(self) -> OffloadOptions:
-        return OffloadOptions(
+    def options(self) -> CheckedOptions:
+        return CheckedOptions(
             device=torch.device("cuda"), dtype=torch.float16, vram=self.vram, ram=self.ram, prefetch=self.prefetch,
             look_ahead=self.look_ahead, context_length=self.context_length,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, CheckpointError, DownloadError
 from mixtral_offload.models.checkpoint import Checkpoint, load_config, open_checkpoint
 from mixtral_offload.models.sizes import model_sizes
-from mixtral_offload.runtime.options import MARGIN_BYTES, dense_bytes, parse_options, plan_for
+from mixtral_offload.runtime.options import MARGIN_BYTES, dense_bytes, for_checkpoint, parse_options, plan_for
 from mixtral_offload.units import gb, listed
 from mixtral_offload.weights.hub import DownloadPlan, fetch_file, plan_download
 from mixtral_offload.weights.source import local_folder, resolve
@@ -79,7 +79,9 @@ def inspect(source: str | Path | None = "demo", *, revision: str | None = None, 
         folder = resolve(source, revision=revision)
     checkpoint = open_checkpoint(folder)
     try:
-        return Inspection(parsed, checkpoint=checkpoint, plan=plan_for(checkpoint, parsed))
+        return Inspection(
+            parsed, checkpoint=checkpoint, plan=plan_for(checkpoint, for_checkpoint(parsed, checkpoint))
+        )
     except CapacityError as error:
         return Inspection(parsed, checkpoint=checkpoint, refusal=error)
 
@@ -181,7 +183,7 @@ def _contents(checkpoint: Checkpoint) -> list[str]:
 
 def _needs(checkpoint: Checkpoint, options: OffloadOptions) -> list[str]:
     """Device memory for the smallest cache and for everything resident."""
-    dense = dense_bytes(checkpoint, options)
+    dense = dense_bytes(checkpoint, for_checkpoint(options, checkpoint))
     smallest = len(checkpoint.layers) * checkpoint.top_k * checkpoint.layout.n_bytes
     everything = len(checkpoint.experts) * checkpoint.layout.n_bytes
     return [

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mixtral_offload.core.policies import POLICIES, staging_rows
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
 
 
@@ -114,7 +116,7 @@ class OffloadOptions:
         """Rows for predicted experts."""
         return staging_rows(self.prefetch or 0, self.look_ahead)
 
-    def with_prefetch(self, possible: bool = True) -> OffloadOptions:
+    def with_prefetch(self, possible: bool = True) -> Self:
         """With the default prefetch where none was asked for; 0 where the model's routing cannot be predicted."""
         if self.prefetch is not None:
             return self

@@ -54,7 +54,8 @@ class Load:
 
     def __init__(self, key: Key, layer: int, number: int, due: int):
         self.key, self.layer, self.number, self.due = key, layer, number, due
-        self.row, self.copy, self.is_predicted = -1, None, False
+        self.row, self.is_predicted = -1, False
+        self.copy: CopyState | None = None
 
 
 class Do(Enum):

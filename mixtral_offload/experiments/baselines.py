@@ -283,7 +283,7 @@ def unsorted() -> Iterator[None]:
 def _run_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """In place of `forward.run_tokens`, with its arguments and result; guesses are made once, as there."""
     n_tokens, top_k = top_k_index.shape
-    chosen, meanwhile = forward._read(offload, layer, top_k_index.reshape(-1), n_tokens)
+    chosen, meanwhile = forward.read_routing(offload, layer, top_k_index.reshape(-1), n_tokens)
     y, began_s = x.new_empty(n_tokens * top_k, x.shape[-1]), time.perf_counter()
     with offload.cache.lock:
         for token in range(n_tokens):
@@ -291,7 +291,7 @@ def _run_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_w
             for expert, views in offload.cache.fetch(layer, sorted(places), meanwhile):
                 y[places[expert]] = offload.run(x[token : token + 1], views)[0]
             meanwhile = None
-        forward._record(offload, layer, top_k_index, top_k_weights, began_s)
+        forward.tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     return y.view(n_tokens, top_k, -1)
 
 

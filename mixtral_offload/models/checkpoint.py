@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.models.config_check import (
@@ -65,7 +66,7 @@ class Checkpoint:
     """
 
     folder: Path
-    config: object
+    config: PretrainedConfig
     layout: ExpertLayout
     experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]]
     prefixes: dict[ExpertId, dict[str, str]]

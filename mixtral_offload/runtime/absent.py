@@ -1,7 +1,4 @@
-"""What stands where transformers' modules have their experts' weights, and says why they are not there.
-
-Knows nothing of models or caches.
-"""
+"""Placeholders for the experts' weights in transformers' modules, which explain why there are none."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ from mixtral_offload.errors import OptionError
 
 
 class AbsentWeight:
-    """A weight that an experts module does not hold; whatever uses it raises an OptionError.
+    """A weight that an experts module does not hold; every use raises an OptionError.
 
     Args:
-        name: The parameter's name, as transformers has it.
+        name: Name of transformers' parameter.
     """
 
     def __init__(self, name: str):
@@ -26,12 +23,12 @@ class AbsentWeight:
         raise OptionError(
             "this needs the experts' weights as parameters of the model", key=self._name,
             found="offloaded experts, which stay in the checkpoint and in the cache",
-            hint='keep experts_implementation="offloaded"; from_pretrained(..., dequantize_on_load=True) makes them parameters where '
-            "all of them fit on the device",
+            hint='keep experts_implementation="offloaded"; or, if all experts fit on the device, make them '
+            "parameters: from_pretrained(..., dequantize_on_load=True)",
         )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked for by Python itself, to find out what this is
+        if name.startswith("__"):  # Python itself looks these up
             raise AttributeError(name)
         self._refuse()
 
@@ -40,10 +37,8 @@ class AbsentWeight:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> NoReturn:
-        absent = next(
-            (value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls)), cls("weight")
-        )
-        absent._refuse()
+        values = (*args, *(kwargs or {}).values())
+        next((value for value in values if isinstance(value, cls)), cls("weight"))._refuse()
 
 
 def remove_weights(experts: nn.Module) -> None:

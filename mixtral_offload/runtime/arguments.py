@@ -1,7 +1,4 @@
-"""Arguments of transformers' own `from_pretrained`: understood, harmless, or refused with what to do instead.
-
-Knows both signatures. Knows no models or files.
-"""
+"""Arguments of transformers' own `from_pretrained`: understood, harmless, or refused with a next step."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ import torch
 from mixtral_offload.errors import OptionError
 from mixtral_offload.runtime.options import parse_device
 
-#: arguments of the download, as `mixtral_offload.weights.hub.download` has them
+#: arguments of `mixtral_offload.weights.hub.download`
 HUB = ("token", "revision", "cache_dir", "local_files_only")
 CONVERT = "convert the checkpoint first: mixtral-offload convert SOURCE TARGET --bits 4"
-BUDGETS = "say vram= and ram=, or cache_size=; experts are offloaded by that"
-EDIT = "the checkpoint's own config.json counts: edit it, or change model.config afterwards"
-#: argument -> the values that change nothing, and what to do in place of others. None changes nothing anywhere
+BUDGETS = "give vram= and ram=, or cache_size=, which decide what is offloaded"
+EDIT = "edit the checkpoint's config.json, or change model.config afterwards"
+#: argument -> values that change nothing, and the next step for all others; None changes nothing anywhere
 OTHERS: dict[str, tuple[tuple, str]] = {
     "trust_remote_code": ((False,), "only transformers' own classes are run: leave it out"),
     "low_cpu_mem_usage": ((True, False), ""),
@@ -58,25 +55,26 @@ OTHERS: dict[str, tuple[tuple, str]] = {
 WHOLE_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def split_arguments(arguments: dict[str, Any], hub: dict[str, Any] | None) -> tuple[dict[str, Any], dict]:
-    """Sort what was given to `from_pretrained` into this package's options and arguments of the download.
+def split_arguments(
+    arguments: dict[str, Any], hub: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sort arguments of `from_pretrained` into options of this package and arguments of the download.
 
     Args:
         arguments: Named as in this package or in transformers.
         hub: Arguments of the download that were given as such.
 
     Returns:
-        (as `OffloadOptions.parse` takes them, as `mixtral_offload.weights.hub.download` takes them)
+        Arguments for `parse_options`, and for `mixtral_offload.weights.hub.download`.
 
     Raises:
-        OptionError: For an argument of transformers that cannot be done, or two that contradict each other.
+        OptionError: For an argument of transformers that is not supported, or two that contradict each other.
     """
     options, hub = dict(arguments), dict(hub or {})
     for name in OTHERS.keys() & options.keys():
         value, (harmless, hint) = options.pop(name), OTHERS[name]
-        if value is not None and not any(
-            value is of or (type(value) is type(of) and value == of) for of in harmless
-        ):
+        # of the same type: 1 == True
+        if value is not None and not any(type(value) is type(of) and value == of for of in harmless):
             raise OptionError(f"{name} is not supported", found=_shown(value), hint=hint or None)
     for name in HUB:
         if name in options:
@@ -89,13 +87,13 @@ def split_arguments(arguments: dict[str, Any], hub: dict[str, Any] | None) -> tu
 
 
 def _same(name: str, where: dict[str, Any], alias: str, value: Any) -> None:
-    """Set an argument that may be there already; both must mean the same."""
+    """Set an argument that may be there already, with the same meaning."""
     if value is None:
         return
     before = where.get(name)
     if before is not None and _canonical(name, before) != _canonical(name, value):
         raise OptionError(
-            f"two values for {name}", expected=f"one of {name} and {alias}, or both alike",
+            f"two values for {name}", expected=f"one of {name} and {alias}, or the same value for both",
             found="two tokens" if name == "token" else f"{_shown(before)} and {_shown(value)}",
         )  # fmt: skip
     where[name] = value
@@ -108,7 +106,7 @@ def _canonical(name: str, value: Any) -> Any:
 
 
 def _one_device(device_map: Any) -> str | torch.device | None:
-    """The device that a `device_map` means; None: this package's own choice. Raises OptionError for several."""
+    """The one device of a `device_map`; None: this package's own choice."""
     if device_map is None or (isinstance(device_map, str) and device_map in WHOLE_DEVICES):
         return None
     places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
@@ -122,7 +120,6 @@ def _one_device(device_map: Any) -> str | torch.device | None:
 
 
 def _shown(value: Any) -> str:
-    text = (
-        repr(value) if isinstance(value, (bool, int, float, str, dict, list, tuple)) else type(value).__name__
-    )
+    is_plain = isinstance(value, (int, float, str, dict, list, tuple))
+    text = repr(value) if is_plain else type(value).__name__
     return text if len(text) <= 100 else text[:97] + "..."

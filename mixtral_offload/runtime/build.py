@@ -1,7 +1,6 @@
 """`from_pretrained`: an ordinary transformers model whose experts are offloaded.
 
-Knows transformers: its model classes and its experts interface, through which `runtime/forward.py` is called
-in place of the model's own experts.
+Knows transformers' model classes, and its experts interface, which calls `runtime/forward.py`.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from mixtral_offload.core.options import OffloadOptions, declared
 from mixtral_offload.core.placement import Plan
-from mixtral_offload.core.policies import POLICIES
+from mixtral_offload.core.policies import make_policy
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.models.experts import FUSED, activation
@@ -30,14 +28,20 @@ from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_dense
 from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.offload import Offload, OffloadedModel, refuse_copy
-from mixtral_offload.runtime.options import compile_choice, device_layout, parse_options, plan_for
+from mixtral_offload.runtime.offload import ExpertsModule, Offload, OffloadedModel, refuse_copy
+from mixtral_offload.runtime.options import (
+    CheckedOptions,
+    compile_choice,
+    device_layout,
+    parse_options,
+    plan_for,
+)
 from mixtral_offload.runtime.pass_state import Pass, track_passes
 from mixtral_offload.runtime.prefetch import Prefetcher
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.runtime.save import save_whole
 from mixtral_offload.runtime.settings import read_generation_config
-from mixtral_offload.runtime.store import FileStore, RamStore
+from mixtral_offload.runtime.store import FileStore, RamStore, Store
 from mixtral_offload.weights.checksums import finish_checks
 from mixtral_offload.weights.hqq import QuantizedLinear, matmul
 from mixtral_offload.weights.kernels import PACKED_TOKENS, linear, make_run
@@ -73,7 +77,8 @@ def from_pretrained(
     """Load an ordinary transformers model whose experts are offloaded.
 
     Args:
-        source: A folder, a hub repository, or "demo" (also None) for the small model that ships with the package.
+        source: A folder, a hub repository, or "demo" (also None) for the small model that ships with the
+            package.
         device: Where experts run: "cpu", "cuda", "cuda:1", ... Default: cuda where there is one.
         dtype: Of activations and of the dense part: float16, bfloat16, float32, or "auto" for the
             checkpoint's own. Default: float16 on CUDA, float32 on the CPU.
@@ -100,9 +105,10 @@ def from_pretrained(
             quantized, and as large. Requires that they all fit on the device.
         throttle: Limit copies to the device to this rate (bytes/s, or like "12GB"), to emulate a slower link.
         progress: Show progress bars.
-        hub: Arguments for `mixtral_offload.weights.hub.download` (revision, endpoint, token, local_dir, cache_dir).
-        others: Arguments of transformers' own `from_pretrained` that make sense here (torch_dtype, device_map for one
-            device, token, revision, cache_dir, local_files_only). Others are refused, with what to do instead.
+        hub: Arguments for `mixtral_offload.weights.hub.download` (revision, endpoint, token, local_dir,
+            cache_dir).
+        others: Arguments of transformers' own `from_pretrained` that make sense here (torch_dtype, device_map
+            for one device, token, revision, cache_dir, local_files_only). All others raise OptionError.
 
     Returns:
         The model. `model.offload` has the plan, the cache, its counters (`stats`) and `close()`.
@@ -111,19 +117,19 @@ def from_pretrained(
         OffloadError: DownloadError, CheckpointError, CapacityError or OptionError.
     """
     given = locals()
-    options = {name: given[name] for name in declared()}
-    options, hub = split_arguments({**options, **others}, hub)
-    # whatever default device the caller has set: each tensor's own is in the options. What is made in inference_mode
-    # could never be trained, nor be seen to change
+    options, hub = split_arguments({name: given[name] for name in declared()} | others, hub)
+    # whatever default device the caller has set: the options have each tensor's. Tensors made in
+    # inference_mode could never be trained, and their changes would not be tracked
     with torch.device("cpu"), torch.inference_mode(False):
         return _build(source, hub, parse_options(options))
 
 
-def _build(source: str | Path | None, hub: dict, options: OffloadOptions) -> OffloadedModel:
+def _build(source: str | Path | None, hub: dict[str, Any], given: OffloadOptions) -> OffloadedModel:
     folder = resolve(source, **hub)
     checkpoint = open_checkpoint(folder)
     generation = read_generation_config(folder)
-    model, layers, options = build_skeleton(checkpoint, options)
+    skeleton, layers, options = build_skeleton(checkpoint, given)
+    model = cast(OffloadedModel, skeleton)  # transformers' class: it gets its `offload` below
     plan = plan_for(checkpoint, options)
     compiled = compile_choice(checkpoint, options)
     product = None if options.dequantize_on_load else linear if compiled[0] else matmul
@@ -142,15 +148,19 @@ def _build(source: str | Path | None, hub: dict, options: OffloadOptions) -> Off
     return model.eval()
 
 
-def _compile_now(model: PreTrainedModel) -> float:
-    """Run everything compiled once, for few tokens and for many; returns the seconds it took."""
-    offload, linears = model.offload, {}
+def _compile_now(model: OffloadedModel) -> float:
+    """Run everything compiled once, for few tokens and for many; return the seconds it took."""
+    offload = model.offload
+    linears: dict[tuple[Any, ...], QuantizedLinear] = {}
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             linears.setdefault((module.in_features, module.out_features, module.quantization), module)
     views = offload.layout.views(torch.zeros(offload.layout.n_bytes, dtype=torch.uint8, device=model.device))
-    expert = offload.layout.shapes["gate"][1], partial(offload.run, views=views)
-    calls = [expert, *((key[0], module) for key, module in linears.items())]
+    expert = offload.layout.shapes["gate"][1], lambda x: offload.run(x, views)
+    calls: list[tuple[int, Callable[[Tensor], Tensor]]] = [
+        expert,
+        *((module.in_features, module) for module in linears.values()),
+    ]
     began_s = time.perf_counter()
     with torch.no_grad():
         for n_in, call in tqdm(calls, desc="compile", disable=not offload.options.progress):
@@ -159,14 +169,12 @@ def _compile_now(model: PreTrainedModel) -> float:
     return time.perf_counter() - began_s
 
 
-def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) -> ExpertCache:
+def _build_cache(checkpoint: Checkpoint, plan: Plan, options: CheckedOptions) -> ExpertCache:
     layout, device = device_layout(checkpoint, options), options.device
     stored = [expert for expert in sorted(checkpoint.experts) if expert[1] not in plan.resident[expert[0]]]
-    bar = tqdm(
-        total=len(checkpoint.experts) * layout.n_bytes, unit="B", unit_scale=True, desc="experts",
-        disable=not options.progress or plan.store == "disk",
-    )  # fmt: skip
-    store = None
+    n_bytes, is_quiet = len(checkpoint.experts) * layout.n_bytes, not options.progress or plan.store == "disk"
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="experts", disable=is_quiet)
+    store: Store | None = None
     if plan.store == "ram":
         store = RamStore(checkpoint, stored, pin=device.type == "cuda", progress=bar.update)
     elif plan.store == "disk":
@@ -174,9 +182,15 @@ def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) ->
     engine = make_engine(device, store.pinned, layout.n_bytes, options.throttle) if store else None
     layers = {layer: (plan.slots[layer], plan.resident[layer]) for layer in checkpoint.layers}
     cache = ExpertCache(
-        layout, layers, store, engine, device, policy=POLICIES[options.policy], shared=options.shared_slots,
+        layout,
+        layers,
+        store,
+        engine,
+        device,
+        policy=partial(make_policy, options.policy),
+        shared=options.shared_slots,
         n_staging=options.n_staging,
-    )  # fmt: skip
+    )
     for _ in _fill_residents(checkpoint, cache, device):
         bar.update(layout.n_bytes)
     bar.close()
@@ -184,7 +198,7 @@ def _build_cache(checkpoint: Checkpoint, plan: Plan, options: OffloadOptions) ->
 
 
 def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.device) -> Iterator[ExpertId]:
-    """Read the resident experts, on CUDA through a buffer of one expert; yields each once it is there."""
+    """Read the resident experts, on CUDA through a buffer of one expert; yield each when it is there."""
     stored = checkpoint.layout
     if device.type == "cpu" and cache.layout is stored:
         yield from checkpoint.read_experts(cache.resident_slots())
@@ -199,32 +213,30 @@ def _fill_residents(checkpoint: Checkpoint, cache: ExpertCache, device: torch.de
         yield expert
 
 
-def _attach(model: PreTrainedModel) -> None:
-    """Put `offloaded_experts` in place of the model's own experts, and the guesses under its layers."""
+def _attach(model: OffloadedModel) -> None:
+    """Replace the model's own experts by `offloaded_experts`, and track its passes."""
     offload, options = model.offload, model.offload.options
     for layer in offload.layers:
-        module = model.get_submodule(layer.name)
+        module = cast(ExpertsModule, model.get_submodule(layer.name))  # by the next line
         module.offload, module.layer = offload, layer.number
         if options.dequantize_on_load:
             _lend_weights(module, offload.cache, layer.number)
     model.set_experts_implementation("offloaded")
     save_whole(model)
-    for module in (model, model.base_model):
-        module.__reduce_ex__ = refuse_copy  # before a hook is met, which cannot be pickled either
+    for part in (model, model.base_model):  # otherwise pickle fails at a hook, with another message
+        part.__reduce_ex__ = refuse_copy  # type: ignore[method-assign]  # of this object alone
     track_passes(model.base_model, offload.passes)
     if not options.dequantize_on_load:  # then they are parameters
         offload.passes.on_begin.append(_refuse_untrainable(model))
     if options.prefetch and offload.plan.store:
-        offload.prefetcher = Prefetcher(
-            model, offload.layers, offload.prefetch, options.prefetch, options.look_ahead,
-            passes=offload.passes,
-        )  # fmt: skip
+        how = options.prefetch, options.look_ahead
+        offload.prefetcher = Prefetcher(model, offload.layers, offload.prefetch, *how, passes=offload.passes)
 
 
-def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
-    """An observer of passes that raises OptionError where peft was asked to train what are no parameters here.
+def _refuse_untrainable(model: OffloadedModel) -> Callable[[Pass], None]:
+    """Return what raises OptionError at a pass if peft was to train what are no parameters here.
 
-    peft leaves that part out, with a warning at most. It writes the configuration that it has followed on the model.
+    peft skips that part, with a warning at most, and writes its configuration on the model.
     """
     of = [weakref.ref(part) for part in (model, model.base_model)]
     packed = {
@@ -237,22 +249,30 @@ def _refuse_untrainable(model: PreTrainedModel) -> Callable[[Pass], None]:
                 for target in getattr(config, "target_parameters", None) or ():
                     if target.rpartition(".")[2] in FUSED:
                         raise OptionError(
-                            "this adapter changes experts, whose weights are no parameters here", key=f"adapter {name}", found=target,
-                            hint="train or load adapters of other layers (attention, router, head), or use dequantize_on_load=True",
-                        )  # fmt: skip
+                            "this adapter changes experts, whose weights are no parameters here",
+                            key=f"adapter {name}",
+                            found=target,
+                            hint="train or load adapters of other layers (attention, router, head), or use "
+                            "dequantize_on_load=True",
+                        )
                 for target in getattr(config, "modules_to_save", None) or ():
                     if target.rpartition(".")[2] in packed:
                         raise OptionError(
-                            "this adapter trains a layer as a whole, whose weight is quantized", key=f"adapter {name}", found=target,
-                            hint="give it LoRA (target_modules) in place of modules_to_save, or use dequantize_on_load=True",
-                        )  # fmt: skip
+                            "this adapter trains a layer as a whole, whose weight is quantized",
+                            key=f"adapter {name}",
+                            found=target,
+                            hint="give it LoRA (target_modules) in place of modules_to_save, or use "
+                            "dequantize_on_load=True",
+                        )
 
     return check
 
 
 def _lend_weights(module: nn.Module, cache: ExpertCache, layer: int) -> None:
-    """Make transformers' parameters `[experts, N, K]` of the cache's memory of one layer, all of it resident and
-    dequantized. Matrices that share a parameter lie below each other in it."""
+    """Make transformers' parameters `[experts, N, K]` of one layer's residents, all dequantized.
+
+    Matrices that share a parameter lie below each other in it.
+    """
     rows = cache.resident_rows(layer)  # uint8 [experts, n_bytes]
     fields = {field.matrix: field for field in cache.layout.fields}
     for name, matrices in FUSED.items():

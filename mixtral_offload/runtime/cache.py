@@ -1,17 +1,18 @@
-"""Experts on the device: rows of memory, filled on demand (2312.17238, section 3.1) or by prediction (3.2).
+"""The cache: experts in rows of device memory, filled on demand (2312.17238, section 3.1) or by prediction
+(3.2).
 
-`core/residency.py` decides; this maps its rows to memory and its copies to an engine, and counts. Knows nothing of
-models, routers or how an expert is run.
+`core/residency.py` decides; this maps rows to memory and loads to copies, and counts. Knows no models or
+routers.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,35 +30,44 @@ from mixtral_offload.runtime.store import Store, host_slab
 from mixtral_offload.weights.hqq import Fields
 from mixtral_offload.weights.layout import ExpertLayout
 
-Views = dict[str, Fields]
-Kind = TypeVar("Kind", bound="ExpertCache")
+Views = dict[str, Fields]  # of one expert: matrix -> field -> tensor
+# `core/residency.py` takes any hashable as a key; here it is an ExpertId, hence the casts
 
 
 class ExpertCache:
     """Experts on one device.
 
     Args:
-        layout: Of one expert in a row.
+        layout: Layout of one expert in a row.
         layers: layer -> (number of slots, resident experts).
-        store: Holds all experts that are not resident; None if there are none.
-        engine: Carries copies out; None without a store.
-        device: Where the rows are.
+        store: Has all experts that are not resident; None if there are none.
+        engine: Carries out copies; None without a store.
+        device: Device of the rows.
         policy: Makes an eviction policy.
         shared: One pool of slots for all layers in place of one for each.
-        n_staging: Rows for predicted experts.
-        observers: Are told of uses and dropped predictions.
+        n_staging: Number of rows for predicted experts.
+        observers: Called for uses and dropped predictions.
         lender: Use the memory and the residents of this cache, and allocate only rows that it lacks.
 
     Attributes:
-        memory: One row for each slot, each staging row and each resident, in this order: uint8 `[layout.n_bytes]` each.
-        lock: Held by whoever uses experts.
+        memory: Rows of the slots, staging rows and residents, in this order: uint8 `[layout.n_bytes]` each.
+        lock: Held while experts are used.
     """
 
     def __init__(
-        self, layout: ExpertLayout, layers: dict[int, tuple[int, Sequence[int]]], store: Store | None,
-        engine: Engine | None, device: torch.device | str, *, policy: Callable[[], Policy] = LRU, shared: bool = False,
-        n_staging: int = 0, observers: Observers | None = None, lender: ExpertCache | None = None,
-    ):  # fmt: skip
+        self,
+        layout: ExpertLayout,
+        layers: Mapping[int, tuple[int, Sequence[int]]],
+        store: Store | None,
+        engine: Engine | None,
+        device: torch.device | str,
+        *,
+        policy: Callable[[], Policy] = LRU,
+        shared: bool = False,
+        n_staging: int = 0,
+        observers: Observers | None = None,
+        lender: ExpertCache | None = None,
+    ):
         self.layout, self.stats, self.lock = layout, CacheStats(), threading.RLock()
         self.observers = Observers() if observers is None else observers
         self.store, self.engine, self.device = store, engine, torch.device(device)
@@ -70,7 +80,7 @@ class ExpertCache:
             self.memory = list(self._slab)
         else:
             residents, self.memory = list(lender._resident), lender._lend(n_rows)
-        self._resident = {key: row for row, key in enumerate(residents, n_rows)}
+        self._resident: dict[ExpertId, int] = {key: row for row, key in enumerate(residents, n_rows)}
         self._n_rows, self._is_muted = n_rows, False
         self._views = [layout.views(row) for row in self.memory]
         # holds nothing of this cache, so that a dropped model frees its memory at once
@@ -80,24 +90,30 @@ class ExpertCache:
     def lend(
         self,
         slots: dict[int, int],
-        kind: type[Kind] | None = None,
+        kind: type[ExpertCache] | None = None,
         *,
         n_staging: int = 0,
         shared: bool = False,
-    ) -> Kind:
+    ) -> ExpertCache:
         """Make another cache over the same store, engine, memory and residents, for an experiment.
 
         Only one of the two may hold anything at a time: `drain` one before the other is used.
 
         Args:
             slots: layer -> number of slots. Rows that this cache lacks are allocated.
-            kind: Its class; default: ExpertCache.
+            kind: Class of the other cache; default: ExpertCache.
         """
-        layers = {layer: (n, ()) for layer, n in slots.items()}
         return (kind or ExpertCache)(
-            self.layout, layers, self.store, self.engine, self.device, n_staging=n_staging, shared=shared,
-            observers=self.observers, lender=self,
-        )  # fmt: skip
+            self.layout,
+            {layer: (n, ()) for layer, n in slots.items()},
+            self.store,
+            self.engine,
+            self.device,
+            n_staging=n_staging,
+            shared=shared,
+            observers=self.observers,
+            lender=self,
+        )
 
     def _lend(self, n_rows: int) -> list[Tensor]:
         more = _allocate(max(0, n_rows - self._n_rows), self.layout.n_bytes, self.device)
@@ -109,28 +125,28 @@ class ExpertCache:
         return len(self.memory) * self.layout.n_bytes
 
     def resident_slots(self) -> Iterator[tuple[ExpertId, Tensor]]:
-        """(layer, expert) and the row of each resident expert, to be filled once while building."""
+        """Yield each resident expert with its row, which is filled once, while building."""
         for key, row in self._resident.items():
             yield key, self.memory[row]
 
     def resident_rows(self, layer: int) -> Tensor:
-        """The memory of a layer's resident experts, one after the other: uint8 `[residents, layout.n_bytes]`."""
+        """Return the memory of a layer's resident experts: uint8 `[residents, layout.n_bytes]`."""
         rows = [row for (of, _), row in self._resident.items() if of == layer]
         return self._slab[rows[0] : rows[-1] + 1]
 
     def contents(self, layer: int) -> list[int]:
-        """Experts of `layer` on the device: residents, then those in slots, the next one to be evicted first."""
+        """Return the experts of `layer` on the device: residents, then cached ones in order of eviction."""
         pool = self._residency.pools[layer]
-        held = sorted((key for key in pool.held if key[0] == layer), key=pool.policy.score.__getitem__)
+        held = cast(list[ExpertId], sorted(pool.held, key=pool.policy.score.__getitem__))
         return [expert for at, expert in (*self._resident, *held) if at == layer]
 
     def n_slots(self, layer: int) -> int:
-        """Slots of this layer; with a shared pool, its share."""
+        """Return the number of slots of this layer; with a shared pool, its share."""
         return self._slots[layer]
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
-        """Hold the lock; observers are not told of what this cache does meanwhile."""
+        """Hold the lock, and call no observers meanwhile."""
         with self.lock:
             is_muted, self._is_muted = self._is_muted, True
             try:
@@ -141,10 +157,13 @@ class ExpertCache:
     def fetch(
         self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
     ) -> Iterator[tuple[int, Views]]:
-        """Yield each of `experts` with its views, once: those on the device first, the others as they land.
+        """Yield each of `experts` with its views, once: those on the device first, the others as they arrive.
 
-        All copies that the slots allow are under way, and then `meanwhile` has been called, before the first expert
-        is yielded. The views are valid until the next one is asked for. More experts than slots go through in waves.
+        Views are valid until the next expert is requested. More experts than slots go through in waves.
+
+        Args:
+            meanwhile: Called after all copies that the slots allow have started, before the first expert is
+                yielded.
         """
         try:
             yield from self._fetch(layer, experts, meanwhile)
@@ -157,7 +176,7 @@ class ExpertCache:
     ) -> Iterator[tuple[int, Views]]:
         held, wait_s = self._residency.pools[layer].held, 0.0
         for action in self._residency.begin(layer, [(layer, expert) for expert in experts]):
-            do, key, load = action
+            do, load = action.do, action.load
             if do is not Do.USE and do is not Do.LAND:
                 self._carry_out(action)
                 continue
@@ -166,31 +185,31 @@ class ExpertCache:
                 meanwhile = None
             if do is Do.LAND:
                 began_s = time.perf_counter()
-                load.copy.wait()
+                _copy_of(load).wait()
                 wait_s = time.perf_counter() - began_s
                 continue
+            key = cast(ExpertId, action.key)
             self._count(key, load, wait_s)
             row = self._resident.get(key)
             yield key[1], self._views[held[key] if row is None else row]
 
-    def _told(self) -> Iterable[Observer]:
+    def _listeners(self) -> Iterable[Observer]:
         return () if self._is_muted else self.observers
 
     def count_residents(self, layer: int, experts: set[int]) -> None:
         """Count uses of resident experts that were run without `fetch`."""
         self.stats.hits += len(experts)
         at_s = time.perf_counter()
-        for observer in self._told():
+        for observer in self._listeners():
             for expert in sorted(experts):
                 observer.used(Use(layer, expert, HIT, 0.0, at_s, None))
 
     def prefetch(self, layer: int, experts: Sequence[int], distance: int = 1) -> None:
-        """Start copies of experts that `layer`, `distance` layers from now, will probably need; see
-        `Residency.predict`."""
+        """Start copies of experts that `layer` will probably need; see `Residency.predict`."""
         self._carry_out_all(self._residency.predict(layer, [(layer, expert) for expert in experts], distance))
 
     def forget(self, layer: int) -> None:
-        """Evict what the slots of `layer` hold; of all layers, if they share them."""
+        """Evict what the slots of `layer` hold; of all layers, if they share their slots."""
         self._residency.pools[layer].held.clear()
 
     def clear(self) -> None:
@@ -214,24 +233,27 @@ class ExpertCache:
             self._carry_out(action)
 
     def _carry_out(self, action: Action) -> None:
-        do, key, load = action
+        do, key, load = action.do, cast(ExpertId, action.key), action.load
+        assert load is not None and self.store is not None and self.engine is not None
         if do is Do.START:
             load.row = self._residency.free_row()
-            load.copy = Copy(self.store.pieces(key), self.memory[load.row], load.due)
-            self.engine.start(load.copy)
+            load.copy = copy = Copy(self.store.pieces(key), self.memory[load.row], load.due)
+            self.engine.start(copy)
             self.stats.predictions += load.due != NOW
         elif do is Do.PROMOTE:
-            self.engine.promote(load.copy)
+            self.engine.promote(_copy_of(load))
         elif do is Do.CANCEL:
-            if load.copy is not None:
-                self.engine.cancel(load.copy)
-            for observer in self._told():
-                observer.dropped(Dropped(*key, load.copy))
+            cancelled = None if load.copy is None else _copy_of(load)
+            if cancelled is not None:
+                self.engine.cancel(cancelled)
+            for observer in self._listeners():
+                observer.dropped(Dropped(*key, cancelled))
         elif do is Do.ABANDON:
             _abandon(load)
         elif do is Do.FREE and load.copy is not None:
-            self.stats.bytes_moved += load.copy.moved_bytes
-            self.stats.wasted_bytes += load.copy.moved_bytes
+            n_bytes = _copy_of(load).moved_bytes
+            self.stats.bytes_moved += n_bytes
+            self.stats.wasted_bytes += n_bytes
 
     def _count(self, key: ExpertId, load: Load | None, wait_s: float) -> None:
         stats, at_s = self.stats, time.perf_counter()
@@ -242,16 +264,17 @@ class ExpertCache:
             stats.misses += 1
             stats.prefetched += load.is_predicted
             stats.wait_s += wait_s
-            stats.bytes_moved += load.copy.moved_bytes
-            use = Use(*key, PREFETCHED if load.is_predicted else MISS, wait_s, at_s, load.copy)
-        for observer in self._told():
+            copy = _copy_of(load)
+            stats.bytes_moved += copy.moved_bytes
+            use = Use(*key, PREFETCHED if load.is_predicted else MISS, wait_s, at_s, copy)
+        for observer in self._listeners():
             observer.used(use)
 
     def after_fork(self) -> None:
         """In a forked child: begin empty.
 
-        No thread of the parent writes here. Whatever one of them was doing may be half done, and its locks held: they
-        are replaced, and its copies are forgotten, not waited for.
+        The parent's threads do not run here, but may have left work half done and locks held: locks are
+        replaced, and copies are forgotten, not waited for.
         """
         self.lock = threading.RLock()
         self._residency.forget()
@@ -269,15 +292,20 @@ class ExpertCache:
 def _make_pools(
     slots: dict[int, int], policy: Callable[[], Policy], resident: Collection[ExpertId], shared: bool
 ) -> dict[int, Pool]:
-    """layer -> its pool; one and the same for all layers if it is shared."""
+    """Return layer -> pool; the same pool for all layers if it is shared."""
     if shared:
         return dict.fromkeys(slots, Pool(sum(slots.values()), policy(), resident))
     return {layer: Pool(n, policy(), resident) for layer, n in slots.items()}
 
 
+def _copy_of(load: Load | None) -> Copy:
+    assert load is not None and isinstance(load.copy, Copy)  # set at START
+    return load.copy
+
+
 def _abandon(load: Load) -> None:
     if load.copy is not None:
-        load.copy.abandon()
+        _copy_of(load).abandon()
 
 
 def _allocate(n_rows: int, n_bytes: int, device: torch.device) -> Tensor:
@@ -287,6 +315,8 @@ def _allocate(n_rows: int, n_bytes: int, device: torch.device) -> Tensor:
         return torch.empty(n_rows, n_bytes, dtype=torch.uint8, device=device)
     except (torch.OutOfMemoryError, RuntimeError, OSError) as error:
         raise CapacityError(
-            f"no memory on {device} for {n_rows} experts", expected=f"{n_rows * n_bytes / 1e9:.2f} GB", found=error,
+            f"no memory on {device} for {n_rows} experts",
+            expected=f"{n_rows * n_bytes / 1e9:.2f} GB",
+            found=error,
             hint="choose a smaller cache_size, or a shorter context_length",
-        ) from error  # fmt: skip
+        ) from error

@@ -1,6 +1,6 @@
-"""Write checkpoints: one file per expert plus a dense, readable by anyone with safetensors.
+"""Write checkpoints: one safetensors file per expert, and one of the dense part.
 
-Knows how to read a checkpoint tensor by tensor and quantize it. One expert at most, or the dense, is held in memory.
+At most one expert, or the dense part, is held in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mixtral_offload import __version__
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.models.checkpoint import INDEX, Checkpoint, open_checkpoint
+from mixtral_offload.models.checkpoint import INDEX, Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.models.keys import DensePlace
 from mixtral_offload.models.registry import family_of
 from mixtral_offload.runtime.preflight import check_loads
@@ -39,6 +39,7 @@ from mixtral_offload.weights.checksums import (
     checksum_of_tensors,
 )
 from mixtral_offload.weights.hqq import (
+    Fields,
     Quantization,
     dequantize,
     field_specs,
@@ -65,37 +66,37 @@ def convert_checkpoint(
     attention: Quantization | None = None,
     *,
     device: str = "cpu",
-    config_extra: dict | None = None,
+    config_extra: dict[str, Any] | None = None,
     progress: Callable[[int], object] = lambda n_done: None,
     report: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Read the checkpoint `source`, write it to `target` with experts and attention quantized as asked.
+    """Write the checkpoint `source` to `target` with other quantizations of experts and attention.
 
-    A quantized matrix is dequantized first, then quantized anew, unless only its packing differs (`Quantization.split`):
-    then the weights stay the same. What `from_pretrained` would refuse afterwards is refused before any work. The work is
-    done in `target.converting`, renamed at the end. Interrupted, killed or ended by an error, it leaves that folder, and
-    the next call with the same arguments goes on from its finished files; the result is byte for byte the same. Only
-    after a fault of the source nothing is left. At the end everything that was written is read again and compared with
-    its checksums, and the structure is opened.
+    A quantized matrix is dequantized and quantized again, unless only its packing differs
+    (`Quantization.split`): then the weights stay the same. What `from_pretrained` would refuse is refused
+    before any work. The work is done in `target.converting`, renamed at the end. After an interrupt, a kill
+    or an error, that folder remains, and the next call with the same arguments resumes from its finished
+    files; the result is the same to the byte. A fault of the source leaves nothing. At the end, all files are
+    read again, compared with their checksums, and opened.
 
     Args:
-        source: folder of a checkpoint, or "demo" for the model that ships with the package.
-        target: folder to write; must not exist.
-        experts: how to store the experts' matrices; None keeps the bytes as they are stored.
-        attention: the same for the attention's projections.
-        device: where to solve.
-        config_extra: merged into config.json.
-        progress: called with 1 after each expert.
-        report: called with a sentence about what was resumed and checked.
+        source: Folder of a checkpoint, or "demo" for the shipped model.
+        target: Folder to write; must not exist.
+        experts: How to store the experts' matrices; None keeps the stored bytes.
+        attention: The same for the attention's projections.
+        device: Device of the quantization.
+        config_extra: Merged into config.json.
+        progress: Called with 1 after each expert.
+        report: Called with a sentence about what was resumed and checked.
 
     Returns:
         The target's absolute path.
 
     Raises:
-        CheckpointError: `target` exists, is being written by another process or cannot be written; its name was taken
-            meanwhile (it says where the finished checkpoint is); `source` is damaged, is of a family that cannot be
-            loaded, or has weights that are not finite.
-        OptionError: a group size that does not divide a matrix.
+        CheckpointError: `target` exists, is being written by another process or cannot be written; its name
+            was taken meanwhile (the message says where the finished checkpoint is); `source` is damaged, is
+            of a family that cannot be loaded, or has weights that are not finite.
+        OptionError: A group size does not divide a matrix.
     """
     source = local_folder(source) or Path(source)
     target, began_s = Path(target).absolute(), time.perf_counter()
@@ -105,12 +106,12 @@ def convert_checkpoint(
     settings = _settings(checkpoint, experts, attention, device, config_extra)
     if os.path.lexists(target):
         if finish_renamed(target, settings):
-            report("the target is there: an earlier run was ended when all of it was written and checked")
+            report("the target is there: an earlier run ended after it had written and checked all of it")
             return target
         raise target_exists(target)
     manifest = _check_before(checkpoint, experts, attention)
     small = _small_files(checkpoint, manifest, config_extra or {})
-    with _told(target), WorkFolder(target, settings, report) as work:
+    with _write_errors(target), WorkFolder(target, settings, report) as work:
         weight_map = _write_weights(checkpoint, work, experts, attention, torch.device(device), progress)
         total = sum((work.path / name).stat().st_size for name in work.finished)
         metadata = {"total_size": total, "checksums": as_metadata(work.finished, True, small)}
@@ -124,17 +125,20 @@ def convert_checkpoint(
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, folder: str | Path, dense: dict[str, Tensor], small: dict[str, str] | None = None,
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    dense: dict[str, Tensor],
+    small: dict[str, str] | None = None,
     config_extra: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """Write a checkpoint of our format into a folder that may exist: experts as `checkpoint` has them, the rest as given.
+) -> None:
+    """Write a checkpoint of our format: the experts of `checkpoint`, and a given dense part.
 
-    Every file is made whole before it takes its name, and the index comes last: with its checksums, it does not fit files
-    of an earlier checkpoint that an interruption has left there.
+    Every file is complete before it gets its name, and the index comes last: its checksums do not fit files
+    of an earlier checkpoint that an interrupt has left there.
 
     Args:
-        checkpoint: Where the experts are read.
-        folder: Is made where there is none. Other files in it stay.
+        checkpoint: Source of the experts.
+        folder: Is made if there is none. Other files in it stay.
         dense: The tensors of `checkpoint.dense`, by the same keys, on the CPU.
         small: Other files to write: name -> text.
         config_extra: Entries of config.json in place of the checkpoint's own.
@@ -145,19 +149,22 @@ def save_checkpoint(
     for key, value in dense.items():
         if value.is_floating_point() and not is_finite(value):
             raise CheckpointError(
-                "weights are not finite", key=key, expected="finite numbers", found="NaN or infinite",
+                "weights are not finite",
+                key=key,
+                expected="finite numbers",
+                found="NaN or infinite",
                 hint="go back to an earlier checkpoint of the training",
-            )  # fmt: skip
+            )
     folder, n_files = Path(folder).absolute(), len(checkpoint.experts) + 1
     manifest = _check_before(checkpoint, None, None)
     weight_map: dict[str, str] = {}
     checksums: dict[str, str] = {}
-    with _told(folder):
+    cpu = torch.device("cpu")
+    with _write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for number, expert in enumerate([*sorted(checkpoint.experts), None], 1):
             name = f"model-{number:05d}-of-{n_files:05d}.safetensors"
-            prefixes = None if expert is None else checkpoint.prefixes[expert]
-            tensors = dense if expert is None else _expert_tensors(checkpoint, expert, prefixes, None, None)
+            tensors = dense if expert is None else expert_tensors(checkpoint, expert, None, cpu)
             checksums[name] = _save_tensors(folder / name, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
         total = sum((folder / name).stat().st_size for name in checksums)
@@ -168,19 +175,28 @@ def save_checkpoint(
             replace_file(folder / name, data)
 
 
-def _settings(checkpoint: Checkpoint, experts, attention, device, config_extra) -> dict:
-    """All that decides the bytes which are written."""
+def _settings(
+    checkpoint: Checkpoint,
+    experts: Quantization | None,
+    attention: Quantization | None,
+    device: str,
+    config_extra: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """All that determines the bytes of the target."""
     files = {path: path.stat() for path in sorted(checkpoint.folder.iterdir()) if path.is_file()}
     return {
         "source": {path.name: [of.st_size, of.st_mtime_ns] for path, of in files.items()},
-        "experts": repr(experts), "attention": repr(attention), "device": str(device), "config_extra": config_extra,
+        "experts": repr(experts),
+        "attention": repr(attention),
+        "device": str(device),
+        "config_extra": config_extra,
         "versions": {name: version(name) for name in ("torch", "hqq", "safetensors")} | {"this": __version__},
-    }  # fmt: skip
+    }
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
-    """Errors of the file system as one message."""
+def _write_errors(target: Path) -> Iterator[None]:
+    """Turn errors of the file system into CheckpointErrors."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -190,8 +206,10 @@ def _told(target: Path) -> Iterator[None]:
         raise CheckpointError("cannot write the checkpoint", path=path, found=found, hint=hint) from error
 
 
-def _check_before(checkpoint: Checkpoint, experts, attention) -> Manifest | None:
-    """Refuse, before any work, what cannot be written or loaded; what the target will state about itself."""
+def _check_before(
+    checkpoint: Checkpoint, experts: Quantization | None, attention: Quantization | None
+) -> Manifest | None:
+    """Refuse what cannot be written or loaded; return what the target will state about itself."""
     layout = checkpoint.layout
     matrices = {
         name: Matrix(shape, layout.quantization[name] if experts is None else experts)
@@ -219,18 +237,18 @@ def _check_before(checkpoint: Checkpoint, experts, attention) -> Manifest | None
             key = f"{module}.{field}"
             dense[key] = StoredTensor(path, dtype, dims, 0, math.prod(dims) * dtype.itemsize, key)
             places[key] = DensePlace(f"{name}.weight") if is_plain else DensePlace(name, field)
-    config = checkpoint.folder / "config.json"
-    manifest = Manifest(config, matrices, by_pattern(modules))
     is_packed = bool(modules) or any(of.quantization.bits < 16 for of in matrices.values())
-    manifest = manifest if is_packed else None  # else it is a plain checkpoint, which transformers reads too
+    config = checkpoint.folder / "config.json"
+    # a plain checkpoint has none, and transformers reads it too
+    manifest = Manifest(config, matrices, by_pattern(modules)) if is_packed else None
     check_loads(replace(checkpoint, manifest=manifest, dense=dense, places=places, linears=linears))
     return manifest
 
 
 def _check_after(work: WorkFolder, small: dict[str, bytes | str], total: int, took_s: float) -> str:
-    """Read everything again and open the result; says what that took."""
+    """Read everything again and open the result; return a report."""
     began_s = time.perf_counter()
-    written = list(work.finished.items())[work.n_kept :]  # the others were proven when they were taken over
+    written = list(work.finished.items())[work.n_kept :]  # the others were checked when they were taken over
     for _ in in_threads((_check_file, work.path / name, checksum) for name, checksum in written):
         pass
     for name, data in small.items():
@@ -250,16 +268,24 @@ def _check_file(path: Path, checksum: str) -> None:
 def _compare(path: Path, checksum: str, found: str) -> None:
     if found != checksum:
         raise CheckpointError(
-            "what was written cannot be read again: its checksum is wrong", path=path, expected=checksum, found=found,
-            hint="give the same command again: it writes this file anew; if it happens twice, suspect the disk or the "
-            "memory of this machine, and convert elsewhere",
-        )  # fmt: skip
+            "what was written cannot be read again: its checksum is wrong",
+            path=path,
+            expected=checksum,
+            found=found,
+            hint="repeat the command, which writes this file again; if it happens twice, suspect the disk or "
+            "the memory of this machine, and convert elsewhere",
+        )
 
 
 def _write_weights(
-    checkpoint: Checkpoint, work: WorkFolder, experts, attention, device, progress
+    checkpoint: Checkpoint,
+    work: WorkFolder,
+    experts: Quantization | None,
+    attention: Quantization | None,
+    device: torch.device,
+    progress: Callable[[int], None],
 ) -> dict[str, str]:
-    """Write what is not finished yet; returns key -> file name."""
+    """Write what is not finished yet; return key -> file name."""
     n_files = len(checkpoint.experts) + 1
     weight_map: dict[str, str] = {}
 
@@ -269,24 +295,22 @@ def _write_weights(
         if name not in work.finished:
             try:
                 made = tensors()
-            except CheckpointError:  # and what is written may come from a damaged file, too
+            except CheckpointError:  # what was written before may come from a damaged file too
                 work.give_up()
                 raise
             work.keep(name, _save_tensors(path, made))
         weight_map.update(dict.fromkeys(read_header(path), name))
 
     for number, expert in enumerate(sorted(checkpoint.experts), 1):
-        save(
-            number, partial(_expert_tensors, checkpoint, expert, checkpoint.prefixes[expert], experts, device)
-        )
+        save(number, partial(expert_tensors, checkpoint, expert, experts, device))
         progress(1)
-    save(n_files, partial(_trunk_tensors, checkpoint, attention, device))
-    _prove_source(checkpoint, work)
+    save(n_files, partial(_dense_tensors, checkpoint, attention, device))
+    _check_source(checkpoint, work)
     return weight_map
 
 
-def _prove_source(checkpoint: Checkpoint, work: WorkFolder) -> None:
-    """Prove the files of the source of which this run has read a part: an earlier one has read the rest."""
+def _check_source(checkpoint: Checkpoint, work: WorkFolder) -> None:
+    """Check the files of the source of which this run has read a part, and an earlier run the rest."""
     experts = (of for fields in checkpoint.experts.values() for of in fields.values())
     ledgers = {id(of.check): of.check for of in (*experts, *checkpoint.dense.values())}
     for ledger in ledgers.values():
@@ -299,14 +323,18 @@ def _prove_source(checkpoint: Checkpoint, work: WorkFolder) -> None:
 
 
 def _save_tensors(path: Path, made: dict[str, Tensor]) -> str:
-    """Write one file, whole or not at all; returns its checksum."""
+    """Write one file, completely or not at all; return its checksum."""
     with replacing(path) as part:
         save_file(made, part, metadata={"format": "pt"})
         return checksum_of_tensors(part, made)
 
 
-def _expert_tensors(checkpoint, expert, prefixes, quantization, device) -> dict[str, Tensor]:
-    tensors = {}
+def expert_tensors(
+    checkpoint: Checkpoint, expert: ExpertId, quantization: Quantization | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Return an expert's tensors by the keys that they are written with; None: as they are stored."""
+    tensors: dict[str, Tensor] = {}
+    prefixes = checkpoint.prefixes[expert]
     for matrix, shape in checkpoint.layout.shapes.items():
         fields = {
             field: stored.read() for (m, field), stored in checkpoint.experts[expert].items() if m == matrix
@@ -319,10 +347,15 @@ def _expert_tensors(checkpoint, expert, prefixes, quantization, device) -> dict[
 
 
 def _requantized(
-    key: str, fields, shape, stored: Quantization, wanted: Quantization, device
-) -> dict[str, Tensor]:
-    """The matrix's tensors as wanted; the same bytes, or at least the same weights, where they are so already."""
-    is_wide = stored.bits == 16 and fields["weight"].dtype == torch.float32  # what "16 bits" is not
+    key: str,
+    fields: Fields,
+    shape: tuple[int, int],
+    stored: Quantization,
+    wanted: Quantization,
+    device: torch.device,
+) -> Fields:
+    """A matrix's tensors in another quantization; the same bytes, or at least weights, if it has it."""
+    is_wide = stored.bits == 16 and fields["weight"].dtype == torch.float32  # not 16 bits
     if stored == wanted and not is_wide:
         return fields
     # published tensors may differ in rank
@@ -334,31 +367,37 @@ def _requantized(
     return _quantize(key, dequantize(shaped, shape, stored, torch.float32), wanted)
 
 
-def _quantize(key: str, weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
+def _quantize(key: str, weight: Tensor, quantization: Quantization) -> Fields:
     fields = {name: value.cpu() for name, value in quantize(weight, quantization).items()}
     for name, value in fields.items():
         if not value.isfinite().all():
             raise CheckpointError(
-                "a matrix cannot be quantized", key=key + name, expected="finite weights, within the range of fp16",
-                found=f"weights from {weight.min():g} to {weight.max():g}", hint="check the source, or keep these as stored",
-            )  # fmt: skip
+                "a matrix cannot be quantized",
+                key=key + name,
+                expected="finite weights, within the range of fp16",
+                found=f"weights from {weight.min():g} to {weight.max():g}",
+                hint="check the source, or keep these as stored",
+            )
     return fields
 
 
-def _trunk_tensors(checkpoint: Checkpoint, attention: Quantization | None, device) -> dict[str, Tensor]:
-    """The dense part as it is stored, attention matrices quantized where asked."""
+def _dense_tensors(
+    checkpoint: Checkpoint, attention: Quantization | None, device: torch.device
+) -> dict[str, Tensor]:
+    """The dense part as it is stored, but for the quantization of attention."""
     dense = dict(checkpoint.dense)
-    tensors = {}
-    for module, fields in _modules_of(checkpoint).items() if attention is not None else ():
-        matrix = _stored_matrix(checkpoint, module, fields)
-        read = {name: dense.pop(f"{module}.{name}").read() for name in fields}
-        made = _requantized(f"{module}.", read, matrix.shape, matrix.quantization, attention, device)
-        tensors |= {f"{module}.{name}": value for name, value in made.items()}
+    tensors: dict[str, Tensor] = {}
+    if attention is not None:
+        for module, fields in _modules_of(checkpoint).items():
+            matrix = _stored_matrix(checkpoint, module, fields)
+            read = {name: dense.pop(f"{module}.{name}").read() for name in fields}
+            made = _requantized(f"{module}.", read, matrix.shape, matrix.quantization, attention, device)
+            tensors |= {f"{module}.{name}": value for name, value in made.items()}
     return {key: stored.read() for key, stored in dense.items()} | tensors
 
 
 def _modules_of(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
-    """Name of each projection of the attention, and of each packed matrix -> field -> tensor."""
+    """Stored name of each projection of the attention and of each packed matrix -> field -> tensor."""
     modules: dict[str, dict[str, StoredTensor]] = {}
     attention = family_of(checkpoint.config).attention
     for key, stored in checkpoint.dense.items():
@@ -369,27 +408,31 @@ def _modules_of(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _stored_matrix(checkpoint: Checkpoint, module: str, fields: dict[str, StoredTensor]) -> Matrix:
-    """module: as in the stored keys."""
+    """module: its stored name."""
     plain = fields.get("weight")
     if plain is not None:
-        return Matrix(tuple(plain.shape), Quantization(16))
+        rows, columns = plain.shape
+        return Matrix((rows, columns), Quantization(16))
     quantization, shape = checkpoint.linears[_name_in_model(checkpoint, module)]
     return Matrix(shape, quantization)
 
 
 def _name_in_model(checkpoint: Checkpoint, module: str) -> str:
-    """The model's name of a module that has this name in the stored keys."""
+    """The model's name of a module with this stored name."""
     places = checkpoint.places
-    packed, plain = places.get(f"{module}.W_q"), places.get(f"{module}.weight")
-    return plain.name.removesuffix(".weight") if packed is None else packed.name
+    if packed := places.get(f"{module}.W_q"):
+        return packed.name
+    return places[f"{module}.weight"].name.removesuffix(".weight")
 
 
 def _small_files(
-    checkpoint: Checkpoint, manifest: Manifest | None, config_extra: dict
+    checkpoint: Checkpoint, manifest: Manifest | None, config_extra: dict[str, Any]
 ) -> dict[str, bytes | str]:
-    """The files beside the weights: config.json, with what the target states about itself, and copies of the others.
+    """The files that are no weights: config.json, with what the target states about itself, and copies of
+    others.
 
-    Raises CheckpointError for a device, a pipe or a file that is too large to be of a model.
+    Raises:
+        CheckpointError: For a device, a pipe or a file that is too large to be of a model.
     """
     files: dict[str, bytes | str] = {}
     try:
@@ -399,14 +442,16 @@ def _small_files(
                 files[path.name] = read_small(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            "cannot copy a file", path=getattr(error, "filename", None) or checkpoint.folder,
-            expected="a regular file, or a link to one", found=getattr(error, "strerror", None) or error,
+            "cannot copy a file",
+            path=getattr(error, "filename", None) or checkpoint.folder,
+            expected="a regular file, or a link to one",
+            found=getattr(error, "strerror", None) or error,
             hint="remove it from the source, or replace it by a copy",
-        ) from error  # fmt: skip
+        ) from error
     ours = config.get("quantization_config") or {}
     if isinstance(ours, dict) and ours.get("quant_method") == METHOD:
         config = {name: value for name, value in config.items() if name not in OURS}
-    # an entry may have a second name, which would be read beside the new one
+    # an entry may have a second name, which would be read in addition to the new one
     aliases = {name for name, of in type(checkpoint.config).attribute_map.items() if of in config_extra}
     config = {name: value for name, value in config.items() if name not in aliases}
     config |= config_extra | (manifest.as_config() if manifest is not None else {})

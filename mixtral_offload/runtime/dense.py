@@ -1,12 +1,10 @@
-"""Everything but the experts: put a checkpoint's dense part into a transformers model without weights.
-
-Knows parameter names and modules of a model on the meta device. Knows nothing of experts.
-"""
+"""Put a checkpoint's dense part into a transformers model on the meta device. Knows nothing of experts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,57 +25,57 @@ def load_dense(
 ) -> None:
     """Fill a model tensor by tensor; quantized linear layers stay quantized.
 
-    What is put where is decided before anything is read, by one thread; the others only read.
+    One thread decides what goes where before anything is read; the others only read.
 
     Args:
         model: On the meta device, without its experts' parameters.
         checkpoint: Checked against this model's class.
-        device: Of the parameters.
-        dtype: Of all floating ones but those that transformers keeps in fp32.
-        product: Multiplies with the quantized layers, see `QuantizedLinear`; None: they are dequantized once.
+        device: Device of the parameters.
+        dtype: Type of all floating-point parameters but those that transformers keeps in fp32.
+        product: Multiplies with the quantized layers, see `QuantizedLinear`; None: dequantize them once.
 
     Raises:
-        CheckpointError: For a file that cannot be read, or a parameter left without value.
+        CheckpointError: For a file that cannot be read, or a parameter left without a value.
     """
     missing = set(model.state_dict()) - {place.parameter for place in checkpoint.places.values()}
     _fill_buffers(model, device)
-    kept, places = checkpoint.kept.get(dtype, frozenset()), checkpoint.places
+    kept = checkpoint.kept.get(dtype, frozenset())
     packed: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    plain: dict[str, tuple[StoredTensor, torch.dtype | None]] = {}
+    reads: list[tuple[Callable[[], Tensor]]] = []
+    puts: list[Callable[[Tensor], None]] = []
     for key, stored in checkpoint.dense.items():
-        if places[key].field is not None:
-            packed[places[key].name][places[key].field] = stored
-        else:
-            wanted = torch.float32 if key in kept else dtype
-            plain[places[key].name] = stored, wanted if stored.dtype.is_floating_point else None
-    tasks, places = [], []
-    for name, (stored, wanted) in plain.items():
-        tasks.append((stored.read, wanted, device))
-        places.append(name)
+        place = checkpoint.places[key]
+        if place.field is not None:
+            packed[place.name][place.field] = stored
+            continue
+        wanted = torch.float32 if key in kept else dtype
+        reads.append((partial(stored.read, wanted if stored.dtype.is_floating_point else None, device),))
+        puts.append(partial(_put, model, place.name))
     for name, fields in packed.items():
         quantization, shape = checkpoint.linears[name]
         if product is None:
-            tasks.append((_read_dequantized, fields, shape, quantization, dtype, device))
-            places.append(f"{name}.weight")
+            reads.append((partial(_read_dequantized, fields, shape, quantization, dtype, device),))
+            puts.append(partial(_put, model, f"{name}.weight"))
             continue
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, child, QuantizedLinear.replacing(getattr(owner, child), quantization, product))
+        layer = QuantizedLinear.replacing(getattr(owner, child), quantization, product)
+        setattr(owner, child, layer)
         for field, stored in fields.items():
-            tasks.append((stored.read, None, device))
-            places.append((name, field))
-    for place, value in zip(places, in_threads(tasks), strict=True):
-        if isinstance(place, tuple):
-            model.get_submodule(place[0]).set_field(place[1], value)
-        else:
-            _put(model, place, value)
+            reads.append((partial(stored.read, None, device),))
+            puts.append(partial(layer.set_field, field))
+    for put, value in zip(puts, in_threads(reads), strict=True):
+        put(value)
     model.tie_weights(missing_keys=missing)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise CheckpointError(
-            f"{len(left)} parameters have no value in the checkpoint", path=checkpoint.folder, key=left[0],
-            found="no such tensor", hint="download the index again, or check that config.json belongs to these files",
-        )  # fmt: skip
+            f"{len(left)} parameters have no value in the checkpoint",
+            path=checkpoint.folder,
+            key=left[0],
+            found="no such tensor",
+            hint="download the index again, or check that config.json belongs to these files",
+        )
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
@@ -102,10 +100,10 @@ def _read_dequantized(
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Let transformers' own initialisation compute the buffers that no checkpoint holds (rotary frequencies).
+    """Compute the buffers that no checkpoint has (rotary frequencies) with transformers' own initialisation.
 
-    Parameters and the other buffers are still on the meta device, where it does nothing to them: what a checkpoint lacks
-    is found missing later, not made up here.
+    Parameters and other buffers are on the meta device, where it has no effect: what a checkpoint lacks stays
+    missing.
     """
     for module in model.modules():
         computed = {

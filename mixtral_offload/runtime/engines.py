@@ -1,10 +1,6 @@
-"""Engines carry copies out: a thread, CUDA streams, or a simulated link of a stated speed.
+"""Engines carry out copies: on a thread, on CUDA streams, or over a simulated link of a stated speed.
 
-Knows byte buffers and devices. Knows nothing of experts' meaning or of who asked.
-
-Predictions travel in chunks, and so does everything on the thread: a copy that is needed now waits for one chunk of a
-prediction at most. A copy is recorded by its owner before it is started, so that an interrupt at any moment leaves either
-a copy that never ran or one that can be waited for, never one that writes into a row that is not recorded.
+Knows byte buffers and devices. Knows nothing of experts.
 """
 
 from __future__ import annotations
@@ -30,19 +26,26 @@ Move = Callable[["Copy", Tensor | FilePart, Tensor], None]  # (copy, source, tar
 class Copy:
     """One copy of `pieces` into `slot`.
 
+    Predictions move in chunks, and so does everything on a thread: a needed copy waits for one chunk of a
+    prediction at most. The owner records a copy before it starts it, so that an interrupt at any moment
+    leaves a copy that never ran or one that can be waited for, never one that writes into a row that is not
+    recorded.
+
     Args:
         pieces: (offset within the slot, bytes).
-        slot: uint8.
-        due: NOW if it is needed, else a prediction; see `core/copy_order.py`.
+        slot: uint8 `[n]`, the target.
+        due: NOW if it is needed, else of a prediction; see `core/copy_order.py`.
 
     Attributes:
-        n_bytes: What has to be moved.
-        moved_bytes: What has been moved.
-        asked_s, began_s, ended_s: Of `time.perf_counter()`.
-        event: When its bytes have arrived, on a stream (a CUDA event, or an object like one).
+        n_bytes: Bytes to move.
+        moved_bytes: Bytes moved so far.
+        asked_s: `time.perf_counter()` of its request.
+        began_s: The same of its first chunk.
+        ended_s: The same of its end.
+        event: CUDA event of its end; of a cancelled copy on a simulated link, the time at which that is free.
         stream: The CUDA stream on which it was enqueued.
-        ready: On CUDA: the slot's last reader has finished.
-        link: An engine without a thread, whose `land` moves the bytes.
+        ready: CUDA event: the slot's last reader has finished.
+        link: The engine whose `land` moves the bytes, if that has no thread.
     """
 
     def __init__(self, pieces: Pieces, slot: Tensor, due: int = NOW):
@@ -61,16 +64,16 @@ class Copy:
         self._changed = threading.Condition()
 
     def begin(self) -> bool:
-        """Claim the copy, for the engine's thread; False if it was cancelled meanwhile."""
+        """Claim the copy for the engine's thread; return False if it was cancelled meanwhile."""
         with self._changed:
             self.state, self.began_s = RUNNING, time.perf_counter()
-            if self.cancelled:  # looked at only after RUNNING can be seen: see `cancel`
+            if self.cancelled:  # read only after RUNNING can be seen: see `cancel`
                 self.state = ABANDONED
                 self._changed.notify_all()
             return not self.cancelled
 
     def next_chunk(self, size: int) -> tuple[Tensor | FilePart, Tensor]:
-        """(source, target) of the next chunk, of at most `size` bytes, for the engine's thread."""
+        """Return (source, target) of the next chunk, of at most `size` bytes, for the engine's thread."""
         offset, piece = self.pieces[self._at[0]]
         start = self._at[1]
         source = piece.part(start, size) if isinstance(piece, FilePart) else piece[start : start + size]
@@ -79,7 +82,7 @@ class Copy:
         return source, self.slot[offset + start : offset + end]
 
     def finish(self, error: BaseException | None = None) -> None:
-        """End it, for the engine: all bytes are there (on a CUDA stream: will be before `event`), or it was cancelled."""
+        """End the copy, for the engine: all bytes are moved or enqueued, or it failed or was cancelled."""
         with self._changed:
             self.error, self.ended_s = error, time.perf_counter()
             whole = self.moved_bytes == self.n_bytes and not self.cancelled
@@ -87,7 +90,7 @@ class Copy:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Return when the calling thread (on CUDA: its current stream) may read the slot."""
+        """Return when the calling thread (on CUDA: its current stream) may read the slot; re-raise errors."""
         if self.cancelled:
             raise RuntimeError("waited for a copy that was cancelled")
         if self.link is not None:
@@ -98,13 +101,14 @@ class Copy:
         if self.error is not None:
             raise self.error
         if self.event is not None:
+            assert not isinstance(self.event, _Moment)  # which only a cancelled copy has
             torch.cuda.current_stream(self.slot.device).wait_event(self.event)
 
     def cancel(self) -> None:
         """Move no more chunks; return at once. The slot may still be written until `is_over`.
 
-        Takes no lock, which an interrupt could leave locked: either the thread's `begin` sees the mark, or RUNNING is
-        seen by whoever reads `is_over` after this.
+        Takes no lock, which an interrupt could leave locked: either the thread's `begin` sees the mark, or
+        `is_over`, read after this, sees RUNNING.
         """
         self.cancelled = True
 
@@ -120,11 +124,11 @@ class Copy:
 
     @property
     def is_over(self) -> bool:
-        """Of a cancelled copy: whether the slot is certain not to be written any more."""
+        """Whether the slot of a cancelled copy is certain not to be written any more."""
         return self.state != RUNNING and (self.event is None or self.event.query())
 
     def abandon(self) -> None:
-        """Cancel it; return when the slot is certain not to be written any more."""
+        """Cancel the copy; return when the slot is certain not to be written any more."""
         self.cancel()
         if self.link is not None:
             self.link.cancel(self)
@@ -139,8 +143,12 @@ class Engine:
     """Base class of engines.
 
     Args:
-        device: Of the slots.
-        n_bytes: Of one expert.
+        device: Device of the slots.
+        n_bytes: Bytes of one expert.
+
+    Attributes:
+        chunk_bytes: Bytes of a chunk.
+        n_chunks: Chunks of one expert.
     """
 
     def __init__(self, device: torch.device, n_bytes: int):
@@ -148,7 +156,11 @@ class Engine:
         self.n_chunks = -(-n_bytes // self.chunk_bytes)
 
     def start(self, copy: Copy) -> None:
-        """Queue a copy. Raises RuntimeError after `close`."""
+        """Queue a copy.
+
+        Raises:
+            RuntimeError: After `close`.
+        """
         raise NotImplementedError
 
     def promote(self, copy: Copy) -> None:
@@ -160,38 +172,40 @@ class Engine:
         copy.cancel()
 
     def slots_were_read(self) -> None:
-        """Call after the last kernel that reads slots is enqueued. Free slots may be written when it has finished."""
+        """Call after the last kernel that reads slots is enqueued; then free slots may be written."""
 
     def after_fork(self) -> None:
         """In a forked child: forget the copies of the parent."""
 
     def close(self) -> None:
-        """End the engine; it carries out nothing any more."""
+        """Cancel waiting copies and end the thread, if there is one."""
 
 
 class _FreeSince:
-    """From when on a free slot may be written, on CUDA. A prediction comes while other layers' work is enqueued already:
-    it need not wait for that, only for the last layer that read slots."""
+    """CUDA events after which a free slot may be written.
+
+    Predictions are made while work of other layers is enqueued already. They wait only for the last layer
+    that read slots.
+    """
 
     def __init__(self, device: torch.device):
-        self._device, self._last = device, None
+        self._device = device
+        self._last: torch.cuda.Event | None = None
 
     def mark(self) -> None:
+        """See `Engine.slots_were_read`."""
         if self._device.type == "cuda":
             self._last = torch.cuda.current_stream(self._device).record_event()
 
     def event(self, copy: Copy) -> torch.cuda.Event:
-        """What the copy must wait for; one that is needed may take a slot that its own layer has just read."""
+        """Return what the copy must wait for; a needed one may take a slot that its layer has just read."""
         if copy.due == NOW or self._last is None:
             return torch.cuda.current_stream(self._device).record_event()
         return self._last
 
 
 class _Waiting:
-    """The copies that wait for the thread, in the order in which they were asked for.
-
-    They come through a SimpleQueue, whose `put` no interrupt can leave half-done.
-    """
+    """The copies that wait for the thread. No interrupt leaves a SimpleQueue's `put` half-done."""
 
     def __init__(self) -> None:
         self._coming: queue.SimpleQueue[Copy | None] = queue.SimpleQueue()
@@ -199,17 +213,19 @@ class _Waiting:
         self._ended = False
 
     def put(self, copy: Copy) -> None:
+        """See `Engine.start`."""
         if self._ended:
             raise RuntimeError("the copy engine has been closed")
         copy.asked_s = time.perf_counter()
         self._coming.put(copy)
 
     def end(self) -> None:
+        """Cancel all copies and end the thread."""
         self._ended = True
         self._coming.put(None)
 
     def pick(self) -> Copy | None:
-        """The copy to go on with, for the thread; blocks while there is none; None at the end."""
+        """Return the copy that moves next, for the thread; block while there is none; None at the end."""
         while not self._coming.empty() or not (self._copies or self._ended):
             copy = self._coming.get()
             if copy is not None:
@@ -221,11 +237,12 @@ class _Waiting:
         return over or most_urgent(self._copies)
 
     def remove(self, copy: Copy) -> None:
+        """Remove a copy that is over, for the thread."""
         self._copies.remove(copy)
 
 
 def _start_thread(owner: Engine, waiting: _Waiting, move: Move, size: int) -> weakref.finalize:
-    """Start the thread; return what ends it, which is also called when the owner is dropped. size: of a chunk."""
+    """Start the thread; return what ends it, also when the owner is dropped. size: bytes of a chunk."""
     # the thread holds no reference to the owner, so that dropping the owner ends the thread
     thread = threading.Thread(target=_work, args=(waiting, move, size), name="expert-copies", daemon=True)
     thread.start()
@@ -242,7 +259,7 @@ def _end(waiting: _Waiting, thread: threading.Thread) -> None:
 def _work(waiting: _Waiting, move: Move, size: int) -> None:
     """The thread's loop: move one chunk of the most urgent copy until closed."""
     while (copy := waiting.pick()) is not None:
-        error = None
+        error: BaseException | None = None
         if copy.state == RUNNING or copy.begin():
             try:
                 if not copy.cancelled:
@@ -258,7 +275,7 @@ def _work(waiting: _Waiting, move: Move, size: int) -> None:
 
 
 class ThreadEngine(Engine):
-    """Copies on a thread: for the CPU, and for CUDA where the store is not pinned memory."""
+    """Copies on a thread: for the CPU, and for CUDA if the store is not pinned memory."""
 
     def __init__(self, device: torch.device, n_bytes: int):
         super().__init__(device, n_bytes)
@@ -271,7 +288,7 @@ class ThreadEngine(Engine):
         self._end = _start_thread(self, self._waiting, self._move, self.chunk_bytes)
 
     def after_fork(self) -> None:
-        """In a forked child, where the thread does not run: start another one with the next copy."""
+        """In a forked child, where the thread does not run: start another thread with the next copy."""
         self._end.detach()
         self._was_forked = True
 
@@ -290,8 +307,11 @@ class ThreadEngine(Engine):
 
 
 class StreamEngine(Engine):
-    """Copies from pinned memory on CUDA streams. Needed ones are enqueued at once, the host never waits; predictions go
-    chunk by chunk from a thread, and only while no needed copy is under way."""
+    """Copies from pinned memory on CUDA streams.
+
+    Needed copies are enqueued at once: the host never waits. A thread enqueues predictions chunk by chunk,
+    and only while no needed copy is under way.
+    """
 
     def __init__(self, device: torch.device, n_bytes: int):
         super().__init__(device, n_bytes)
@@ -300,7 +320,8 @@ class StreamEngine(Engine):
         self._last: list[torch.cuda.Event] = [torch.cuda.Event()]  # of the needed copies
         last = self._last
 
-        def move(copy: Copy, source: Tensor, target: Tensor) -> None:
+        def move(copy: Copy, source: Tensor | FilePart, target: Tensor) -> None:
+            assert isinstance(source, Tensor) and copy.ready is not None
             if copy.due != NOW:
                 last[0].synchronize()
             with torch.cuda.stream(predictions):
@@ -321,6 +342,7 @@ class StreamEngine(Engine):
         self._stream.wait_stream(torch.cuda.current_stream(self.device))  # the slot's last reader
         with torch.cuda.stream(self._stream):
             for offset, piece in copy.pieces:
+                assert isinstance(piece, Tensor)  # of pinned memory
                 copy.slot[offset : offset + piece.numel()].copy_(piece, non_blocking=True)
                 copy.moved_bytes += piece.numel()
             copy.event = self._last[0] = self._stream.record_event()
@@ -334,15 +356,15 @@ class StreamEngine(Engine):
         self._stream.synchronize()
 
 
-#: the last part of a wait is spent polling the clock: a core that has slept computes slower for a millisecond, and the
-#: device that a real link serves does not sleep (LOG.md)
+#: the last part of a wait polls the clock: a core that has slept computes slower for a millisecond, and a
+#: device with a real link does not sleep (LOG.md)
 SPIN_S = 0.02
-#: of one expert: an answer that is stopped ends with its current token, which waits for the copies that it needs
+#: limit for one expert: an answer can be stopped only between tokens, and a token waits for its copies
 MOST_COPY_S = 10.0
 
 
 class _Moment:
-    """Takes the place of a CUDA event: what is over at this `time.perf_counter()`."""
+    """A time of `time.perf_counter()`, with the methods of a CUDA event."""
 
     def __init__(self, at_s: float):
         self._at_s = at_s
@@ -361,21 +383,23 @@ class _Moment:
 class ThrottledEngine(Engine):
     """Runs the simulated link in real time, for experiments with a link of `bytes_per_s`.
 
-    There is no thread: progress is computed on demand, and an expert's bytes move, all at once, when it is waited for.
+    There is no thread: progress is computed on demand, and all bytes of an expert move when it is waited for.
 
     Raises:
-        OptionError: For a link on which one expert takes too long.
+        OptionError: If one expert would take too long.
     """
 
     def __init__(self, device: torch.device, n_bytes: int, bytes_per_s: float):
         super().__init__(device, n_bytes)
-        if n_bytes / bytes_per_s > MOST_COPY_S:  # nothing can stop an answer before its token is there
+        copy_s = n_bytes / bytes_per_s
+        if copy_s > MOST_COPY_S:
             raise OptionError(
-                "impossible throttle: one expert would take too long", expected=f"{n_bytes / MOST_COPY_S:.0f} bytes/s or more",
-                found=f"{bytes_per_s} bytes/s, {n_bytes / bytes_per_s:.0f} s for an expert of {n_bytes} bytes",
-            )  # fmt: skip
+                "impossible throttle: one expert would take too long",
+                expected=f"{n_bytes / MOST_COPY_S:.0f} bytes/s or more",
+                found=f"{bytes_per_s} bytes/s, {copy_s:.0f} s for an expert of {n_bytes} bytes",
+            )
         self.chunk_bytes, self.n_chunks = n_bytes // CHUNKS, CHUNKS
-        self._chunk_s = n_bytes / CHUNKS / bytes_per_s
+        self._chunk_s = copy_s / CHUNKS
         self._closed = False
         self.after_fork()
 
@@ -405,11 +429,11 @@ class ThrottledEngine(Engine):
             copy.state = ABANDONED
 
     def has_begun(self, copy: Copy) -> bool:
-        """Whether a copy that was started and not cancelled has moved a chunk."""
+        """Return whether a copy that was started and not cancelled has moved a chunk."""
         return self._transfers[copy].has_begun
 
     def land(self, copy: Copy) -> None:
-        """Wait until the copy has crossed the link, and move its bytes."""
+        """Wait until the simulated copy has ended, and move its bytes."""
         if copy.state == DONE:
             return
         transfer = self._transfers[copy]
@@ -422,6 +446,7 @@ class ThrottledEngine(Engine):
             return
         copy.moved_bytes = copy.n_bytes
         copy.finish()
+        assert transfer.begin_s is not None and transfer.end_s is not None
         copy.began_s, copy.ended_s = transfer.begin_s, transfer.end_s
         del self._transfers[copy]
 
@@ -447,11 +472,12 @@ def copy_chunk(copy: Copy, source: Tensor | FilePart, target: Tensor) -> None:
 
 
 def _bounce(device: torch.device, size: int) -> Move:
-    """Move chunks from pageable memory to a CUDA device through pinned memory."""
+    """Return what moves chunks from pageable memory or files to a CUDA device, through pinned memory."""
     memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     stream = torch.cuda.Stream(device)
 
     def move(copy: Copy, source: Tensor | FilePart, target: Tensor) -> None:
+        assert copy.ready is not None
         part = memory[: source.numel()]
         copy_chunk(copy, source, part)
         with torch.cuda.stream(stream):
@@ -466,7 +492,9 @@ def make_engine(device: torch.device, pinned: bool, n_bytes: int, bytes_per_s: f
     """Make the engine for a device and a store: streams for pinned memory, a thread otherwise.
 
     Args:
-        n_bytes: Of one expert.
+        device: Device of the slots.
+        pinned: Whether the store is pinned memory.
+        n_bytes: Bytes of one expert.
         bytes_per_s: Emulate a link of this speed instead.
     """
     if bytes_per_s is not None:

@@ -1,6 +1,6 @@
-"""What transformers calls in place of a layer's experts: route, serve, run, sum.
+"""What transformers calls in place of a layer's experts: fetch them, run them, sum their results.
 
-Knows one layer's tokens and the cache that serves it. Knows nothing of how a model is built.
+Knows one layer's tokens and the cache. Knows nothing of how a model is built.
 """
 
 from __future__ import annotations
@@ -8,32 +8,47 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mixtral_offload.errors import OptionError
 from mixtral_offload.runtime.cache import Views
+from mixtral_offload.runtime.offload import ExpertsModule, Offload
 from mixtral_offload.weights.hqq import refuse_second_order
 from mixtral_offload.weights.layout import ROWS
 
 
 @torch.compiler.disable  # a compiled model keeps the answers of an eager one, and does not compile the cache
 def offloaded_experts(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """transformers' experts function: `hidden_states [T, H]`, `top_k_index, top_k_weights [T, k]` -> `[T, H]`.
+    """Compute the experts of one layer: the experts function that transformers calls.
 
-    Tokens are sorted by expert once; each expert comes once and runs for all of its tokens. Results are summed in the
-    order of the router's choice, whatever order the experts came in, so that no cache size changes a single bit. Padding
-    that nobody reads costs nothing: it gets zeros (see `Passes.without_padding`).
+    Tokens are sorted by expert, so that each expert is fetched once. Results are summed in the order of the
+    router's choice, in whatever order experts arrive: no cache size changes a single bit. Padding may be left
+    out, see `Passes.without_padding`.
+
+    Args:
+        hidden_states: `[T, H]`.
+        top_k_index: int64 `[T, k]`.
+        top_k_weights: `[T, k]`.
+
+    Returns:
+        `[T, H]`.
+
+    Raises:
+        OptionError: For a model of transformers' own.
     """
     if not hasattr(module, "offload"):
         raise OptionError(
-            'experts_implementation is "offloaded", but this model was not built by mixtral_offload', found=type(module).__name__,
-            hint='call model.set_experts_implementation("eager"), or build the model with mixtral_offload.from_pretrained',
-        )  # fmt: skip
+            'experts_implementation is "offloaded", but this model was not built by mixtral_offload',
+            found=type(module).__name__,
+            hint='call model.set_experts_implementation("eager"), or build the model with '
+            "mixtral_offload.from_pretrained",
+        )
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         # all tokens: gradient checkpointing runs a layer again outside of its pass
         return with_gradients(module, hidden_states, top_k_index, top_k_weights)
@@ -46,14 +61,24 @@ def offloaded_experts(
     return y
 
 
-def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _experts(
+    module: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     if module.offload.options.dequantize_on_load:
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
     return _weighted_sum(run_experts(module, hidden_states, top_k_index, top_k_weights), top_k_weights)
 
 
-def run_experts(module: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Run the chosen experts of each token: x `[T, H]` -> `[T, k, H]`, not yet weighted (`top_k_weights` is recorded)."""
+def run_experts(module: ExpertsModule, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run the chosen experts of each token.
+
+    Args:
+        x: `[T, H]`.
+        top_k_weights: Only recorded.
+
+    Returns:
+        `[T, k, H]`, without weights.
+    """
     run = run_token if len(top_k_index) == 1 else run_tokens
     return run(module.offload, module.layer, x, top_k_index, top_k_weights)
 
@@ -64,12 +89,13 @@ def _weighted_sum(y: Tensor, top_k_weights: Tensor) -> Tensor:
 
 
 def with_gradients(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """`offloaded_experts` for autograd: exact gradients of hidden states and routing weights; experts are constants.
+    """Do the same as `offloaded_experts` with exact gradients of hidden states and weights; experts are
+    constants.
 
     Raises:
-        OptionError: Under `record`, whose replay could not repeat the experts that backward asks for.
+        OptionError: Under `record`, whose replay could not repeat the uses of the backward pass.
     """
     if module.offload.options.dequantize_on_load:
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
@@ -78,42 +104,42 @@ def with_gradients(
     return _weighted_sum(y, top_k_weights)
 
 
-def _refuse_recording(offload) -> None:
+def _refuse_recording(offload: Offload) -> None:
     if offload.observers.is_exclusive:
         raise OptionError(
-            "a pass with gradients cannot be recorded", found="record() around a pass that needs gradients, or its backward",
+            "a pass with gradients cannot be recorded",
+            found="record() around a pass that needs gradients, or its backward",
             hint="record under torch.no_grad(), or run this pass and its backward outside of record()",
-        )  # fmt: skip
+        )
 
 
 class _FrozenExperts(torch.autograd.Function):
-    """`run_experts`, whose backward asks the cache for each expert again: its slot may hold another one by then."""
+    """`run_experts`, whose backward fetches each expert again: its slot may hold another one by then."""
 
     @staticmethod
-    def forward(x: Tensor, module: nn.Module, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(x: Tensor, module: ExpertsModule, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return run_experts(module, x, top_k_index, top_k_weights)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.module, top_k_index, _ = inputs
         ctx.device = x.device.type
         ctx.autocast = torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device)
         ctx.save_for_backward(x, top_k_index)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
-        (x, top_k_index), offload = ctx.saved_tensors, ctx.module.offload
+        x, top_k_index = ctx.saved_tensors
+        offload: Offload = ctx.module.offload
         _refuse_recording(offload)
-        top_k = top_k_index.shape[1]
-        order, counts = _by_expert(top_k_index, offload.checkpoint.n_experts)
-        x_of, grad_of = (
-            x[order // top_k].split(counts.tolist()),
-            grad_y.flatten(0, 1)[order].split(counts.tolist()),
-        )
+        order, by_expert = _by_expert(top_k_index, offload.checkpoint.n_experts)
+        counts = by_expert.tolist()
+        x_of = x[order // top_k_index.shape[1]].split(counts)
+        grad_of = grad_y.flatten(0, 1)[order].split(counts)
         grads = torch.empty_like(grad_y.flatten(0, 1))
-        rows = order.split(counts.tolist())
-        # as forward had it: autograd calls this outside of the caller's autocast
+        rows = order.split(counts)
+        # as in forward: autograd calls this outside of the caller's autocast
         enabled, dtype = ctx.autocast
         with torch.autocast(ctx.device, dtype, enabled), offload.cache.unrecorded():
             needed = [expert for expert, of in enumerate(rows) if len(of)]
@@ -124,43 +150,43 @@ class _FrozenExperts(torch.autograd.Function):
         return grads.view_as(grad_y).sum(1).to(x.dtype), None, None, None
 
 
-def _grad_of_expert(offload, views: Views, x: Tensor, grad_y: Tensor) -> Tensor:
+def _grad_of_expert(offload: Offload, views: Views, x: Tensor, grad_y: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = offload.plain_run(x, views)
         return torch.autograd.grad(y, x, grad_y.to(y.dtype))[0]
 
 
-def _grouped(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Everything is on the device and as transformers has it: its own grouped product, one for all experts."""
+def _grouped(
+    module: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Use transformers' grouped product: all weights are parameters on the device."""
     offload, began_s = module.offload, time.perf_counter()
     y = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
     offload.cache.count_residents(module.layer, {*top_k_index.flatten().tolist()})
-    _record(offload, module.layer, top_k_index, top_k_weights, began_s)
+    tell_routed(offload, module.layer, top_k_index, top_k_weights, began_s)
     return y
 
 
-def run_token(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts of one token, x `[1, H]`: nothing to sort."""
-    chosen, meanwhile = _read(offload, layer, top_k_index[0], 1)
+def run_token(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Do what `run_experts` does for one token, x `[1, H]`: nothing to sort."""
+    chosen, meanwhile = read_routing(offload, layer, top_k_index[0], 1)
     results = {}
     began_s = time.perf_counter()
     with offload.cache.lock:
         for expert, views in offload.cache.fetch(layer, sorted(chosen), meanwhile):
             results[expert] = offload.run(x, views)
-        _record(offload, layer, top_k_index, top_k_weights, began_s)
+        tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     # under autocast results are of another dtype than the tokens, as they are in transformers' own experts
     return torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)
 
 
-def run_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts of many tokens, x `[T, H]`, sorted by expert."""
+def run_tokens(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Do what `run_experts` does for many tokens, x `[T, H]`, sorted by expert."""
     n_tokens, top_k = top_k_index.shape
-    order, counts = _by_expert(top_k_index, offload.checkpoint.n_experts)
-    counts, meanwhile = _read(offload, layer, counts, n_tokens)
-    grouped = x[
-        order // top_k
-    ]  # [T * k, H], by expert: results take the place of the tokens that they are for
+    order, by_expert = _by_expert(top_k_index, offload.checkpoint.n_experts)
+    counts, meanwhile = read_routing(offload, layer, by_expert, n_tokens)
+    grouped = x[order // top_k]  # [T * k, H], by expert: results replace the tokens that they are for
     rows = grouped.split(counts)
     began_s = time.perf_counter()
     with offload.cache.lock:
@@ -168,40 +194,53 @@ def run_tokens(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weight
         for expert, views in offload.cache.fetch(layer, needed, meanwhile):
             for part in rows[expert].split(ROWS):
                 part.copy_(offload.run(part, views))
-        _record(offload, layer, top_k_index, top_k_weights, began_s)
+        tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     y = torch.empty_like(grouped)
     y[order] = grouped
     return y.view(n_tokens, top_k, -1)
 
 
 def _by_expert(top_k_index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """(the choices `[T * k]` sorted by expert, how many each expert has: int64 [n_experts])."""
+    """(the choices `[T * k]` sorted by expert, how many each expert has: int64 `[n_experts]`)."""
     flat = top_k_index.reshape(-1)
     counts = flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))
     return flat.argsort(stable=True), counts
 
 
-def _read(offload, layer: int, numbers: Tensor, n_tokens: int) -> tuple[list[int], Callable[[], None] | None]:
-    """`numbers` (int64) as a list, and what starts the guesses to be made before this layer's experts (or None).
+def read_routing(
+    offload: Offload, layer: int, numbers: Tensor, n_tokens: int
+) -> tuple[list[int], Callable[[], None] | None]:
+    """Read numbers of a layer's routing on the host, with predictions that the device has made since.
 
-    Here, once per layer, the host waits for the device: all of the layer up to its routing is enqueued by then. Guesses
-    that the device has made since come to the host on the way.
+    Here, once per layer, the host waits for the device: all of the layer up to its routing is enqueued by
+    then.
+
+    Args:
+        numbers: int64 `[n]`.
+        n_tokens: Tokens of the layer's input.
+
+    Returns:
+        The numbers, and what starts the predictions to be made before this layer's experts, or None.
     """
     prefetcher = offload.prefetcher
     current = offload.passes.current
     if prefetcher is None or current is None:
         return numbers.tolist(), None
-    guesses, n = prefetcher.before(current, layer, n_tokens), len(numbers)
+    predictions, n = prefetcher.before(current, layer, n_tokens), len(numbers)
     prefetcher.start_late(current)
-    if isinstance(guesses, Tensor):
-        found, shape = torch.cat((numbers, guesses.flatten())).tolist(), guesses.shape
-        numbers, guesses = found[:n], [found[i : i + shape[1]] for i in range(n, len(found), shape[1])]
+    if isinstance(predictions, Tensor):
+        width, both = predictions.shape[1], torch.cat((numbers, predictions.flatten())).tolist()
+        found, predictions = both[:n], [both[i : i + width] for i in range(n, len(both), width)]
     else:
-        numbers = numbers.tolist()
-    return numbers, guesses and partial(prefetcher.start, prefetcher.number(layer), guesses)
+        found = numbers.tolist()
+    start = partial(prefetcher.start, prefetcher.number(layer), predictions) if predictions else None
+    return found, start
 
 
-def _record(offload, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float) -> None:
+def tell_routed(
+    offload: Offload, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began_s: float
+) -> None:
+    """Call the observers after a pass through one layer's experts; see `Observer.routed`."""
     for observer in offload.observers:
         observer.routed(layer, top_k_index, top_k_weights, began_s)
 

@@ -1,4 +1,4 @@
-"""What would lie where: each part of the device's memory, of RAM and of the disk, before anything is built.
+"""Bytes of each part of the device's memory, of RAM and of the disk, before anything is built.
 
 Knows options, plans and a checkpoint's headers; reads no weights. `analysis/plots/memory.py` draws it.
 """
@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.models.checkpoint import Checkpoint, open_checkpoint
 from mixtral_offload.runtime.arguments import split_arguments
-from mixtral_offload.runtime.options import MARGIN_BYTES, budgets, device_needs, parse_options, plan_for
+from mixtral_offload.runtime.options import (
+    MARGIN_BYTES,
+    CheckedOptions,
+    budgets,
+    device_needs,
+    parse_options,
+    plan_for,
+)
 from mixtral_offload.runtime.prepare import build_skeleton
 from mixtral_offload.units import gb, listed
 from mixtral_offload.weights.source import resolve
@@ -24,12 +31,16 @@ DISK_PARTS = ("experts", "dense part")
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What lies where, in bytes by part.
+    """Bytes by part. Not counted: the process itself, and pages of files that the system keeps.
 
-    device: by the names of DEVICE_PARTS; scratch is of the activations, one dequantized matrix and, on CUDA, a margin;
-    staging is of predictions. ram: by those of RAM_PARTS, empty where no expert is in RAM. disk: the checkpoint's files,
-    by those of DISK_PARTS. device_budget, ram_budget: what may be used. shared_memory: the device is the CPU, so both
-    are one memory and one budget. Not counted: the process itself, and pages of files that the system keeps.
+    Attributes:
+        device: By the names of DEVICE_PARTS. "scratch" is for activations, one dequantized matrix and, on
+            CUDA, a margin.
+        ram: By those of RAM_PARTS; empty if no expert is in RAM.
+        disk: The checkpoint's files, by the names of DISK_PARTS.
+        device_budget: What may be used of the device's memory.
+        ram_budget: The same of RAM.
+        shared_memory: The device is the CPU: both are one memory and one budget.
     """
 
     plan: Plan
@@ -74,23 +85,28 @@ class MemoryUse:
         return "\n".join(lines)
 
 
-def memory_use(path_or_repo_id: str | Path | None = None, *, hub: dict | None = None, **options) -> MemoryUse:
-    """What `from_pretrained` with the same arguments would put where, in bytes; reads headers, never weights.
+def memory_use(
+    path_or_repo_id: str | Path | None = None, *, hub: dict[str, Any] | None = None, **options: Any
+) -> MemoryUse:
+    """Compute what `from_pretrained` with the same arguments would use; read headers, never weights.
 
-    A hub repository that is not here yet is downloaded, as `from_pretrained` would. Raises the same OffloadErrors:
-    DownloadError, CheckpointError, CapacityError, OptionError.
+    A hub repository that is not here yet is downloaded, as by `from_pretrained`.
+
+    Raises:
+        OffloadError: As `from_pretrained` does.
     """
     options, hub = split_arguments(options, hub)
     parsed = parse_options(options)
     checkpoint = open_checkpoint(resolve(path_or_repo_id, **hub))
-    *_, parsed = build_skeleton(checkpoint, parsed)  # what from_pretrained refuses is refused here too
-    return _use(checkpoint, parsed)
+    # what from_pretrained refuses is refused here too
+    return memory_of(checkpoint, build_skeleton(checkpoint, parsed)[2])
 
 
-def _use(checkpoint: Checkpoint, options: OffloadOptions) -> MemoryUse:
+def memory_of(checkpoint: Checkpoint, options: CheckedOptions) -> MemoryUse:
+    """Compute what a model with these options would use."""
     on_cpu = options.device.type == "cpu"
     device, ram = budgets(options)
-    plan = plan_for(checkpoint, replace(options, vram=device, ram=ram))  # free memory is asked for only once
+    plan = plan_for(checkpoint, replace(options, vram=device, ram=ram))  # free memory is read once
     needs = device_needs(checkpoint, options)
     needs["scratch"] += 0 if on_cpu else MARGIN_BYTES
     disk = (len(checkpoint.experts) * checkpoint.layout.stored_bytes, checkpoint.dense_bytes)

@@ -1,4 +1,4 @@
-"""What a client implements to watch a model run: a recorder, the widget's map, a server's metrics."""
+"""The interface of what observes a model's passes: a recorder, the widget's map, a server's metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Use(NamedTuple):
     """One expert needed by one pass through one layer.
 
     Attributes:
-        layer, expert: Which one.
+        layer: The expert's layer.
+        expert: Its number.
         outcome: HIT, MISS or PREFETCHED of `core/trace.py`.
         wait_s: Seconds that the host waited for it.
         at_s: When it could run (`time.perf_counter()`).
@@ -32,7 +33,7 @@ class Use(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A prediction that was not used, at the moment when its copy was cancelled."""
+    """A prediction that was not used; its copy was cancelled just now."""
 
     layer: int
     expert: int
@@ -40,7 +41,7 @@ class Dropped(NamedTuple):
 
 
 class Observer:
-    """Base class of what watches a model. Every method is called under the model's lock; each does nothing by default.
+    """Base class of observers. Every method is called under the model's lock; each does nothing by default.
 
     Attributes:
         is_exclusive: Whether nothing but the observed passes may change the cache.
@@ -78,11 +79,13 @@ class Observers:
 
     @property
     def is_exclusive(self) -> bool:
-        """Whether an observer asks that nothing else changes the cache."""
+        """Whether nothing but the observed passes may change the cache."""
         return any(observer.is_exclusive for observer in self._all)
 
     def add(self, observer: Observer) -> None:
+        """Call it from now on."""
         self._all += (observer,)
 
     def remove(self, observer: Observer) -> None:
+        """Call it no more."""
         self._all = tuple(of for of in self._all if of is not observer)

@@ -1,4 +1,4 @@
-"""What a model built here carries as `model.offload`: its checkpoint, options, plan, cache and passes."""
+"""What `from_pretrained` adds to a model as `model.offload`: checkpoint, options, plan, cache, passes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from mixtral_offload.core.counters import CacheStats
-from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.checkpoint import Checkpoint
 from mixtral_offload.models.family import MoELayer
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.observer import Observers
+from mixtral_offload.runtime.options import CheckedOptions
 from mixtral_offload.runtime.pass_state import Pass, Passes
 from mixtral_offload.runtime.prefetch import Prefetcher
 from mixtral_offload.weights.kernels import Run
@@ -25,29 +26,41 @@ from mixtral_offload.weights.layout import ExpertLayout
 
 
 class _Counters:
-    """The counters of an `Offload`, which it refers to weakly: it is held by it."""
+    """Reads the counters of an `Offload`. The reference is weak: the `Offload` holds this object."""
 
     def __init__(self, offload: Offload):
         self._offload = weakref.ref(offload)
 
     def __call__(self) -> CacheStats:
-        return replace(self._offload().stats)
+        offload = self._offload()
+        assert offload is not None
+        return replace(offload.stats)
 
 
 @dataclass(eq=False)
 class Offload:
-    """What `from_pretrained` hangs under the model as `model.offload`."""
+    """The value of `model.offload`.
+
+    Attributes:
+        layers: The MoE layers.
+        run: Computes one expert from its views.
+        plain_run: The same without torch.compile, for autograd.
+        compiled: Whether `run` is compiled, and why.
+        prefetcher: None if nothing is predicted.
+        compile_s: Seconds that compiling took.
+        passes: The passes of the model, which take turns.
+    """
 
     checkpoint: Checkpoint
-    options: OffloadOptions
+    options: CheckedOptions
     plan: Plan
     cache: ExpertCache
-    layers: list[MoELayer]  # those with experts
-    run: Run  # one expert, from its views
-    plain_run: Run  # the same without torch.compile, for autograd
-    compiled: tuple[bool, str]  # whether it is compiled, and why
+    layers: list[MoELayer]
+    run: Run
+    plain_run: Run
+    compiled: tuple[bool, str]
     prefetcher: Prefetcher | None = None
-    compile_s: float = 0.0  # what compiling took while building
+    compile_s: float = 0.0
     passes: Passes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +72,7 @@ class Offload:
         refuse_copy(protocol)
 
     def after_fork(self) -> None:
-        """In a forked child: run on, with an empty cache; on CUDA, which does not survive a fork, refuse to."""
+        """In a forked child: continue with an empty cache; on CUDA, which no fork survives, refuse passes."""
         on_cuda = self.options.device.type == "cuda"
         self.passes.after_fork("a model on CUDA cannot run in a forked process" if on_cuda else None)
         if not on_cuda:
@@ -67,19 +80,21 @@ class Offload:
 
     @property
     def stats(self) -> CacheStats:
+        """The cache's counters."""
         return self.cache.stats
 
     @property
     def observers(self) -> Observers:
-        """Who watches the model run."""
+        """The observers of the model's passes."""
         return self.cache.observers
 
     @property
     def layout(self) -> ExpertLayout:
+        """The layout of an expert on the device."""
         return self.cache.layout
 
     def close(self) -> None:
-        """Wait for copies, end their thread, and release the store; the model must not be used afterwards."""
+        """Wait for copies, end all threads, and release the store; the model must not be used afterwards."""
         with self.passes.lock:
             if self.prefetcher is not None:
                 self.prefetcher.close()
@@ -95,14 +110,23 @@ class Offload:
                 observer.predicted(layer, experts, distance)
             self.cache.prefetch(layer, experts, distance)
 
-    def settings(self) -> dict:
-        """What a trace keeps of how the model ran, in JSON's types."""
+    def settings(self) -> dict[str, Any]:
+        """Return what a trace keeps of how the model ran, in JSON's types."""
         checkpoint, options, plan = self.checkpoint, self.options, self.plan
-        return {"model": checkpoint.folder.name, "layers": list(checkpoint.layers), "n_experts": checkpoint.n_experts,
-                "expert_bytes": self.layout.n_bytes if plan.store == "ram" else self.layout.stored_bytes,
-                "slots": list(plan.slots.values()), "resident": [list(of) for of in plan.resident.values()], "store": plan.store,
-                "policy": options.policy, "shared_slots": options.shared_slots, "prefetch": options.prefetch,
-                "look_ahead": options.look_ahead, "device": str(options.device)}  # fmt: skip
+        return {
+            "model": checkpoint.folder.name,
+            "layers": list(checkpoint.layers),
+            "n_experts": checkpoint.n_experts,
+            "expert_bytes": self.layout.n_bytes if plan.store == "ram" else self.layout.stored_bytes,
+            "slots": list(plan.slots.values()),
+            "resident": [list(of) for of in plan.resident.values()],
+            "store": plan.store,
+            "policy": options.policy,
+            "shared_slots": options.shared_slots,
+            "prefetch": options.prefetch,
+            "look_ahead": options.look_ahead,
+            "device": str(options.device),
+        }
 
 
 def _tell(observers: Observers) -> Callable[[Pass], None]:
@@ -116,9 +140,10 @@ def _tell(observers: Observers) -> Callable[[Pass], None]:
 def refuse_copy(protocol: SupportsIndex) -> NoReturn:
     """Stand in for `__reduce_ex__`, which `copy` and `pickle` call."""
     raise OptionError(
-        "a model with offloaded experts cannot be copied or pickled", found="copy.deepcopy, pickle or torch.save",
+        "a model with offloaded experts cannot be copied or pickled",
+        found="copy.deepcopy, pickle or torch.save",
         hint="build another one with from_pretrained; save_pretrained writes it to a folder",
-    )  # fmt: skip
+    )
 
 
 _built: weakref.WeakSet[Offload] = weakref.WeakSet()
@@ -139,5 +164,11 @@ if TYPE_CHECKING:
         """What `from_pretrained` returns: transformers' own model, with `offload`."""
 
         offload: Offload
+
+    class ExpertsModule(nn.Module):
+        """The module of experts of one MoE layer of an offloaded model."""
+
+        offload: Offload
+        layer: int
 else:
-    OffloadedModel = PreTrainedModel
+    OffloadedModel, ExpertsModule = PreTrainedModel, nn.Module

@@ -1,14 +1,14 @@
-"""What the user asks for, and the plan that follows from it on this machine.
+"""The options of `from_pretrained`, checked, and the plan that follows from them on this machine.
 
-Knows the options' meaning, free memory and a checkpoint's sizes. Knows nothing of models or caches.
+Knows free memory and a checkpoint's sizes. Knows nothing of models or caches.
 """
 
 from __future__ import annotations
 
 import difflib
 import gc
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,16 +26,27 @@ from mixtral_offload.weights.kernels import choose, dequantized_bytes
 from mixtral_offload.weights.layout import ROWS, ExpertLayout
 from mixtral_offload.weights.safetensors_io import StoredTensor
 
-#: of a batch's prompts, so many go through a pass together: more would fill the experts no better
-PROMPT_TOKENS = 4096
+#: maximum prompt tokens of a batch in one pass; larger passes do not improve expert utilization
+MOST_PASS_TOKENS = 4096
 MARGIN_BYTES = 600_000_000  # CUDA context and allocator rounding
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def parse_options(options: Mapping[str, Any]) -> OffloadOptions:
-    """Check what was given to `from_pretrained`: device and dtype are filled in, sizes are turned into bytes.
+@dataclass(frozen=True)
+class CheckedOptions(OffloadOptions):
+    """Options for one checkpoint, with sizes in bytes; see `for_checkpoint`."""
 
-    `prefetch` stays None where nothing was asked for: see `OffloadOptions.with_prefetch`.
+    device: torch.device
+    dtype: torch.dtype
+    vram: int | None = None
+    ram: int | None = None
+    throttle: int | None = None
+
+
+def parse_options(options: Mapping[str, Any]) -> OffloadOptions:
+    """Check what was given to `from_pretrained`; fill in device and dtype, turn sizes into bytes.
+
+    A dtype of "auto" and a prefetch of None remain: see `for_checkpoint` and `OffloadOptions.with_prefetch`.
 
     Raises:
         OptionError: For unknown names, with the nearest known one, and for impossible values.
@@ -48,50 +59,52 @@ def parse_options(options: Mapping[str, Any]) -> OffloadOptions:
             raise OptionError("unknown option", found=name, expected=", ".join(known), hint=hint)
     device = parse_device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = options.get("dtype") or (torch.float16 if device.type == "cuda" else torch.float32)
-    if dtype != "auto":  # the checkpoint's, see `for_checkpoint`
-        dtype = _parse_dtype(dtype)
-    parsed = OffloadOptions(**{**options, "device": device, "dtype": dtype})
-    attention = parsed.attn_implementation
+    dtype = dtype if dtype == "auto" else _parse_dtype(dtype)
+    sizes = {name: _size(name, options.get(name)) for name in ("vram", "ram", "throttle")}
+    parsed = OffloadOptions(**{**options, **sizes, "device": device, "dtype": dtype})
+    _check_values(parsed)
+    return parsed
+
+
+def _check_values(options: OffloadOptions) -> None:
+    attention = options.attn_implementation
     if attention is not None and not (isinstance(attention, str) and attention):
         raise OptionError(
             "impossible attn_implementation", expected='a name, such as "sdpa"', found=attention
         )
     for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1), ("batch_size", 1)):
-        if getattr(parsed, name) is not None:
-            check_whole(name, getattr(parsed, name), least)
-    if parsed.compile not in (True, False, "auto"):
-        raise OptionError("unknown compile", expected='True, False or "auto"', found=parsed.compile)
-    if parsed.dequantize_on_load not in (True, False) or (
-        parsed.dequantize_on_load and parsed.compile is True
+        if getattr(options, name) is not None:
+            check_whole(name, getattr(options, name), least)
+    if options.compile not in (True, False, "auto"):
+        raise OptionError("unknown compile", expected='True, False or "auto"', found=options.compile)
+    if options.dequantize_on_load not in (True, False) or (
+        options.dequantize_on_load and options.compile is True
     ):
-        found = f"dequantize_on_load={parsed.dequantize_on_load!r}, compile={parsed.compile!r}"
+        found = f"dequantize_on_load={options.dequantize_on_load!r}, compile={options.compile!r}"
         raise OptionError(
             "unknown dequantize_on_load", expected="True (and nothing to compile) or False", found=found
         )
-    make_policy(parsed.policy)
-    return replace(
-        parsed, **{name: _size(name, getattr(parsed, name)) for name in ("vram", "ram", "throttle")}
-    )
+    make_policy(options.policy)
 
 
-def for_checkpoint(options: OffloadOptions, checkpoint: Checkpoint) -> OffloadOptions:
-    """Fill in the checkpoint's dtype for "auto": what config.json says, or its first floating tensor's."""
-    if options.dtype != "auto":
-        return options
-    plain = (of.dtype for key, of in checkpoint.dense.items() if checkpoint.places[key].field is None)
-    stored = next((dtype for dtype in plain if dtype.is_floating_point), None)
-    return replace(options, dtype=_parse_dtype(getattr(checkpoint.config, "dtype", None) or stored))
+def for_checkpoint(options: OffloadOptions, checkpoint: Checkpoint) -> CheckedOptions:
+    """Return parsed options with the dtype of config.json, or of the first float tensor, for "auto"."""
+    dtype = options.dtype
+    if dtype == "auto":
+        plain = (of.dtype for key, of in checkpoint.dense.items() if checkpoint.places[key].field is None)
+        stored = next((of for of in plain if of.is_floating_point), None)
+        dtype = _parse_dtype(getattr(checkpoint.config, "dtype", None) or stored)
+    return CheckedOptions(**{**vars(options), "dtype": dtype})
 
 
-def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found not in DTYPES:
         raise OptionError("unknown dtype", expected='float16, bfloat16, float32 or "auto"', found=dtype)
     return found
 
 
-def _size(name: str, value) -> int | None:
-    """In bytes; None if nothing was asked for."""
+def _size(name: str, value: float | str | None) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or parse_size(value) <= 0:
@@ -100,7 +113,11 @@ def _size(name: str, value) -> int | None:
 
 
 def parse_device(name: str | torch.device) -> torch.device:
-    """The device of this name, a CUDA one with its number; raises OptionError if it is unknown or not here."""
+    """Return the device of this name, a CUDA one with its number.
+
+    Raises:
+        OptionError: If it is unknown or not here.
+    """
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -115,55 +132,73 @@ def parse_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def plan_for(checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
-    """The plan for a checkpoint on this machine, as it is now."""
+def plan_for(checkpoint: Checkpoint, options: CheckedOptions) -> Plan:
+    """Plan a checkpoint on this machine, as it is now.
+
+    Raises:
+        CapacityError: If it does not fit.
+        OptionError: For a cache size that the model cannot have.
+    """
     options = options.with_prefetch()
     n_bytes = device_layout(checkpoint, options).n_bytes
     sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, n_bytes)
     cache_size = checkpoint.recommended_cache_size if options.cache_size is None else options.cache_size
     why = "the checkpoint recommends it" if options.cache_size is None else "as asked"
     if options.dequantize_on_load:
-        return _unpacked_plan(sizes, checkpoint, options)
-    return plan_within(sizes, *budgets(options), dense_bytes(checkpoint, options), options, cache_size, why)
+        if options.cache_size not in (None, "auto", sizes.n_experts):
+            raise CapacityError(
+                "dequantize_on_load needs every expert on the device",
+                expected=f"cache_size={sizes.n_experts}, or none",
+                found=options.cache_size,
+            )
+        cache_size, why = sizes.n_experts, "as asked"
+    plan = plan_within(sizes, *budgets(options), dense_bytes(checkpoint, options), options, cache_size, why)
+    if not options.dequantize_on_load:
+        return plan
+    packed, dequantized = gb(checkpoint.layout.n_bytes), gb(sizes.expert_bytes)
+    reason = f"dequantized once: an expert of {packed} takes {dequantized}"
+    return replace(plan, reasons=(*plan.reasons, reason))
 
 
-def _unpacked_plan(sizes: Sizes, checkpoint: Checkpoint, options: OffloadOptions) -> Plan:
-    """Everything on the device; raises CapacityError where it does not fit or was not asked for."""
-    if options.cache_size not in (None, "auto", sizes.n_experts):
-        expected = f"cache_size={sizes.n_experts}, or none"
-        raise CapacityError(
-            "dequantize_on_load needs every expert on the device", expected=expected, found=options.cache_size
-        )
-    beside = dense_bytes(checkpoint, options)
-    plan = plan_within(sizes, *budgets(options), beside, options, sizes.n_experts)
-    packed = gb(checkpoint.layout.n_bytes)
-    return replace(
-        plan,
-        reasons=(*plan.reasons, f"dequantized once: an expert of {packed} takes {gb(sizes.expert_bytes)}"),
-    )
-
-
-def device_layout(checkpoint: Checkpoint, options: OffloadOptions) -> ExpertLayout:
-    """How an expert lies on the device: as it is stored, or dequantized."""
+def device_layout(checkpoint: Checkpoint, options: CheckedOptions) -> ExpertLayout:
+    """Return how an expert lies on the device: as it is stored, or dequantized."""
     return checkpoint.layout.dequantized(options.dtype) if options.dequantize_on_load else checkpoint.layout
 
 
 def plan_within(
-    sizes: Sizes, device: int, ram: int, beside: int, options: OffloadOptions, cache_size, why: str = "as asked"
-) -> Plan:  # fmt: skip
-    """The plan within so many bytes on the device and in RAM; beside: device bytes of all that is no expert. A margin on
-    CUDA, and rows for guesses where experts are copied at all, are left free. options: with `prefetch` filled in."""
+    sizes: Sizes,
+    vram: int,
+    ram: int,
+    non_expert_bytes: int,
+    options: CheckedOptions,
+    cache_size: int | str | Sequence[int],
+    why: str = "as asked",
+) -> Plan:
+    """Plan within given budgets; leave a margin on CUDA, and staging rows if experts are copied at all.
+
+    Args:
+        vram: Bytes that may be used on the device.
+        ram: Bytes that may be used in RAM.
+        non_expert_bytes: Device bytes of everything else.
+        options: With a number for `prefetch`.
+        cache_size: Takes the place of the options' own.
+        why: Reason for it.
+    """
     on_cpu = options.device.type == "cpu"
-    device -= beside + (0 if on_cpu else MARGIN_BYTES)
-    rest = {"cache_size": cache_size, "store": options.store, "shared_memory": on_cpu, "why": why}
-    plan = make_plan(sizes, max(device, 0), ram, **rest)
-    if plan.store is None or not options.n_staging:
-        return plan
-    return make_plan(sizes, max(device - options.n_staging * sizes.expert_bytes, 0), ram, **rest)
+    free = vram - non_expert_bytes - (0 if on_cpu else MARGIN_BYTES)
+
+    def plan(device_bytes: int) -> Plan:
+        room, store = max(device_bytes, 0), options.store
+        return make_plan(sizes, room, ram, cache_size=cache_size, store=store, shared_memory=on_cpu, why=why)
+
+    found = plan(free)
+    if found.store is None or not options.n_staging:
+        return found
+    return plan(free - options.n_staging * sizes.expert_bytes)
 
 
-def budgets(options: OffloadOptions) -> tuple[int, int]:
-    """Bytes that may be used on the device and in RAM; on the CPU, they are the same."""
+def budgets(options: CheckedOptions) -> tuple[int, int]:
+    """Return the bytes that may be used on the device and in RAM; on the CPU, they are the same memory."""
     free = int(0.9 * free_memory())
     if options.device.type == "cpu":
         asked = [size for size in (options.vram, options.ram) if size is not None]
@@ -176,9 +211,13 @@ def budgets(options: OffloadOptions) -> tuple[int, int]:
     return device, free if options.ram is None else options.ram
 
 
-def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, int]:
-    """Device bytes beside the experts, by name: the "dense part"; for the context the "KV cache"; and as "scratch" the
-    activations of one layer's experts and one dequantized matrix."""
+def device_needs(checkpoint: Checkpoint, options: CheckedOptions) -> dict[str, int]:
+    """Compute the device bytes of everything but the experts, by name.
+
+    Returns:
+        "dense part"; "KV cache" of the context; "scratch": activations of one layer's experts, and one
+        dequantized matrix.
+    """
     config, layout, item = checkpoint.config, checkpoint.layout, options.dtype.itemsize
     kept = checkpoint.kept.get(options.dtype, frozenset())
     dense = sum(_dense_bytes(key, tensor, options, key in kept) for key, tensor in checkpoint.dense.items())
@@ -188,22 +227,16 @@ def device_needs(checkpoint: Checkpoint, options: OffloadOptions) -> dict[str, i
     compiled, _ = compile_choice(checkpoint, options)
     kinds = {(layout.shapes[matrix], layout.quantization[matrix]) for matrix in layout.shapes}
     dequantized = max(dequantized_bytes(*kind, item, compiled) for kind in kinds)
-    scratch = (
-        scratch_bytes(
-            pass_tokens(context, options.batch_size), item, checkpoint.top_k, *reversed(layout.shapes["gate"])
-        )
-        + dequantized
-    )
+    n_tokens, (intermediate, hidden) = pass_tokens(context, options.batch_size), layout.shapes["gate"]
     return {
         "dense part": dense,
         "KV cache": kv_bytes(kv, context, item) * options.batch_size,
-        "scratch": scratch,
+        "scratch": scratch_bytes(n_tokens, item, checkpoint.top_k, hidden, intermediate) + dequantized,
     }
 
 
-def _dense_bytes(key: str, stored: StoredTensor, options: OffloadOptions, is_kept: bool) -> int:
-    """Device bytes of one tensor beside the experts; of a packed one that is dequantized on load, as many as it could hold at most.
-    is_kept: in fp32."""
+def _dense_bytes(key: str, stored: StoredTensor, options: CheckedOptions, is_kept: bool) -> int:
+    """Device bytes of one tensor of the dense part, an upper bound if it is dequantized; is_kept: in fp32."""
     item = 4 if is_kept else options.dtype.itemsize
     if options.dequantize_on_load and key.endswith(".W_q"):
         return stored.n_elements * item * (4 if stored.dtype == torch.uint8 else 10)  # values in a word
@@ -212,23 +245,26 @@ def _dense_bytes(key: str, stored: StoredTensor, options: OffloadOptions, is_kep
 
 
 def pass_tokens(context: int, batch_size: int) -> int:
-    """Tokens that one pass may have: a whole context, or the prompts of a batch."""
-    return max(context, min(context * batch_size, PROMPT_TOKENS))
+    """Return the tokens that one pass may have: a whole context, or the prompts of a batch."""
+    return max(context, min(context * batch_size, MOST_PASS_TOKENS))
 
 
 def scratch_bytes(context: int, item: int, top_k: int, hidden: int, intermediate: int) -> int:
-    """The activations of one layer's experts for `context` tokens of `item` bytes an element: all results, and their
-    product with the weights; of one expert's tokens at a time gate, up, both together, and their product."""
+    """Compute the bytes of one layer's activations for `context` tokens of `item` bytes an element.
+
+    All results, and their product with the weights; of one expert's tokens at a time gate, up, both together,
+    and their product.
+    """
     return item * (2 * top_k * hidden * context + (5 * intermediate + 2 * hidden) * min(context, ROWS))
 
 
-def compile_choice(checkpoint: Checkpoint, options: OffloadOptions) -> tuple[bool, str]:
-    """(whether to compile, why): see `kernels.choose`."""
+def compile_choice(checkpoint: Checkpoint, options: CheckedOptions) -> tuple[bool, str]:
+    """Return whether to compile, and why: see `kernels.choose`."""
     if options.dequantize_on_load:
         return False, "dequantized on load: the library's products"
     return choose(options.compile, checkpoint.layout, options.device)
 
 
-def dense_bytes(checkpoint: Checkpoint, options: OffloadOptions) -> int:
-    """Device bytes beside the experts, all `device_needs` together."""
+def dense_bytes(checkpoint: Checkpoint, options: CheckedOptions) -> int:
+    """Compute the device bytes of everything but the experts: the sum of `device_needs`."""
     return sum(device_needs(checkpoint, options).values())

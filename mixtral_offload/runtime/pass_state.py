@@ -1,28 +1,29 @@
-"""The state of one forward pass: which tokens are real, and what the prefetcher has found so far.
+"""The state of one forward pass, and the turns that passes of one model take.
 
-Knows transformers' arguments of a base model's forward. Knows nothing of experts, caches or recorders.
-
-A pass's state belongs to its thread. Passes of one model run one at a time: threads take turns, pass by pass, and a
-streamer's callback, which runs between passes, never runs under the lock.
+Knows the arguments of a base model's forward. Knows nothing of experts, caches or recorders.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mixtral_offload.core.counters import CacheStats
 from mixtral_offload.errors import OptionError
+
+if TYPE_CHECKING:
+    from mixtral_offload.runtime.prefetch import HostCopy
 
 
 @dataclass
@@ -33,10 +34,10 @@ class Pass:
         number: Counts the model's passes.
         ids: `input_ids [B, T]`; None for a pass that begins with embeddings.
         embeds: `inputs_embeds [B, T, H]`; None for a pass that begins with token ids.
-        real: Numbers of the tokens, all sequences after each other, that experts are computed for, int64 `[n]`; None: for
-            all. Padding is left out only where its caller has said so: see `Passes.without_padding`.
-        hidden: Input of the newest layer's norm, kept for a prediction before that layer's experts.
-        late: (layer's number, predictions on their way to the host).
+        real: int64 `[n]`, numbers of the tokens (of all sequences after each other) that experts are computed
+            for; None: of all. Padding is left out only under `Passes.without_padding`.
+        hidden: Input of the current layer's norm, kept for a prediction before that layer's experts.
+        late: (index of an MoE layer, predictions on their way to the host).
     """
 
     number: int
@@ -44,24 +45,26 @@ class Pass:
     embeds: Tensor | None
     real: Tensor | None
     hidden: Tensor | None = None
-    late: tuple[int, Any] | None = None
+    late: tuple[int, HostCopy] | None = None
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the pass, padding included."""
-        shape = self.ids.shape if self.ids is not None else self.embeds.shape[:2]
-        return shape.numel()
+        return math.prod(_shape(self.ids, self.embeds))
 
     def real_of(self, n_tokens: int) -> Tensor | None:
-        """`real`, for a layer that was given `n_tokens` tokens; None where those are not the tokens of this pass."""
+        """Return `real` for a layer's input of `n_tokens` tokens; None if they are not this pass's."""
         return self.real if n_tokens == self.n_tokens else None
 
 
 class Passes:
     """The passes of one model: at most one at a time, each with its own state.
 
+    A pass's state belongs to its thread. Threads take turns, pass by pass; a streamer's callback, which runs
+    between passes, never runs under the lock.
+
     Args:
-        counters: Reads counters that passes advance; `counted` has this thread's share of them.
+        counters: Reads counters that passes advance; `counted` is this thread's share.
 
     Attributes:
         lock: Held during a pass.
@@ -84,7 +87,7 @@ class Passes:
 
     @property
     def counted(self) -> CacheStats:
-        """By how much this thread's passes have advanced the counters, those of a pass under way included."""
+        """Advance of the counters by this thread's passes, including one under way."""
         done, before = getattr(self._local, "counted", None), getattr(self._local, "before", None)
         done = done or CacheStats()
         return done if before is None else done + self._counters() - before
@@ -94,16 +97,15 @@ class Passes:
         """Call `forward` as one pass.
 
         Args:
-            arguments: What the base model's forward was called with, by name.
+            arguments: Arguments of the base model's forward, by name.
             forward: The call itself.
 
         Raises:
             OptionError: In a process in which this model cannot run.
         """
         if self._refusal is not None:
-            raise OptionError(
-                self._refusal, hint='start child processes with multiprocessing\'s "spawn" method'
-            )
+            hint = 'start child processes with multiprocessing\'s "spawn" method'
+            raise OptionError(self._refusal, hint=hint)
         if self._was_forked:
             self._was_forked = False
             _use_one_thread()
@@ -125,9 +127,9 @@ class Passes:
 
     @contextmanager
     def without_padding(self) -> Iterator[None]:
-        """In this thread's passes meanwhile, padding gets zeros from experts, which do not compute it.
+        """In this thread's passes meanwhile, experts do not compute padding; their output for it is zero.
 
-        For a caller that reads nothing of what comes of padding, neither logits nor hidden states nor the KV cache.
+        For a caller that uses no results of padding: no logits, no hidden states, no KV cache.
         """
         self._local.skips_padding = True
         try:
@@ -136,22 +138,22 @@ class Passes:
             self._local.skips_padding = False
 
     def after_fork(self, refusal: str | None = None) -> None:
-        """In a forked child: a new lock, since another thread of the parent may have held the old one.
+        """In a forked child: replace the lock, which another thread of the parent may have held.
 
         Args:
-            refusal: Why no pass can run there; None where passes can.
+            refusal: Why no pass can run there; None if passes can.
         """
         self.lock, self._local = threading.RLock(), threading.local()
         self._refusal, self._was_forked = refusal, True
 
 
 def _use_one_thread() -> None:
-    """Keep torch from waiting for its OpenMP threads, which a fork does not copy: it would wait for ever."""
+    """Keep torch from waiting for its OpenMP threads, which a fork does not copy."""
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         warnings.warn(
-            "this process was forked: torch computes with one thread here, because its other threads were not copied; "
-            'processes started with multiprocessing\'s "spawn" method have them all',
+            "this process was forked: torch computes with one thread here, because its other threads were "
+            'not copied; processes started with multiprocessing\'s "spawn" method have them all',
             stacklevel=4,
         )
 
@@ -159,14 +161,12 @@ def _use_one_thread() -> None:
 def track_passes(base_model: nn.Module, passes: Passes) -> None:
     """Run every forward pass of `base_model` through `passes`.
 
-    The module's `forward` is wrapped, not hooked: torch skips forward hooks after a KeyboardInterrupt, which would leave
-    the lock held. The wrapper refers to the model weakly, so that a dropped model frees its memory at once.
+    The module's `forward` is wrapped, not hooked: torch skips forward hooks after a KeyboardInterrupt, which
+    would leave the lock held. The wrapper refers to the model weakly, so that a dropped model frees its
+    memory at once.
     """
-    inner, weak, signature = (
-        type(base_model).forward,
-        weakref.ref(base_model),
-        inspect.signature(base_model.forward),
-    )
+    inner, weak = type(base_model).forward, weakref.ref(base_model)
+    signature = inspect.signature(base_model.forward)
     names = tuple(signature.parameters)
 
     @torch.compiler.disable(recursive=False)
@@ -184,34 +184,37 @@ def _new_pass(number: int, arguments: Mapping[str, Any], can_skip: bool) -> Pass
         value if isinstance(value := arguments.get(name), Tensor) else None
         for name in ("input_ids", "inputs_embeds")
     )
-    if ids is None and embeds is None:  # transformers refuses it in its own words
+    if ids is None and embeds is None:  # transformers reports it
         return Pass(number, torch.zeros(0, 0, dtype=torch.long), None, None)
-    shape = ids.shape[:2] if ids is not None else embeds.shape[:2]
-    return Pass(number, ids, embeds, real_tokens(shape, arguments) if can_skip else None)
+    return Pass(number, ids, embeds, real_tokens(_shape(ids, embeds), arguments) if can_skip else None)
 
 
-def real_tokens(shape: tuple[int, int], arguments: Mapping[str, Any]) -> Tensor | None:
+def _shape(ids: Tensor | None, embeds: Tensor | None) -> tuple[int, ...]:
+    """(sequences, tokens of each) of a pass."""
+    given = embeds if ids is None else ids
+    assert given is not None
+    return tuple(given.shape[:2])
+
+
+def real_tokens(shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Tensor | None:
     """Find the tokens of a pass that are not padding.
 
-    A 2-D mask has one column per position from 0 on, as transformers reads it (masking_utils.py): those of the KV cache
-    first, then the pass's own, then, where the mask was made for a preallocated cache, positions to come. Tokens whose
-    column the mask does not have, and tokens under masks of other kinds, count as real.
+    A 2-D mask has one column per position from 0 on, as transformers reads it (masking_utils.py): those of
+    the KV cache first, then the pass's own, then, if the mask was made for a preallocated cache, later
+    positions. Tokens without a column in the mask, and tokens under other kinds of masks, count as real.
 
     Args:
         shape: (sequences, tokens of each).
         arguments: The pass's arguments, by name.
 
     Returns:
-        int64 [n], numbers of the real tokens, all sequences after each other; None where all are real, or none is.
+        int64 `[n]`, numbers of the real tokens, all sequences after each other; None if all are real, or none
+        is.
     """
     mask = arguments.get("attention_mask")
-    if (
-        len(shape) < 2
-        or 1 in shape
-        or not isinstance(mask, Tensor)
-        or mask.ndim != 2
-        or len(mask) != shape[0]
-    ):
+    if len(shape) < 2 or 1 in shape:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != shape[0]:
         return None
     positions = arguments.get("cache_position")
     if not isinstance(positions, Tensor):

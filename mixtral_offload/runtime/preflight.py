@@ -1,7 +1,4 @@
-"""Whether `from_pretrained` would take a checkpoint, found out from headers alone: no weight is read.
-
-Knows the steps of `from_pretrained`, and carries out those that can refuse a checkpoint, on tensors without memory.
-"""
+"""The checks of `from_pretrained`, carried out on headers alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -20,26 +17,28 @@ from mixtral_offload.weights.safetensors_io import StoredTensor
 
 @dataclass(frozen=True)
 class Unread(StoredTensor):
-    """A stored tensor that gives memory of one element in place of its values."""
+    """A stored tensor whose values are not read."""
 
     def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Return zeros of its shape in the memory of one element."""
         return torch.zeros((), dtype=dtype or self.dtype, device=device).expand(self.shape)
 
 
 def unread(stored: StoredTensor) -> Unread:
+    """Return the same tensor, whose values are not read."""
     return Unread(stored.path, stored.dtype, stored.shape, stored.offset, stored.n_bytes, stored.key)
 
 
 def check_loads(checkpoint: Checkpoint) -> None:
-    """Refuse what `from_pretrained` would refuse, except for want of memory and for what only the weights show.
+    """Refuse what `from_pretrained` would refuse, except for lack of memory and for faults of the weights'
+    values.
 
     Raises:
-        OffloadError: as `from_pretrained` raises it.
+        OffloadError: As `from_pretrained` does.
     """
     emptied = replace(checkpoint, dense={key: unread(stored) for key, stored in checkpoint.dense.items()})
-    options = parse_options({"device": "cpu"})
     try:
-        model = build_skeleton(emptied, options)[0]
+        model, _, options = build_skeleton(emptied, parse_options({"device": "cpu"}))
         device_needs(emptied, options)
         load_dense(model, emptied, options.device, options.dtype)
     except OffloadError:

@@ -1,7 +1,4 @@
-"""The model before its weights: its modules, its experts' places, and what cannot be offloaded refused.
-
-Knows transformers' modules on the meta device. Knows nothing of caches or files.
-"""
+"""The model before its weights are read. Knows transformers' modules on the meta device, no caches."""
 
 from __future__ import annotations
 
@@ -12,26 +9,26 @@ from mixtral_offload.models.checkpoint import Checkpoint
 from mixtral_offload.models.family import MoELayer, check_routers
 from mixtral_offload.models.skeleton import build_meta, check_experts
 from mixtral_offload.runtime.absent import remove_weights
-from mixtral_offload.runtime.options import for_checkpoint
+from mixtral_offload.runtime.options import CheckedOptions, for_checkpoint
 
 
 def build_skeleton(
     checkpoint: Checkpoint, options: OffloadOptions
-) -> tuple[PreTrainedModel, list[MoELayer], OffloadOptions]:
-    """Build a checkpoint's model without any weights; its experts' parameters are gone for good.
+) -> tuple[PreTrainedModel, list[MoELayer], CheckedOptions]:
+    """Build a checkpoint's model without weights, and without its experts' parameters.
 
     Returns:
-        The model, its layers with experts, and the options with the number of predictions.
+        The model, its MoE layers, and the options with the checkpoint's dtype and a number for `prefetch`.
 
     Raises:
-        OffloadError: For whatever cannot be offloaded, before any weight is read. A family whose experts cannot be
-            predicted is refused only if predictions were asked for.
+        OffloadError: For whatever cannot be offloaded. A family whose experts cannot be predicted is refused
+            only if the options demand predictions.
     """
-    options = for_checkpoint(options, checkpoint)
-    model = build_meta(checkpoint.config, options.dtype, options.attn_implementation)
+    checked = for_checkpoint(options, checkpoint)
+    model = build_meta(checkpoint.config, checked.dtype, checked.attn_implementation)
     layers, _ = check_experts(model)
     for layer in layers:
         remove_weights(model.get_submodule(layer.name))
-    if options.prefetch:
+    if checked.prefetch:
         check_routers(layers)
-    return model, layers, options.with_prefetch(possible=all(layer.router for layer in layers))
+    return model, layers, checked.with_prefetch(possible=all(layer.router for layer in layers))

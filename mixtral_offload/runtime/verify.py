@@ -1,8 +1,7 @@
-"""`mixtral-offload verify`: read every byte of a checkpoint once, and say what was proven and what could not be.
+"""`mixtral-offload verify`: read every byte of a checkpoint once, and compare it with all that is known of
+it.
 
-Knows which proofs there are: our own checksums (of the weights, and of the small files beside them: configurations,
-tokenizer, chat template), the hub's hashes where a download left them, finite numbers, and that `from_pretrained` would take
-the folder. A small file that was edited on purpose loads; only here it is told.
+Our own checksums, the hub's hashes, finite numbers, and the checks of `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from xxhash import xxh3_128
 
 from mixtral_offload.errors import CheckpointError
-from mixtral_offload.models.checkpoint import INDEX, open_checkpoint
+from mixtral_offload.models.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mixtral_offload.runtime.preflight import check_loads
 from mixtral_offload.system.files import SMALL_BYTES, SMALL_SUFFIXES, read_small
 from mixtral_offload.units import gb
@@ -38,11 +38,17 @@ SHOWN = 5  # names in a message, at most
 
 @dataclass(frozen=True)
 class Verification:
-    """What was proven of a folder.
+    """What was verified of a folder; `str` of it is a report.
 
-    by_checksum, by_hub: names of the files that are what our index, or the hub, says; small_by_checksum: of those beside
-    the weights. unproven, small_unproven: weight files, and others, of which neither knows anything. n_bytes: read, in
-    seconds.
+    Attributes:
+        by_checksum: Names of weight files with the checksums of our index.
+        by_hub: Names of files with the hub's hashes.
+        unproven: Names of weight files with neither.
+        n_files: Number of weight files.
+        n_bytes: Bytes of the weight files.
+        seconds: Duration.
+        small_by_checksum: Names of small files with the checksums of our index.
+        small_unproven: Names of small files with neither.
     """
 
     folder: Path
@@ -68,30 +74,29 @@ class Verification:
         if self.by_hub:
             lines.append(f"  hub: {len(self.by_hub)} files are what the hub has")
         if self.unproven:
+            names = _some(self.unproven)
             lines.append(
-                f"  not proven: {len(self.unproven)} weight files ({_some(self.unproven)}): the folder has no checksums of "
-                "them, and no download left the hub's hashes; `mixtral-offload convert` writes checksums"
+                f"  not proven: {len(self.unproven)} weight files ({names}): the folder has no checksums of "
+                "them, and no hashes of the hub; `mixtral-offload convert` writes checksums"
             )
         if self.small_unproven:
-            lines.append(
-                f"  not proven: {len(self.small_unproven)} small files ({_some(self.small_unproven)}): nobody wrote down "
-                "what they were"
-            )
+            names = _some(self.small_unproven)
+            lines.append(f"  not proven: {len(self.small_unproven)} small files ({names}): without checksums")
         return "\n".join(lines)
 
 
 def verify(folder: str | Path, progress: Callable[[int], object] = lambda n_bytes: None) -> Verification:
-    """Check a checkpoint completely: structure, finite numbers, every byte of every file that a checksum is known of.
+    """Check a checkpoint completely: structure, finite numbers, and all files with a known checksum or hash.
 
-    These are the weights, and in folders that `convert` or `save_pretrained` wrote also config.json, the tokenizer's files,
-    generation_config.json and chat templates: each that is missing or was changed since is a fault. Files that came later
-    are none.
+    In folders that `convert` or `save_pretrained` wrote, these include config.json, the tokenizer's files,
+    generation_config.json and chat templates: one that is missing or was changed is a fault (though it may
+    load). Files that were added later are none.
 
     Args:
-        progress: called with the bytes of each weight file that has been read.
+        progress: Called with the bytes of each weight file that has been read.
 
     Raises:
-        CheckpointError: anything is wrong; all files that are damaged are named in one message.
+        CheckpointError: For any fault; the message names all damaged files.
     """
     folder, began_s = Path(folder), time.perf_counter()
     checkpoint = open_checkpoint(folder)
@@ -110,22 +115,28 @@ def verify(folder: str | Path, progress: Callable[[int], object] = lambda n_byte
     wrong += [f"{name}: is not what the hub has" for name in small if not _is_hubs(folder / name, hub[name])]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} faults in this checkpoint", path=folder, found=_some(wrong, "\n    "),
-            hint="copy, download or convert these files again; a small file that was changed on purpose may stay as it is "
-            "(tokenizer.save_pretrained writes some anew)",
-        )  # fmt: skip
+            f"{len(wrong)} faults in this checkpoint",
+            path=folder,
+            found=_some(wrong, "\n    "),
+            hint="copy, download or convert these files again; a small file that was changed on purpose may "
+            "stay as it is (tokenizer.save_pretrained writes some again)",
+        )
     names = [path.name for path in paths]
     return Verification(
-        folder, tuple(name for name in names if name in checksums),
-        tuple(name for name in (*names, *small) if name in hub),
-        tuple(name for name in names if name not in checksums and name not in hub),
-        len(paths), sum(path.stat().st_size for path in paths), time.perf_counter() - began_s,
-        tuple(small_checksums), _unknown(folder, {INDEX, *small_checksums, *hub}),
-    )  # fmt: skip
+        folder,
+        by_checksum=tuple(name for name in names if name in checksums),
+        by_hub=tuple(name for name in (*names, *small) if name in hub),
+        unproven=tuple(name for name in names if name not in checksums and name not in hub),
+        n_files=len(paths),
+        n_bytes=sum(path.stat().st_size for path in paths),
+        seconds=time.perf_counter() - began_s,
+        small_by_checksum=tuple(small_checksums),
+        small_unproven=_unknown(folder, {INDEX, *small_checksums, *hub}),
+    )
 
 
 def _small_faults(path: Path, checksum: str) -> list[str]:
-    """What is wrong with a file beside the weights."""
+    """Faults of a small file."""
     try:
         found = checksum_of_small(path)
     except FileNotFoundError:
@@ -136,24 +147,24 @@ def _small_faults(path: Path, checksum: str) -> list[str]:
 
 
 def _unknown(folder: Path, known: set[str]) -> tuple[str, ...]:
-    """Names of the small files that are not known."""
+    """Names of the small files that are not among those known."""
     paths = (path for path in folder.iterdir() if path.suffix in SMALL_SUFFIXES and path.is_file())
     return tuple(sorted(path.name for path in paths if path.name not in known))
 
 
-def _expert_files(checkpoint) -> set[Path]:
+def _expert_files(checkpoint: Checkpoint) -> set[Path]:
     return {of.path for fields in checkpoint.experts.values() for of in fields.values()}
 
 
 def _faults(path: Path, checksum: str | None, hub_hash: str | None) -> list[str]:
-    """What is wrong with one weight file, found in one pass over its bytes."""
+    """Faults of a weight file, found in one pass over its bytes."""
     header, faults, digests = header_bytes(path), [], []
     like_hub = _hash_like(hub_hash, path.stat().st_size)
     like_hub.update(header)
     for tensor in in_order(read_header(path)):
         digest, finite = xxh3_128(), True
         for piece in pieces_of(tensor):
-            data = piece.numpy()
+            data = piece.numpy().data
             digest.update(data)
             like_hub.update(data)
             finite = finite and (not tensor.dtype.is_floating_point or is_finite(piece.view(tensor.dtype)))
@@ -168,13 +179,21 @@ def _faults(path: Path, checksum: str | None, hub_hash: str | None) -> list[str]
     return faults
 
 
+class _Hash(Protocol):
+    def update(self, data: bytes | memoryview, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
 class _NoHash:
-    def update(self, data) -> None:
+    def update(self, data: bytes | memoryview, /) -> None:
         pass
 
+    def hexdigest(self) -> str:
+        return ""
 
-def _hash_like(digest: str | None, n_bytes: int):
-    """A hash of the kind that `digest` is: sha256 (64 digits), or git's sha1 of a blob; none for none."""
+
+def _hash_like(digest: str | None, n_bytes: int) -> _Hash:
+    """A hash of the digest's kind: sha256 (64 digits), git's sha1 of a blob, or one that computes nothing."""
     if digest is None:
         return _NoHash()
     return hashlib.sha256() if len(digest) == 64 else hashlib.sha1(b"blob %d\0" % n_bytes)
@@ -185,11 +204,11 @@ def _is_hubs(path: Path, digest: str) -> bool:
 
 
 def hub_hashes(folder: Path) -> dict[str, str]:
-    """file name -> the hub's hash of it, as far as a download left it: in our own records, or as the name of the blob
-    that a link in the hub's cache leads to."""
-    hashes: dict[str, str] = {}
-    for name, blob in _blobs(folder):
-        hashes[name] = blob
+    """Return file name -> the hub's hash, if a download left it.
+
+    It is in our own records, or the name of the blob that a link in the hub's cache points to.
+    """
+    hashes = dict(_blobs(folder))
     for record in _records(folder):
         hashes |= record
     return hashes
@@ -206,7 +225,7 @@ def _blobs(folder: Path) -> Iterator[tuple[str, str]]:
 def _records(folder: Path) -> Iterator[dict[str, str]]:
     """What `hub.Record` has written about this folder."""
     whole = folder.absolute()
-    places = [(whole / ".cache" / "mixtral_offload", None)]
+    places: list[tuple[Path, str | None]] = [(whole / ".cache" / "mixtral_offload", None)]
     if whole.parent.name == "snapshots":
         places.append((whole.parent.parent / "mixtral_offload", whole.name))
     for place, commit in places:
@@ -215,15 +234,15 @@ def _records(folder: Path) -> Iterator[dict[str, str]]:
                 of, files, _ = json.loads(read_small(path))
                 known = {name: entry[1] for name, entry in files.items() if _is_hash(entry[1])}
             except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                continue  # a damaged record knows nothing
+                continue  # a damaged record
             if commit is None or of == commit:
                 yield known
 
 
-def _is_hash(text) -> bool:
+def _is_hash(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
-def _some(names, between: str = ", ") -> str:
+def _some(names: Sequence[str], between: str = ", ") -> str:
     more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return between.join(names[:SHOWN]) + more

@@ -47,12 +47,12 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "an expert is published before its copy has ended", "runtime/cache.py",
-        "                load.copy.wait()\n", "",
+        "                _copy_of(load).wait()\n", "",
         "tests/reliability/test_detect.py",
     ),
     Mutant(
         "the wait for a copy is dropped where a prediction had started it", "runtime/cache.py",
-        "                load.copy.wait()\n", "                if not load.is_predicted: load.copy.wait()\n",
+        "                _copy_of(load).wait()\n", "                if not load.is_predicted: _copy_of(load).wait()\n",
         "tests/reliability/test_detect.py tests/runtime/test_prefetch.py",
     ),
     Mutant(

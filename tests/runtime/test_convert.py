@@ -84,7 +84,7 @@ def test_convert_refuses_at_once_what_could_not_be_loaded_afterwards(tmp_path, m
     try:
         from_pretrained(source, device="cpu").offload.cache.close()
     except CheckpointError as error:
-        monkeypatch.setattr(convert, "_expert_tensors", lambda *of: pytest.fail("work was begun"))
+        monkeypatch.setattr(convert, "expert_tensors", lambda *of: pytest.fail("work was begun"))
         with pytest.raises(CheckpointError) as caught:
             convert_checkpoint(source, tmp_path / "target", *WIDTHS)
         assert str(caught.value).splitlines()[0] == str(error).splitlines()[0]
@@ -126,8 +126,8 @@ def test_an_interrupted_conversion_is_gone_on_with(tmp_path, undisturbed, monkey
     target, made, said = tmp_path / "target", [], []
     folder = interrupted(target, n_experts)
     assert not target.exists() and len(list(folder.glob("model-*"))) == n_experts + 1
-    real = convert._expert_tensors
-    monkeypatch.setattr(convert, "_expert_tensors", lambda *of: made.append(of[1]) or real(*of))
+    real = convert.expert_tensors
+    monkeypatch.setattr(convert, "expert_tensors", lambda *of: made.append(of[1]) or real(*of))
     convert_checkpoint(PLAIN, target, *WIDTHS, report=said.append)
     assert len(made) == 48 - n_experts - 1 and f"resuming: {n_experts + 1} files" in said[0]
     assert contents(target) == undisturbed and os.listdir(tmp_path) == ["target"]
@@ -225,8 +225,8 @@ def test_a_fault_of_the_source_leaves_nothing(tmp_path):
 def start(target, *options, **kwargs):
     """The command in a process of its own, slowed down so that a signal meets it at work."""
     code = (
-        "import sys, time; from mixtral_offload.runtime import convert; real = convert._expert_tensors\n"
-        "convert._expert_tensors = lambda *of: (time.sleep(.1), real(*of))[1]\n"
+        "import sys, time; from mixtral_offload.runtime import convert; real = convert.expert_tensors\n"
+        "convert.expert_tensors = lambda *of: (time.sleep(.1), real(*of))[1]\n"
         "from mixtral_offload.apps.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "convert", str(PLAIN), str(target), *options]

@@ -96,12 +96,12 @@ def test_a_card_has_a_margin_and_a_budget_of_its_own(monkeypatch):
         parsed, device=torch.device("cuda"), dtype=torch.float16, context_length=128
     ).with_prefetch()
     checkpoint = open_checkpoint(DEMO)
-    use = memory._use(checkpoint, replace(card, vram=605_500_000))
+    use = memory.memory_of(checkpoint, replace(card, vram=605_500_000))
     assert not use.shared_memory and use.device_bytes <= use.device_budget and use.ram_bytes <= use.ram_budget
     assert use.device["scratch"] == device_needs(checkpoint, card)["scratch"] + MARGIN_BYTES
     assert use.device["resident experts"] and use.device["cache slots"] and use.ram
     assert use.device["staging"] == 3 * use.plan.sizes.expert_bytes
-    assert memory._use(checkpoint, card).device["staging"] == 0  # all are resident: nothing to guess
+    assert memory.memory_of(checkpoint, card).device["staging"] == 0  # all are resident: nothing to guess
 
 
 @pytest.mark.gpu

@@ -55,7 +55,7 @@ def test_files_that_change_under_a_running_model(on_disk, damage):
         path.rename(path.with_suffix(".kept"))
         if damage == "truncate":
             path.write_bytes(b"")
-    model.offload.cache.store._open.cache_clear()
+    model.offload.cache.store.open.cache_clear()
     model.offload.cache.clear()
     for ask in (
         lambda: list(session.send("Tell me a story.")),
@@ -68,7 +68,7 @@ def test_files_that_change_under_a_running_model(on_disk, damage):
     assert session.messages == kept
     for path in folder.glob("*.kept"):
         path.replace(path.with_suffix(".safetensors"))
-    model.offload.cache.store._open.cache_clear()
+    model.offload.cache.store.open.cache_clear()
     session.clear()
     assert "".join(session.send(QUESTION)) == answer
 

@@ -83,16 +83,14 @@ def test_the_file_itself_on_every_way_to_an_answer(folder, tmp_path, capsys):
     }  # contradicts another
     (folder / "generation_config.json").write_text(json.dumps({**IDS, **leaks}))
     tokenizer = load_tokenizer(folder)
-    with pytest.warns(
-        UserWarning, match="generation_config.json also says .*repetition_penalty=20.0"
-    ) as told:
+    with pytest.warns(UserWarning, match="generation_config.json has .*repetition_penalty=20.0") as told:
         model = from_pretrained(folder, device="cpu", cache_size=8)
         chat, batch = answers(model, tokenizer)
     assert len([warning for warning in told if "generation_config" in str(warning.message)]) == 1
     options = ["--model", str(folder), "--device", "cpu", "--max-tokens", "24"]
     assert main(["generate", QUESTION, *options]) == 0
     printed = capsys.readouterr()
-    assert "notice: generation_config.json also says" in printed.err
+    assert "notice: generation_config.json has" in printed.err
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": QUESTION}))
     assert (
         main(["generate", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), *options])
