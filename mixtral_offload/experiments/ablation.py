@@ -24,8 +24,8 @@ from mixtral_offload.experiments.baselines import (
     copy_seconds,
     layer_seconds,
     make_variants,
-    slow_link,
     switched,
+    throttled,
 )
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.prefetch import MOMENTS
@@ -114,8 +114,8 @@ def ablate(
     if ratio == "auto":
         as_it_is = model.device.type == "cuda" or model.offload.options.throttle is not None
         ratio = None if as_it_is else T4_RATIO
-    encoded = [_encode(tokenizer, text).to(model.device) for text in texts]
-    with slow_link(model, ratio):
+    encoded = [encode_prompt(tokenizer, text).to(model.device) for text in texts]
+    with throttled(model, ratio):
         layer_s, copy_s = layer_seconds(model), copy_seconds(model)
         caches = make_variants(model, cache_size, staging_rows(prefetch, look_ahead))
         seconds, counters = _take_turns(model, resident, caches, encoded, asked | {"moments": tuple(moments)})
@@ -191,7 +191,7 @@ def generate(model, prompts, n_tokens: int) -> tuple[float, list[torch.Tensor]]:
     return seconds / (n_tokens - 1) / len(prompts), out
 
 
-def _encode(tokenizer, text: str):
+def encode_prompt(tokenizer, text: str):
     message = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(
         message, add_generation_prompt=True, return_dict=True, return_tensors="pt"

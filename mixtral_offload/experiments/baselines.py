@@ -134,7 +134,7 @@ def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator
 
 
 @contextmanager
-def slow_link(model, ratio: float | None, layer_s: float | None = None) -> Iterator[None]:
+def throttled(model, ratio: float | None, layer_s: float | None = None) -> Iterator[None]:
     """The model's link slowed down until one expert's copy takes `ratio` times one layer's compute: layer_s, or measured here.
 
     None: as it is. Raises OptionError for a ratio that is not above 0.

@@ -25,8 +25,8 @@ from mixtral_offload.experiments.baselines import (
     in_groups,
     layer_seconds,
     no_end,
-    slow_link,
     static_batches,
+    throttled,
     unquantized,
     unsorted,
 )
@@ -158,8 +158,8 @@ def ablate_batch(
         if ratio is not None:
             layer_s = layer_s or layer_seconds(model)
             wider = sixteen.offload.layout.n_bytes / model.offload.layout.n_bytes
-            stack.enter_context(slow_link(model, ratio, layer_s))
-            stack.enter_context(slow_link(sixteen, ratio * wider, layer_s))  # as many bytes per second
+            stack.enter_context(throttled(model, ratio, layer_s))
+            stack.enter_context(throttled(sixteen, ratio * wider, layer_s))  # as many bytes per second
         ways = {FULL: continuous, LEAVE_ONLY: in_groups, STATIC: static_batches, UNSORTED: _unsorted}
         runs = {name: (model, partial(way, batch_size=batch_size)) for name, way in ways.items()}
         runs[UNQUANTIZED] = sixteen, partial(continuous, batch_size=batch_size)

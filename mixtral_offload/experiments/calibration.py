@@ -56,13 +56,13 @@ def measure_costs(model, n_passes: int = 24) -> DeviceCosts:
 
 
 @torch.inference_mode()
-def predict_seconds(model, n_guesses: int = 40) -> float:
+def predict_seconds(model, n_predictions: int = 40) -> float:
     """How long the model's prefetcher needs to guess for the layers after the first one; 0 where it has none."""
     prefetcher, times = model.offload.prefetcher, []
     if prefetcher is None:
         return 0.0
     hidden = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    for _ in range(n_guesses):
+    for _ in range(n_predictions):
         begin = device_time(model)
         ranked = prefetcher.rank(0, hidden)
         _ = ranked is None or ranked.tolist()

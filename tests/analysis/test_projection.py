@@ -96,7 +96,7 @@ def test_the_first_token_waits_for_every_needed_expert_once(sizes):
     found = project(sizes, plan, trace, **slow)
     assert (24 - plan.n_resident) * copy_s < found.first_token_s < (24.5 - plan.n_resident) * copy_s
     everything = project(sizes, plan_of(sizes, 8), trace, **slow)
-    costs = everything.card
+    costs = everything.costs
     least = LAYERS * (costs.attention_s + 8 * costs.expert_s)
     arithmetic = LAYERS * PROMPT_TOKENS * (costs.prompt_attention_s + K * costs.prompt_expert_s)
     assert everything.first_token_s == pytest.approx(least + arithmetic + costs.token_s, rel=0.02)

@@ -145,7 +145,7 @@ def test_residents_stay_in_every_variant(tokenizer, partly_resident):
 def test_a_slow_link_lasts_as_long_as_its_block(model):
     own = model.offload.cache.engine
     copy_s = variants.copy_seconds(model)
-    with variants.slow_link(model, 20):
+    with variants.throttled(model, 20):
         assert model.offload.cache.engine is not own
         assert variants.copy_seconds(model) > 5 * copy_s
     assert model.offload.cache.engine is own and answer(model)
