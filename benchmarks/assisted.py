@@ -19,7 +19,7 @@ import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.experiments.ablation import encode_prompt
-from mixtral_offload.experiments.baselines import make_variants, throttled, switched
+from mixtral_offload.experiments.baselines import make_variants, switched, throttled
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {

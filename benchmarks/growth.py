@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.experiments.ablation import PROMPTS
-from mixtral_offload.experiments.baselines import copy_seconds, make_variants, throttled, switched
+from mixtral_offload.experiments.baselines import copy_seconds, make_variants, switched, throttled
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXTS, SIZES, BATCHES = (16, 128, 256, 512, 768, 960), range(2, 9), (1, 2, 4, 8, 16)

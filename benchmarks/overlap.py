@@ -26,7 +26,7 @@ from mixtral_offload.analysis.timed_replay import TimedReplay, timed_replay
 from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.policies import staging_rows
 from mixtral_offload.experiments.ablation import PROMPTS, encode_prompt, generate
-from mixtral_offload.experiments.baselines import make_variants, throttled, switched
+from mixtral_offload.experiments.baselines import make_variants, switched, throttled
 from mixtral_offload.experiments.calibration import measure_costs
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,7 +20,7 @@ from synthetic import mixtral_config
 from transformers import AutoConfig
 
 from mixtral_offload import from_pretrained
-from mixtral_offload.analysis.planner import PlanRequest, expected_trace, answer
+from mixtral_offload.analysis.planner import PlanRequest, answer, expected_trace
 from mixtral_offload.analysis.plots.timeline import plot_time_over_slots
 from mixtral_offload.errors import CapacityError
 from mixtral_offload.experiments.baselines import layer_seconds
