@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from transformers import PreTrainedModel
 
@@ -139,5 +139,6 @@ if TYPE_CHECKING:
         """What `from_pretrained` returns: transformers' own model, with `offload`."""
 
         offload: Offload
+        generate: Callable[..., Any]  # its mixin types self as a protocol that no model satisfies
 else:
     OffloadedModel = PreTrainedModel
