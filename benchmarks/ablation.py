@@ -17,7 +17,7 @@ import torch
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.errors import CapacityError
 from mixtral_offload.experiments.ablation import PROMPTS, ablate, generate
-from mixtral_offload.experiments.baselines import slow_link
+from mixtral_offload.experiments.baselines import throttled
 from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.runtime.prefetch import MOMENTS
 from mixtral_offload.weights.source import DEMO
@@ -68,7 +68,7 @@ def main():
     same = {name: getattr(arguments, name) for name in ("prefetch", "look_ahead", "moments", "tokens")}
     same |= {"naive_tokens": arguments.naive_tokens, "repeats": arguments.repeats, "ratio": None}
     found = {}
-    with slow_link(model, arguments.ratio or None):
+    with throttled(model, arguments.ratio or None):
         for size in arguments.cache_sizes:
             found[size] = ablate(model, tokenizer, PROMPTS, cache_size=size, resident=resident, **same)
             ahead = f"{arguments.prefetch} predictions, {arguments.look_ahead} layer(s) ahead"

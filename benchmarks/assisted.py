@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.experiments.ablation import _encode
-from mixtral_offload.experiments.baselines import make_variants, slow_link, switched
+from mixtral_offload.experiments.ablation import encode_prompt
+from mixtral_offload.experiments.baselines import make_variants, switched, throttled
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {
@@ -73,13 +73,13 @@ def main() -> None:
     ways = {"plain": {}, **{f"prompt lookup, {n}": {"prompt_lookup_num_tokens": n} for n in (2, 4, 8)},
             "draft, always right": {"assistant_model": resident}}  # fmt: skip
     rows = []
-    with slow_link(model, arguments.ratio):
+    with throttled(model, arguments.ratio):
         for k in arguments.cache_sizes:
             cache = make_variants(model, k, 0)["without prefetch"]
             for kind, texts in KINDS.items():
                 found = {way: [] for way in ways}
                 for text in texts * arguments.repeats:
-                    prompt, answers = _encode(tokenizer, text), []
+                    prompt, answers = encode_prompt(tokenizer, text), []
                     for way, assistance in ways.items():
                         with switched(model, cache):
                             taken, n_passes, answer = run(model, prompt, arguments.tokens, **assistance)

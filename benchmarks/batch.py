@@ -19,7 +19,7 @@ import torch
 from packed_vs_transformers import DEQUANTIZED, PACKED, compare_passes
 
 from mixtral_offload import from_pretrained, load_tokenizer
-from mixtral_offload.experiments.baselines import layer_seconds, slow_link
+from mixtral_offload.experiments.baselines import layer_seconds, throttled
 from mixtral_offload.experiments.batching import (
     BATCH_SIZES,
     LENGTHS,
@@ -77,7 +77,7 @@ def sweeps(arguments: argparse.Namespace, requests, resident, layer_s: float) ->
         sizes = arguments.prefetch_batch_sizes if prefetch else arguments.batch_sizes
         for k in arguments.cache_sizes:
             model = build(arguments, k, prefetch)
-            with slow_link(model, arguments.ratio or None, layer_s):
+            with throttled(model, arguments.ratio or None, layer_s):
                 found[k, prefetch] = measure_batches(model, requests, sizes, arguments.repeats)
             model.offload.close()
             print(

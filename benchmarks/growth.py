@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.experiments.ablation import PROMPTS
-from mixtral_offload.experiments.baselines import copy_seconds, make_variants, slow_link, switched
+from mixtral_offload.experiments.baselines import copy_seconds, make_variants, switched, throttled
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXTS, SIZES, BATCHES = (16, 128, 256, 512, 768, 960), range(2, 9), (1, 2, 4, 8, 16)
@@ -143,7 +143,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer()
     model, resident = from_pretrained(cache_size=7, store="ram"), from_pretrained(cache_size=8)
-    with slow_link(model, arguments.ratio):
+    with throttled(model, arguments.ratio):
         result = measure(model, resident, tokenizer, arguments.repeats)
     result |= {
         "machine": f"{platform.machine()}, 1 thread",

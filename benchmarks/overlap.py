@@ -26,8 +26,8 @@ from mixtral_offload.analysis.plots.timeline import plot_replayed_pass
 from mixtral_offload.analysis.timed_replay import TimedReplay, timed_replay
 from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.policies import staging_rows
-from mixtral_offload.experiments.ablation import PROMPTS, _encode, generate
-from mixtral_offload.experiments.baselines import make_variants, slow_link, switched
+from mixtral_offload.experiments.ablation import PROMPTS, encode_prompt, generate
+from mixtral_offload.experiments.baselines import make_variants, switched, throttled
 from mixtral_offload.experiments.calibration import measure_costs
 
 RESULTS = Path(__file__).parent / "results"
@@ -142,7 +142,7 @@ def main() -> None:
         "look_ahead": max(AHEAD),
     }
     model, resident = from_pretrained(store="ram", **most, **same), from_pretrained(cache_size=8, **same)
-    prompts = [_encode(tokenizer, text).to(model.device) for text in PROMPTS]
+    prompts = [encode_prompt(tokenizer, text).to(model.device) for text in PROMPTS]
     result = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
         "sizes": {},
@@ -151,7 +151,7 @@ def main() -> None:
     with ExitStack() as stack:
         # the ratio is to a layer's share of a token as users generate it, everything on the device
         layer_s = statistics.median(generate(resident, prompts, arguments.tokens)[0] for _ in range(3)) / 6
-        stack.enter_context(slow_link(model, arguments.ratio, layer_s))
+        stack.enter_context(throttled(model, arguments.ratio, layer_s))
         costs = measure_costs(model)
         result |= {"costs": vars(costs), "layer_s": layer_s, "copy_over_layer": costs.copy_s / layer_s}
         print(f"{costs}\none layer {1e3 * layer_s:.2f} ms, one copy {1e3 * costs.copy_s:.2f} ms", flush=True)

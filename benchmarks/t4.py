@@ -21,7 +21,7 @@ from synthetic import mixtral_config
 from transformers import AutoConfig
 
 from mixtral_offload import from_pretrained
-from mixtral_offload.analysis.planner import PlanRequest, _expected_trace, answer
+from mixtral_offload.analysis.planner import PlanRequest, answer, expected_trace
 from mixtral_offload.analysis.plots.timeline import plot_time_over_slots
 from mixtral_offload.errors import CapacityError
 from mixtral_offload.experiments.baselines import layer_seconds
@@ -76,7 +76,7 @@ def main() -> None:
         )
     best = PlanRequest.parse(sizes.at(2, 4), vram=VRAM[1], ram=RAM, link="12GB/s", look_ahead=3)
     figure, _ = plot_time_over_slots(
-        _expected_trace(best), answer(replace(best, host_s=host_s)).projection.costs
+        expected_trace(best), answer(replace(best, host_s=host_s)).projection.costs
     )
     figure.savefig(RESULTS / "t4-projection.png", dpi=120)
     result = {"host_s": host_s, "machine": f"{platform.machine()}, 1 thread", "rows": rows}

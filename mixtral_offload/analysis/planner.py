@@ -1,7 +1,6 @@
-"""What goes where on a stated card, how fast that can be, and what would help most: for a model that is not here.
+"""Plan for a stated device, its projected speed and the options that help most, from a configuration alone.
 
-Knows how to ask: sizes from a configuration, the plan from memory, a projection from rates and routing. Copies nothing,
-measures nothing.
+Copies nothing, measures nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -26,15 +26,25 @@ from mixtral_offload.weights.hqq import PAPER
 T4_BYTES_PER_S = 320e9
 DISK_BYTES_PER_S = 1e9
 BIT_WIDTHS = sorted(PAPER)
-#: dynamic programming over layers, slots and sizes: more steps than this take longer than a minute
+#: of `best_allocation`: more steps than this take longer than a minute
 MOST_STEPS = 3_000_000
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A model (its bit widths among its sizes), a card, and the routing to expect: a recorded trace or a curve of
-    `synthetic.CURVES`. vram, ram: bytes; link, bandwidth, disk: bytes per second; host_s: the host's seconds
-    for a layer; the rest as in `OffloadOptions`."""
+    """A model, a device, and the routing to expect.
+
+    Attributes:
+        sizes: Of the model, with its bit widths.
+        vram, ram: Bytes.
+        link: Bytes per second from the store to the device.
+        bandwidth: Of the device's memory, bytes per second.
+        disk: Bytes per second.
+        context_length, cache_size, prefetch, look_ahead: As in `OffloadOptions`.
+        curve: Expected routing, of `synthetic.CURVES`.
+        trace: Expected routing, recorded; it goes before the curve.
+        host_s: Seconds of the host for a layer.
+    """
 
     sizes: ModelSizes
     vram: int
@@ -51,8 +61,15 @@ class PlanRequest:
     host_s: float = HOST_S
 
     @classmethod
-    def parse(cls, sizes: ModelSizes, **given) -> PlanRequest:
-        """Sizes and rates may be text, like "15GB" or "12GB/s"; None is the default. Raises OptionError."""
+    def parse(cls, sizes: ModelSizes, **given: Any) -> PlanRequest:
+        """Make a request of options as a user gives them.
+
+        Args:
+            given: By name. Sizes and rates may be text, like "15GB" or "12GB/s"; None is the default.
+
+        Raises:
+            OptionError: For impossible values.
+        """
         given = {name: value for name, value in given.items() if value is not None}
         for name in {"vram", "ram", "link", "bandwidth", "disk"} & given.keys():
             given[name] = parse_size(given[name])
@@ -63,36 +80,52 @@ class PlanRequest:
             check_whole(name, getattr(request, name), least)
         if request.prefetch > sizes.n_experts or request.look_ahead >= len(sizes.layers):
             raise OptionError(
-                "impossible predictions", found=f"prefetch {request.prefetch}, look_ahead {request.look_ahead}",
+                "impossible predictions",
                 expected=f"at most {sizes.n_experts} experts, less than {len(sizes.layers)} layers ahead",
-            )  # fmt: skip
+                found=f"prefetch {request.prefetch}, look_ahead {request.look_ahead}",
+            )
         if request.curve not in CURVES:
             raise OptionError("unknown curve", expected=", ".join(CURVES), found=request.curve)
         return request
 
     @property
     def context(self) -> int:
+        """Tokens of context, as far as the model goes."""
         return min(self.context_length, self.sizes.max_context)
 
     @property
     def needs(self) -> dict[str, int]:
-        """Device bytes beside experts and guesses, by name, as `options.device_needs` has them."""
+        """Device bytes of all but experts and predictions, by name, as in `options.device_needs`."""
         sizes = self.sizes
         activations = scratch_bytes(self.context, sizes.item, sizes.top_k, sizes.hidden, sizes.intermediate)
-        return {"dense part": sizes.dense_bytes, "KV cache": sizes.kv_bytes(self.context),
-                "scratch": activations + sizes.dequantized_bytes}  # fmt: skip
+        return {
+            "dense part": sizes.dense_bytes,
+            "KV cache": sizes.kv_bytes(self.context),
+            "scratch": activations + sizes.dequantized_bytes,
+        }
 
     @property
     def options(self) -> CheckedOptions:
+        """The same as checked options of `from_pretrained`."""
         return CheckedOptions(
-            device=torch.device("cuda"), dtype=torch.float16, vram=self.vram, ram=self.ram, prefetch=self.prefetch,
-            look_ahead=self.look_ahead, context_length=self.context_length,
-        )  # fmt: skip
+            device=torch.device("cuda"),
+            dtype=torch.float16,
+            vram=self.vram,
+            ram=self.ram,
+            prefetch=self.prefetch,
+            look_ahead=self.look_ahead,
+            context_length=self.context_length,
+        )
 
 
 @dataclass(frozen=True)
-class Answer:
-    """routing: where the expected routing and guesses come from, in words."""
+class PlanAnswer:
+    """What comes of a request.
+
+    Attributes:
+        request: With no more predictions than its trace has.
+        routing: Where the expected routing and predictions come from, in words.
+    """
 
     request: PlanRequest
     plan: Plan
@@ -100,22 +133,32 @@ class Answer:
     routing: tuple[str, ...]
 
 
-def answer(request: PlanRequest) -> Answer:
-    """Plan and projection. Raises CapacityError, saying what would fit."""
-    plan, routing = _plan(request), []
-    trace = request.trace
+def answer(request: PlanRequest) -> PlanAnswer:
+    """Compute plan and projection.
+
+    Raises:
+        CapacityError: It does not fit; the error says what would.
+    """
+    plan, trace = _plan(request), request.trace
     if trace is None:
-        trace, routing = _expected_trace(request), _curve_words(request)
+        trace, routing = expected_trace(request), _curve_words(request)
     else:
-        request, routing = _within_trace(request)
-        plan, words = _by_layer(request, plan)
+        request, routing = _within_trace(request, trace)
+        plan, words = _by_layer(request, plan, trace)
         routing += words
     projection = project(
-        request.sizes, plan, trace, link_bytes_per_s=request.link, bandwidth_bytes_per_s=request.bandwidth,
-        disk_bytes_per_s=request.disk, context=request.context, prefetch=request.prefetch, look_ahead=request.look_ahead,
+        request.sizes,
+        plan,
+        trace,
+        link_bytes_per_s=request.link,
+        bandwidth_bytes_per_s=request.bandwidth,
+        disk_bytes_per_s=request.disk,
+        context=request.context,
+        prefetch=request.prefetch,
+        look_ahead=request.look_ahead,
         host_s=request.host_s,
-    )  # fmt: skip
-    return Answer(request, plan, projection, tuple(routing))
+    )
+    return PlanAnswer(request, plan, projection, tuple(routing))
 
 
 def _plan(
@@ -132,29 +175,33 @@ def _plan(
 
 
 def _too_small(request: PlanRequest) -> CapacityError:
-    sizes, needs = request.sizes, request.needs
-    beside = {**needs, "margin": MARGIN_BYTES, "predictions": request.options.n_staging * sizes.expert_bytes,
-              f"{sizes.top_k} experts per layer": sizes.top_k * len(sizes.layers) * sizes.expert_bytes}  # fmt: skip
-    least = sum(beside.values())
+    sizes, expert_bytes = request.sizes, request.sizes.expert_bytes
+    parts = {
+        **request.needs,
+        "margin": MARGIN_BYTES,
+        "predictions": request.options.n_staging * expert_bytes,
+        f"{sizes.top_k} experts per layer": sizes.top_k * len(sizes.layers) * expert_bytes,
+    }
+    least = sum(parts.values())
     return CapacityError(
-        f"{sizes.model_type} with {sizes.bits}-bit experts does not fit on this device", found=gb(request.vram),
-        expected=f"{gb(least)}: {listed(beside)}",
+        f"{sizes.model_type} with {sizes.bits}-bit experts does not fit on this device",
+        expected=f"{gb(least)}: {listed(parts)}",
+        found=gb(request.vram),
         hint=f"what fits: {', or '.join([*_what_fits(request), f'--vram {-(-least // 10**8) / 10}GB'])}",
-    )  # fmt: skip
+    )
 
 
 def _what_fits(request: PlanRequest) -> list[str]:
-    """Single options that make room enough."""
+    """Single options that make enough room."""
 
-    def fits(**changed) -> bool:
+    def fits(**changed: Any) -> bool:
+        other = replace(request, **changed)
+        needs = sum(other.needs.values())
         try:
-            other = replace(request, **changed)
-            needs = sum(other.needs.values())
-            return bool(
-                plan_within(other.sizes.for_plan, other.vram, other.ram, needs, other.options, "auto")
-            )
+            plan_within(other.sizes.for_plan, other.vram, other.ram, needs, other.options, "auto")
         except CapacityError:
             return False
+        return True
 
     found = []
     for bits in (b for b in reversed(BIT_WIDTHS) if b < request.sizes.bits):
@@ -169,23 +216,27 @@ def _what_fits(request: PlanRequest) -> list[str]:
     return [*found, "--prefetch 0"] if request.prefetch and fits(prefetch=0) else found
 
 
-def _expected_trace(request: PlanRequest) -> RoutingTrace:
-    """Routing of the request's curve, long enough for a cache to warm up, short enough to be played in a second."""
+def expected_trace(request: PlanRequest) -> RoutingTrace:
+    """Make routing of the request's curve, long enough to fill a cache, and replayed in a second."""
     sizes = request.sizes
     n_layers, k = len(sizes.layers), sizes.top_k
     n_tokens = max(48, min(max(128, 8 * sizes.n_experts // k), 100_000 // (n_layers * k)))
     numbers = n_tokens, n_layers, sizes.n_experts, k, CURVES[request.curve].stay
-    return _made_up(numbers, request.prefetch, request.look_ahead)
+    return _synthetic_trace(numbers, request.prefetch, request.look_ahead)
 
 
 @lru_cache(maxsize=4)
-def _made_up(numbers: tuple, prefetch: int, look_ahead: int) -> RoutingTrace:
+def _synthetic_trace(
+    numbers: tuple[int, int, int, int, float], prefetch: int, look_ahead: int
+) -> RoutingTrace:
     _, n_layers, _, k, _ = numbers
     if not prefetch:
         return sticky_trace(*numbers)
-    each = min(1, prefetch / k)  # where there are fewer guesses than needed experts, each is right as often
+    each = min(
+        1, prefetch / k
+    )  # where there are fewer predictions than needed experts, each is right as often
     recall = recall_by_layer(n_layers, look_ahead) * each
-    return sticky_trace(*numbers, recall=recall, n_guesses=prefetch, look_aheads=look_ahead)
+    return sticky_trace(*numbers, recall=recall, n_predictions=prefetch, look_aheads=look_ahead)
 
 
 def _curve_words(request: PlanRequest) -> list[str]:
@@ -197,56 +248,56 @@ def _curve_words(request: PlanRequest) -> list[str]:
     if request.prefetch:
         *first, rest = map(str, MIXTRAL_RECALL[1:])
         words.append(
-            f"{request.prefetch} guesses per layer, each right with probability {', '.join(first)} in layers 1 to "
-            f"{len(first)}, then {rest} (AdapMoE's accuracies on Mixtral-8x7B)"
+            f"{request.prefetch} predictions per layer, each right with probability {', '.join(first)} in "
+            f"layers 1 to {len(first)}, then {rest} (AdapMoE's accuracies on Mixtral-8x7B)"
         )
     return words
 
 
-def _within_trace(request: PlanRequest) -> tuple[PlanRequest, list[str]]:
-    """The request with as many guesses as its trace has, and what was changed."""
-    trace = request.trace
+def _within_trace(request: PlanRequest, trace: RoutingTrace) -> tuple[PlanRequest, list[str]]:
+    """The request with no more predictions than its trace has, and what was changed."""
     words = [f"routing as recorded: {trace.n_tokens} tokens of {trace.settings.get('model', 'a model')}"]
     prefetch = min(request.prefetch, int(trace.predicted_rank.max(initial=-1)) + 1)
-    look_ahead = min(
-        request.look_ahead, max(1, int((trace.predicted_layer - trace.predicted_from).max(initial=0)))
-    )
+    farthest = int((trace.predicted_layer - trace.predicted_from).max(initial=1))
+    look_ahead = min(request.look_ahead, farthest)
     if (prefetch, look_ahead) != (request.prefetch, request.look_ahead):
-        words.append(f"prefetch {prefetch}, look-ahead {look_ahead}: the trace has no more guesses")
+        words.append(f"prefetch {prefetch}, look-ahead {look_ahead}: the trace has no more predictions")
     return replace(request, prefetch=prefetch, look_ahead=look_ahead), words
 
 
-def _by_layer(request: PlanRequest, plan: Plan) -> tuple[Plan, list[str]]:
-    """The plan with another number of slots in each layer, where the trace says that this gives more hits."""
-    trace, sizes = request.trace, request.sizes
+def _by_layer(request: PlanRequest, plan: Plan, trace: RoutingTrace) -> tuple[Plan, list[str]]:
+    """The plan with other numbers of slots, if these give more hits on the trace; and why not."""
+    sizes = request.sizes
     n_layers, n_experts = len(sizes.layers), sizes.n_experts
     if request.cache_size != "auto" or plan.store is None or trace.n_layers != n_layers:
         return plan, []
     if plan.n_resident:
-        return plan, ["slots even over the layers: some experts are resident"]
+        return plan, ["equal slots in all layers: some experts are resident"]
     if n_layers**2 * n_experts * (n_experts - sizes.top_k) > MOST_STEPS:
-        return plan, [
-            "slots even over the layers: too many experts to search for the best number for each layer"
-        ]
+        return plan, ["equal slots in all layers: too many experts to search for the best number of each"]
     best = best_allocation(trace, sum(plan.slots.values()))
     even, uneven = (replay(trace, slots).hit_rate for slots in (list(plan.slots.values()), best))
     if uneven <= even:
-        return plan, ["slots even over the layers: the trace asks for no others"]
-    why = f"{uneven:.1%} hits on the trace, {even:.1%} with even ones"
+        return plan, ["equal slots in all layers: no other numbers give more hits on the trace"]
+    why = f"{uneven:.1%} hits on the trace, {even:.1%} with equal ones"
     return _plan(request, best, why), []
 
 
 def knobs(request: PlanRequest) -> list[tuple[str, PlanRequest]]:
-    """Changes of one thing each: (as it is written on the command line, the changed request)."""
-    sizes, found = request.sizes, []
+    """List changes of one option each: (as it is written on the command line, the changed request)."""
+    sizes = request.sizes
+    found: list[tuple[str, PlanRequest]] = []
     lower = [bits for bits in BIT_WIDTHS if bits < sizes.bits]
     if lower:
         found.append((f"--bits {lower[-1]} (answers get worse)", replace(request, sizes=sizes.at(lower[-1]))))
     half = request.context // 2
     found += [(f"--context-length {half}", replace(request, context_length=half))] if half else []
-    for name, more in (("vram", request.vram + 2e9), ("ram", request.ram + 4e9), ("link", 2 * request.link)):
-        text = f"--{name} {more / 1e9:g}GB{'/s' if name == 'link' else ''}"
-        found.append((text, replace(request, **{name: int(more)})))
+    vram, ram, link = request.vram + 2 * 10**9, request.ram + 4 * 10**9, 2 * request.link
+    found += [
+        (f"--vram {vram / 1e9:g}GB", replace(request, vram=vram)),
+        (f"--ram {ram / 1e9:g}GB", replace(request, ram=ram)),
+        (f"--link {link / 1e9:g}GB/s", replace(request, link=link)),
+    ]
     other = 0 if request.prefetch else 2
     found.append((f"--prefetch {other}", replace(request, prefetch=other)))
     if request.prefetch and request.look_ahead + 1 < len(sizes.layers):
@@ -255,8 +306,8 @@ def knobs(request: PlanRequest) -> list[tuple[str, PlanRequest]]:
     return found
 
 
-def best_knobs(base: Answer, n: int = 3) -> list[tuple[str, Answer]]:
-    """The n changes that gain most tokens/s, of those that gain at least 1 %; best first."""
+def best_knobs(base: PlanAnswer, n: int = 3) -> list[tuple[str, PlanAnswer]]:
+    """Return the n changes that gain most tokens/s, of those that gain at least 1 %; best first."""
     gained = []
     for text, request in knobs(base.request):
         try:

@@ -1,6 +1,6 @@
-"""How fast a plan can be: a card's times from bytes and rates, and a trace played on it.
+"""Projected speed of a plan: device costs from bytes and rates, and a timed replay with them.
 
-Knows rates, sizes and the replay with a clock. Knows no configurations; what comes out is a projection, no measurement.
+Knows no configurations. A projection is no measurement.
 """
 
 from __future__ import annotations
@@ -17,23 +17,29 @@ from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.sizes import ModelSizes
 
-#: of the device's bandwidth that reading packed weights one token at a time gets; assumed, no costs has been measured
+#: share of the device's bandwidth that reading packed weights one token at a time gets; assumed, not measured
 BANDWIDTH_SHARE = 0.5
-#: fp16 operations that cards do while they move one byte: T4 203, A100 201, RTX 4090 164, RTX 3060 142; a prompt's limit
+#: fp16 operations of a GPU while it moves one byte, the limit of a prompt: T4 203, A100 201, RTX 4090 164,
+#: RTX 3060 142
 OPERATIONS_PER_BYTE = 140
-#: the host's own work for one layer (Python, some fifty kernel launches): the shipped model's layer, which is little
-#: else, takes about 1 ms on 2 CPU cores
+#: the host's own time for one layer (Python, about 50 kernel launches): a layer of the shipped model, which
+#: is little else, takes about 1 ms on 2 CPU cores
 HOST_S = 1e-3
 PROMPT_TOKENS = 500
 
 
 @dataclass(frozen=True)
 class Projection:
-    """What a plan would do on a costs with this trace, its caches warm.
+    """What a plan would do with this trace, its caches filled.
 
-    hit_rate: of the expert uses; misses_per_token: copies, guessed in time or not. compute_s: of
-    time_per_token_s. link_use: busy share of the whole replay; over_floor: time per token over the larger of compute and
-    needed copies. first_token_s: of a prompt of PROMPT_TOKENS, on a cold cache. disk: copies come from a disk.
+    Attributes:
+        hit_rate: Of the expert uses.
+        compute_s: The compute in time_per_token_s.
+        misses_per_token: Copies, predicted or not.
+        link_use: Share of the whole replay in which the link is busy.
+        over_floor: Time per token over the larger of its compute and its needed copies.
+        first_token_s: Of a prompt of PROMPT_TOKENS, with an empty cache.
+        disk: Whether copies come from a disk.
     """
 
     costs: DeviceCosts
@@ -48,22 +54,41 @@ class Projection:
 
     @property
     def tokens_per_s(self) -> float:
+        """Decoding speed of one sequence."""
         return 1 / self.time_per_token_s
 
 
 def project(
-    sizes: ModelSizes, plan: Plan, trace: RoutingTrace, *, link_bytes_per_s: float, bandwidth_bytes_per_s: float,
-    host_s: float = HOST_S, context: int = 4096, prefetch: int = 0, look_ahead: int = 1,
+    sizes: ModelSizes,
+    plan: Plan,
+    trace: RoutingTrace,
+    *,
+    link_bytes_per_s: float,
+    bandwidth_bytes_per_s: float,
+    host_s: float = HOST_S,
+    context: int = 4096,
+    prefetch: int = 0,
+    look_ahead: int = 1,
     disk_bytes_per_s: float | None = None,
-) -> Projection:  # fmt: skip
-    """trace: of single tokens; its first half warms the cache up, and is not counted. context: tokens in the KV cache.
-    disk_bytes_per_s: where experts are on disk, copies are no faster. Raises OptionError for rates that are not
-    more than 0, or a trace of another model."""
+) -> Projection:
+    """Project the speed of a plan.
+
+    Args:
+        trace: Of single tokens; its first half fills the cache and is not counted.
+        link_bytes_per_s: From the store to the device.
+        bandwidth_bytes_per_s: Of the device's memory.
+        host_s: The host's own seconds for a layer.
+        context: Tokens in the KV cache.
+        prefetch, look_ahead: As for `timed_replay`.
+        disk_bytes_per_s: Limits copies where the plan's store is on disk.
+
+    Raises:
+        OptionError: A rate is not more than 0, or the trace is of another model.
+    """
     if (trace.n_layers, trace.n_experts, trace.top_k) != (len(sizes.layers), sizes.n_experts, sizes.top_k):
-        raise OptionError(
-            "the trace is of another model", expected=_shape(len(sizes.layers), sizes.n_experts, sizes.top_k),
-            found=_shape(trace.n_layers, trace.n_experts, trace.top_k),
-        )  # fmt: skip
+        expected = _shape(len(sizes.layers), sizes.n_experts, sizes.top_k)
+        found = _shape(trace.n_layers, trace.n_experts, trace.top_k)
+        raise OptionError("the trace is of another model", expected=expected, found=found)
     on_disk = plan.store == "disk"
     rates = {"link": link_bytes_per_s, "bandwidth": bandwidth_bytes_per_s}
     if on_disk and disk_bytes_per_s is not None:
@@ -74,18 +99,24 @@ def project(
     link = min(rate for name, rate in rates.items() if name != "bandwidth")
     costs = estimate_costs(sizes, link, bandwidth_bytes_per_s, host_s, context)
     trace = with_plan(trace, plan)
-    played = timed_replay(trace, costs, prefetch=prefetch if plan.store else 0, look_ahead=look_ahead)
-    warm = played.decoding & (np.arange(trace.n_passes) >= trace.n_passes // 2)
+    timed = timed_replay(trace, costs, prefetch=prefetch if plan.store else 0, look_ahead=look_ahead)
+    warm = timed.decoding & (np.arange(trace.n_passes) >= trace.n_passes // 2)
     if not warm.any():
-        raise OptionError(
-            "the trace has no tokens that were generated one by one", found=f"{trace.n_passes} passes"
-        )
-    misses = float(played.pass_misses[warm].mean())
-    time_s, compute_s = float(played.pass_s[warm].mean()), float(played.pass_compute_s[warm].mean())
+        what = "the trace has no tokens that were generated one by one"
+        raise OptionError(what, found=f"{trace.n_passes} passes")
+    misses = float(timed.pass_misses[warm].mean())
+    time_s, compute_s = float(timed.pass_s[warm].mean()), float(timed.pass_compute_s[warm].mean())
     return Projection(
-        costs, 1 - misses / (trace.n_layers * trace.top_k), time_s, compute_s, misses, played.link_use,
-        time_s / max(compute_s, misses * costs.copy_s), _first_token_s(trace, costs), on_disk,
-    )  # fmt: skip
+        costs=costs,
+        hit_rate=1 - misses / (trace.n_layers * trace.top_k),
+        time_per_token_s=time_s,
+        compute_s=compute_s,
+        misses_per_token=misses,
+        link_use=timed.link_use,
+        over_floor=time_s / max(compute_s, misses * costs.copy_s),
+        first_token_s=_first_token_s(trace, costs),
+        disk=on_disk,
+    )
 
 
 def _shape(n_layers: int, n_experts: int, top_k: int) -> str:
@@ -95,12 +126,20 @@ def _shape(n_layers: int, n_experts: int, top_k: int) -> str:
 def estimate_costs(
     sizes: ModelSizes, link: float, bandwidth: float, host_s: float, context: int
 ) -> DeviceCosts:
-    """Times of one token: all bytes that it reads, at a share of the bandwidth; layers without experts count with the
-    others. Of a prompt, each further token of an expert or layer adds its arithmetic. link, bandwidth: bytes/s."""
+    """Estimate the costs of one token: all bytes that it reads, at a share of the bandwidth.
+
+    Layers without experts count with the others. In a prompt, each further token of a layer or of an expert
+    adds its arithmetic.
+
+    Args:
+        link, bandwidth: Bytes per second.
+        host_s: The host's own seconds for a layer.
+        context: Tokens in the KV cache.
+    """
     rate, n_layers = BANDWIDTH_SHARE * bandwidth, len(sizes.layers)
     operations = OPERATIONS_PER_BYTE * rate
-    beside = sizes.attention, sizes.linear
-    in_layers = sum(n * k * times for of in beside for (n, k), times in of.items()) / n_layers
+    dense = sizes.attention, sizes.linear
+    in_layers = sum(n * k * times for of in dense for (n, k), times in of.items()) / n_layers
     return DeviceCosts(
         copy_s=sizes.expert_bytes / link,
         attention_s=(sizes.layer_bytes + sizes.kv_bytes(context)) / n_layers / rate,
@@ -113,7 +152,7 @@ def estimate_costs(
 
 
 def _first_token_s(trace: RoutingTrace, costs: DeviceCosts) -> float:
-    """A prompt of the trace's tokens, again and again until it has PROMPT_TOKENS: on a cold cache, without guesses."""
+    """Time of a prompt of PROMPT_TOKENS, the trace's repeated, with an empty cache and no predictions."""
     return float(timed_replay(as_prompt(_repeat(trace, PROMPT_TOKENS)), costs).pass_s[0])
 
 

@@ -1,6 +1,6 @@
-"""Replays a trace under another cache: policies, sizes, one pool or many, and Belady's optimum as the bound.
+"""Replay a trace with another cache: policies, sizes, one pool or many, and Belady's optimum as the bound.
 
-Carries out the decisions of `core/residency.py`, as the live cache does, so that a replay under a run's own settings
+Carries out the decisions of `core/residency.py`, as the live cache does: with a run's own settings, a replay
 counts exactly its hits, misses and bytes. Knows no models.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from mixtral_offload.analysis.replay_setup import BELADY, ordered_uses, pool_maker, resolve_settings
 from mixtral_offload.analysis.timed_replay import TimedReplay, timed_replay
 from mixtral_offload.core.costs import DeviceCosts
+from mixtral_offload.core.policies import Key
 from mixtral_offload.core.residency import Do, Pool, Residency
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
@@ -25,72 +27,85 @@ class Replay:
     """Result of a replay.
 
     Attributes:
+        trace: The replayed one.
         hit: bool, for each use of the trace.
         settings: Slots, policy, whether there is one pool.
-        timing: If it was given costs.
+        timing: None for a replay without costs.
     """
 
     trace: RoutingTrace
     hit: np.ndarray
-    settings: dict
+    settings: dict[str, Any]
     timing: TimedReplay | None = None
 
     @property
     def hits(self) -> int:
+        """Uses whose expert is resident or cached."""
         return int(self.hit.sum())
 
     @property
     def misses(self) -> int:
+        """Uses whose expert is copied."""
         return len(self.hit) - self.hits
 
     @property
     def hit_rate(self) -> float:
+        """Hits divided by uses; nan without uses."""
         return self.hits / len(self.hit) if len(self.hit) else float("nan")
 
     @property
     def bytes_moved(self) -> int:
-        """What the misses copy."""
+        """Bytes that the misses copy."""
         return self.misses * self.trace.expert_bytes
 
     def hit_rates(self) -> np.ndarray:
-        """By layer: float64 [L]."""
+        """Compute the hit rate by layer: float64 `[L]`."""
         of_layer = self.trace.use_layer
         uses = np.bincount(of_layer, minlength=self.trace.n_layers)
         return np.bincount(of_layer, self.hit, minlength=self.trace.n_layers) / np.maximum(uses, 1)
 
 
 def replay(
-    trace: RoutingTrace, cache_size: int | Sequence[int] | None = None, policy: str | None = None,
-    shared: bool | None = None, watch: Callable[[int, int, Pool], None] | None = None, *,
-    costs: DeviceCosts | None = None, prefetch: int = 0, look_ahead: int = 1,
-) -> Replay:  # fmt: skip
-    """Replay a trace under these settings; what is None stays as it was in the run (residents too, if cache_size is None).
+    trace: RoutingTrace,
+    cache_size: int | Sequence[int] | None = None,
+    policy: str | None = None,
+    shared: bool | None = None,
+    watch: Callable[[int, int, Pool], None] | None = None,
+    *,
+    costs: DeviceCosts | None = None,
+    prefetch: int = 0,
+    look_ahead: int = 1,
+) -> Replay:
+    """Replay a trace with other settings; what is None stays as in the run.
 
     Args:
         trace: From `record`, `RoutingTrace.load` or `analysis/synthetic.py`.
-        cache_size: Slots of each layer, or one number for all.
+        cache_size: Slots of each layer, or one number for all. None keeps the residents, too.
         policy: "lru", "lfu", "lrfu" or "belady".
         shared: One pool for all layers, as large as the layers' slots together.
-        watch: Called with (pass, layer, pool) before each.
+        watch: Called with (pass, layer, pool) before each pass of a layer.
         costs: Replay in time too (`timed_replay`). prefetch and look_ahead matter only then.
-        prefetch: Experts to ask for in each of the next `look_ahead` layers, of those that the trace's predictions name.
+        prefetch: Experts to predict for each of the next `look_ahead` layers, by the trace's own predictions.
         look_ahead: Layers.
 
     Raises:
-        OptionError: For what no run could have.
+        OptionError: For settings that no run could have.
     """
     slots, residents, policy, shared = resolve_settings(trace, cache_size, policy, shared)
     if prefetch and costs is None:
-        raise OptionError("predictions change no hits, only times", found=f"prefetch={prefetch} without costs",
-                          hint="replay(..., costs=DeviceCosts(...), prefetch=...)")  # fmt: skip
+        raise OptionError(
+            "predictions change no hits, only times",
+            found=f"prefetch={prefetch} without costs",
+            hint="replay(..., costs=DeviceCosts(...), prefetch=...)",
+        )
     keys, bounds, uses = ordered_uses(trace)
     hit = np.zeros(len(keys), bool)
     residency = Residency(pool_maker(trace, keys, slots, residents, policy, shared))
     starts = uses[bounds[:-1]]
-    for number, layer, begin, end in zip(
-        trace.use_pass[starts].tolist(), trace.use_layer[starts].tolist(), bounds, bounds[1:]
-    ):
-        pool, needed = residency.pools[layer], keys[begin:end]
+    parts = zip(trace.use_pass[starts].tolist(), trace.use_layer[starts].tolist(), pairwise(bounds))
+    for number, layer, (begin, end) in parts:
+        pool = residency.pools[layer]
+        needed: Sequence[Key] = keys[begin:end]
         if watch is not None:
             watch(number, layer, pool)
         if pool.use_held(needed):  # nothing to decide: most passes of a large cache
@@ -103,24 +118,39 @@ def replay(
     in_order[uses] = hit
     timing = None
     if costs is not None:
-        timing = timed_replay(trace, costs, cache_size=cache_size, policy=policy, shared=shared, prefetch=prefetch,
-                              look_ahead=look_ahead)  # fmt: skip
+        timing = timed_replay(
+            trace,
+            costs,
+            cache_size=cache_size,
+            policy=policy,
+            shared=shared,
+            prefetch=prefetch,
+            look_ahead=look_ahead,
+        )
     return Replay(trace, in_order, {"slots": slots, "policy": policy, "shared_slots": shared}, timing)
 
 
 def hit_rate_curves(
-    trace: RoutingTrace, policies: Sequence[str] = ("lru", "lfu", "lrfu", BELADY), sizes: Sequence[int] | None = None,
+    trace: RoutingTrace,
+    policies: Sequence[str] = ("lru", "lfu", "lrfu", BELADY),
+    sizes: Sequence[int] | None = None,
     shared: bool = False,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Hit rate by layer for each policy and cache size: policy -> float64 [sizes, L]; sizes: default top-k to all."""
+) -> dict[str, np.ndarray]:
+    """Replay every policy with every cache size: policy -> hit rate by layer, float64 `[sizes, L]`.
+
+    Args:
+        sizes: Slots of each layer. Default: from the top-k to all experts.
+        shared: One pool for all layers.
+    """
     sizes = range(trace.top_k, trace.n_experts + 1) if sizes is None else sizes
     return {name: np.stack([replay(trace, k, name, shared).hit_rates() for k in sizes]) for name in policies}
 
 
 def best_allocation(trace: RoutingTrace, total: int, policy: str = "lru") -> list[int]:
-    """Slots for each layer, `total` together, that give this trace the most hits (exact, by dynamic programming).
+    """Find the slots of each layer, `total` together, that give this trace the most hits (exactly).
 
-    Each layer gets from top-k to all experts; raises OptionError for a total outside of that.
+    Raises:
+        OptionError: The total does not give each layer from top-k slots to all experts.
     """
     sizes = list(range(trace.top_k, trace.n_experts + 1))
     least, most = trace.n_layers * sizes[0], trace.n_layers * sizes[-1]
@@ -128,7 +158,7 @@ def best_allocation(trace: RoutingTrace, total: int, policy: str = "lru") -> lis
         raise OptionError("impossible total of slots", expected=f"{least} to {most}", found=total)
     uses = np.bincount(trace.use_layer, minlength=trace.n_layers)
     hits = hit_rate_curves(trace, [policy], sizes)[policy] * uses  # [sizes, L]
-    best, chosen = {0: 0.0}, []
+    best, chosen = {0: 0.0}, list[dict[int, tuple[float, int]]]()
     for layer in range(trace.n_layers):
         options: dict[int, tuple[float, int]] = {}
         for spent, value in best.items():
@@ -143,23 +173,28 @@ def best_allocation(trace: RoutingTrace, total: int, policy: str = "lru") -> lis
     return slots[::-1]
 
 
-def cache_contents(trace: RoutingTrace, **settings) -> np.ndarray:
-    """What a replay's cache holds when each pass reaches each layer: bool [P, L, E]. settings: as for `replay`."""
-    held = np.zeros((trace.n_passes, trace.n_layers, trace.n_experts), bool)
+def cache_contents(trace: RoutingTrace, **settings: Any) -> np.ndarray:
+    """Find what a replay's cache holds when each pass reaches each layer: bool `[P, L, E]`.
+
+    Args:
+        settings: As for `replay`.
+    """
+    n = trace.n_experts
+    held = np.zeros((trace.n_passes, trace.n_layers, n), bool)
 
     def look(number: int, layer: int, pool: Pool) -> None:
-        for key in (*pool.held, *pool.resident):
-            if key // trace.n_experts == layer:
-                held[number, layer, key % trace.n_experts] = True
+        keys = range(layer * n, layer * n + n)
+        held[number, layer] = [key in pool.held or key in pool.resident for key in keys]
 
     replay(trace, **settings, watch=look)
     return held
 
 
 def reuse_distances(trace: RoutingTrace) -> np.ndarray:
-    """How many different experts of the layer were used between two uses of one expert: int64 [L, E + 1].
+    """Count how many other experts of a layer were used between two uses of one: int64 `[L, E + 1]`.
 
-    Column d counts uses at distance d (an LRU cache of more than d slots has them); the last one counts first uses.
+    Column d counts uses at distance d (an LRU cache of more than d slots has them); the last one counts first
+    uses.
     """
     keys, bounds, uses = ordered_uses(trace)
     found = np.zeros((trace.n_layers, trace.n_experts + 1), np.int64)

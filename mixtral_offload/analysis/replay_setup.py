@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mixtral_offload.core.policies import POLICIES, Belady, Policy
+from mixtral_offload.core.policies import POLICIES, Belady, Policy, make_policy
 from mixtral_offload.core.residency import Pool
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
@@ -17,8 +17,11 @@ BELADY = "belady"
 def resolve_settings(
     trace: RoutingTrace, cache_size: int | Sequence[int] | None, policy: str | None, shared: bool | None
 ) -> tuple[list[int], list[Sequence[int]], str, bool]:
-    """Return slots and residents by layer, policy, and whether there is one pool: as given or, where None, as in the
-    run."""
+    """Return slots and residents by layer, policy, and whether there is one pool. None: as in the run.
+
+    Raises:
+        OptionError: For settings that no run could have.
+    """
     run = trace.settings
     policy = run["policy"] if policy is None else policy
     shared = run["shared_slots"] if shared is None else shared
@@ -33,8 +36,12 @@ def resolve_settings(
 
 
 def ordered_uses(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]:
-    """Return keys (layer * E + expert) in the order in which the live cache is asked, where each pass of a layer begins
-    (and the last one ends), and the number of the trace's use for each."""
+    """Order the uses as the live cache handles them.
+
+    Returns:
+        The key (layer * E + expert) of each; where each pass of a layer begins, and the last one ends; and
+        the number of the trace's use for each.
+    """
     uses = np.lexsort((trace.use_expert, trace.use_layer, trace.use_pass))
     layer, number = trace.use_layer[uses], trace.use_pass[uses]
     changes = np.flatnonzero((np.diff(layer) != 0) | (np.diff(number) != 0)) + 1
@@ -50,13 +57,18 @@ def pool_maker(
     policy: str,
     shared: bool,
 ) -> Callable[[], dict[int, Pool]]:
-    """Return what makes a `Residency`'s pools. keys: all uses in their order, which only Belady reads."""
+    """Return a function that makes a `Residency`'s pools.
+
+    Args:
+        keys: All uses in their order, for Belady.
+        slots, residents: By layer.
+    """
     n = trace.n_experts
     resident = frozenset(layer * n + expert for layer, of in enumerate(residents) for expert in of)
 
     def make(of_layer: int | None) -> Policy:
         if policy != BELADY:
-            return POLICIES[policy]()
+            return make_policy(policy)
         return Belady(key for key in keys if of_layer is None or key // n == of_layer)
 
     def make_pools() -> dict[int, Pool]:

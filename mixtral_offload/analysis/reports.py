@@ -1,6 +1,6 @@
 """Reports on a checkpoint that is here (`inspect`) and on a model for another device (`plan`).
 
-Read headers and configurations, never weights. The numbers are computed elsewhere.
+Reads headers and configurations, never weights. The numbers are computed elsewhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from mixtral_offload.analysis.planner import Answer, PlanRequest, answer, best_knobs
+from mixtral_offload.analysis.planner import PlanAnswer, PlanRequest, answer, best_knobs
 from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS, Projection
 from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.core.placement import Plan
@@ -30,7 +30,7 @@ class Inspection:
     """What a checkpoint holds and needs, and whether it fits here; `str` of it is a report.
 
     Attributes:
-        options: Those that it was asked for.
+        options: For the plan.
         download: What is to be fetched first; None if the checkpoint is here.
         checkpoint: None if it is not here.
         plan: What would go where; None where it does not fit.
@@ -46,8 +46,10 @@ class Inspection:
     def __str__(self) -> str:
         if self.checkpoint is None:
             of = self.download
+            assert of is not None  # `inspect` sets one of the two
             return (
-                f"{of.repo_id}: {len(of.files)} files, {gb(of.total_bytes)}; {gb(of.remaining_bytes)} not here yet\n"
+                f"{of.repo_id}: {len(of.files)} files, {gb(of.total_bytes)}; "
+                f"{gb(of.remaining_bytes)} not here yet\n"
                 f"disk: {gb(of.free_bytes)} free in {of.folder}\n"
                 f"next step: mixtral-offload download {of.repo_id}"
             )
@@ -57,7 +59,7 @@ class Inspection:
 
 
 def inspect(source: str | Path | None = "demo", *, revision: str | None = None, **options: Any) -> Inspection:
-    """Say what a checkpoint holds and needs, and whether it fits here. Reads headers; downloads no weights.
+    """Inspect what a checkpoint holds and needs, and whether it fits here. Downloads no weights.
 
     Args:
         source: A folder, a hub repository, or "demo" for the small model that ships with the package.
@@ -92,11 +94,12 @@ class PlanReport:
 
     Attributes:
         answer: The request, the plan, the projection and the expected routing.
-        improvements: The single changes that gain most: (as it is written on the command line, what comes of it).
+        improvements: The single changes that gain most: (as it is written on the command line, what comes of
+            it).
     """
 
-    answer: Answer
-    improvements: list[tuple[str, Answer]]
+    answer: PlanAnswer
+    improvements: list[tuple[str, PlanAnswer]]
 
     @property
     def plan(self) -> Plan:
@@ -113,12 +116,23 @@ class PlanReport:
 
 
 def plan(
-    source: str | Path | None = "demo", *, vram: int | str, ram: int | str, link_bandwidth: int | str,
-    bandwidth: int | str | None = None, disk: int | str | None = None, bits: int = 2, attention_bits: int = 4,
-    context_length: int | None = None, cache_size: int | str | None = None, prefetch: int | None = None,
-    look_ahead: int | None = None, trace: RoutingTrace | str | Path | None = None, curve: str | None = None,
+    source: str | Path | None = "demo",
+    *,
+    vram: int | str,
+    ram: int | str,
+    link_bandwidth: int | str,
+    bandwidth: int | str | None = None,
+    disk: int | str | None = None,
+    bits: int = 2,
+    attention_bits: int = 4,
+    context_length: int | None = None,
+    cache_size: int | str | None = None,
+    prefetch: int | None = None,
+    look_ahead: int | None = None,
+    trace: RoutingTrace | str | Path | None = None,
+    curve: str | None = None,
     revision: str | None = None,
-) -> PlanReport:  # fmt: skip
+) -> PlanReport:
     """Plan for a stated device, project its speed, and say what would help. Reads a config.json only.
 
     Args:
@@ -128,9 +142,10 @@ def plan(
         bandwidth: The device memory's bytes per second. Default: 320GB/s, a T4's.
         disk: Bytes per second from disk, where RAM is too small. Default: 1GB/s.
         bits, attention_bits: Of the experts' and of the attention's weights: 16, 8, 4, 3 or 2.
-        context_length, cache_size, prefetch, look_ahead: As `from_pretrained` takes them; prefetch is 2 by default.
+        context_length, cache_size, prefetch, look_ahead: As `from_pretrained` takes them; prefetch is 2 by
+            default.
         trace: Expect this routing, recorded or a file of `RoutingTrace.save`.
-        curve: Expect hit rates like "chance", "mixtral" (default) or "demo".
+        curve: Expect routing like "chance", "mixtral" (default) or "demo".
         revision: Branch, tag or commit of a hub repository.
 
     Raises:
@@ -138,10 +153,19 @@ def plan(
     """
     sizes = model_sizes(read_model_config(source, revision)).at(bits, attention_bits)
     request = PlanRequest.parse(
-        sizes, vram=vram, ram=ram, link=link_bandwidth, bandwidth=bandwidth, disk=disk, context_length=context_length,
-        cache_size=cache_size, prefetch=prefetch, look_ahead=look_ahead, curve=curve,
+        sizes,
+        vram=vram,
+        ram=ram,
+        link=link_bandwidth,
+        bandwidth=bandwidth,
+        disk=disk,
+        context_length=context_length,
+        cache_size=cache_size,
+        prefetch=prefetch,
+        look_ahead=look_ahead,
+        curve=curve,
         trace=trace if trace is None or isinstance(trace, RoutingTrace) else RoutingTrace.load(trace),
-    )  # fmt: skip
+    )
     base = answer(request)
     return PlanReport(base, best_knobs(base))
 
@@ -162,17 +186,18 @@ def read_model_config(source: str | Path | None, revision: str | None = None) ->
     else:
         path = folder / "config.json"
     if not path.is_file():
-        what, expected = "no configuration here", "config.json"
-        raise CheckpointError(what, path=path, expected=expected, found="no such file")
+        raise CheckpointError(
+            "no configuration here", path=path, expected="config.json", found="no such file"
+        )
     return load_config(path)
 
 
 def _contents(checkpoint: Checkpoint) -> list[str]:
-    layout, config = checkpoint.layout, checkpoint.config
+    layout, family = checkpoint.layout, getattr(checkpoint.config, "model_type", "")
     files = {stored.path for fields in checkpoint.experts.values() for stored in fields.values()}
     n_parameters = sum(n * k for n, k in layout.shapes.values())
     return [
-        f"{checkpoint.folder}: {config.model_type}, {len(checkpoint.layers)} layers x "
+        f"{checkpoint.folder}: {family}, {len(checkpoint.layers)} layers x "
         f"{checkpoint.n_experts} experts, {checkpoint.top_k} per token",
         f"  expert: {n_parameters:,} parameters, {'; '.join(layout.kinds)}, {gb(layout.stored_bytes)}"
         f" ({8 * layout.stored_bytes / n_parameters:.2f} bits per weight)",
@@ -194,7 +219,7 @@ def _needs(checkpoint: Checkpoint, options: OffloadOptions) -> list[str]:
     ]
 
 
-def _model(base: Answer) -> list[str]:
+def _model(base: PlanAnswer) -> list[str]:
     sizes = base.request.sizes
     bits = 8 * sizes.expert_bytes / sizes.expert_parameters
     return [
@@ -207,7 +232,7 @@ def _model(base: Answer) -> list[str]:
     ]
 
 
-def _plan(base: Answer) -> list[str]:
+def _plan(base: PlanAnswer) -> list[str]:
     request, plan = base.request, base.plan
     staging = request.options.n_staging * request.sizes.expert_bytes if plan.store else 0
     parts = {**request.needs, "margin": MARGIN_BYTES, "predictions": staging, "experts": plan.device_bytes}
@@ -221,7 +246,7 @@ def _plan(base: Answer) -> list[str]:
     ]
 
 
-def _speed(base: Answer) -> list[str]:
+def _speed(base: PlanAnswer) -> list[str]:
     request, found = base.request, base.projection
     costs, rate = found.costs, min(request.link, request.disk) if found.disk else request.link
     slow = " (the disk)" if found.disk else ""
@@ -235,14 +260,14 @@ def _speed(base: Answer) -> list[str]:
         "on a cold cache",
     ]
     if base.plan.store is None:
-        lines[2:3] = []
+        del lines[2]
     words = [
         *base.routing,
         f"computing: {BANDWIDTH_SHARE:.0%} of {request.bandwidth / 1e9:g} GB/s, and {_time(costs.host_s)} "
         "or more per layer for the host (both assumed)",
     ]
     if found.disk:
-        words.append("what the system keeps of the files in RAM comes faster: not counted")
+        words.append("not counted: parts of the files that the system has cached in RAM are read faster")
     return [*lines, *(f"  - {line}" for line in words)]
 
 
@@ -250,11 +275,9 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _help(base: Answer, found: list[tuple[str, Answer]]) -> list[str]:
+def _help(base: PlanAnswer, found: list[tuple[str, PlanAnswer]]) -> list[str]:
     now = base.projection.tokens_per_s
     if not found:
         return ["what would help: no single change gains 1 %"]
-    lines = (
-        f"  {text}: {now:.1f} -> {changed.projection.tokens_per_s:.1f} tokens/s" for text, changed in found
-    )
+    lines = [f"  {text}: {now:.1f} -> {of.projection.tokens_per_s:.1f} tokens/s" for text, of in found]
     return ["what would help most, one change at a time:", *lines]

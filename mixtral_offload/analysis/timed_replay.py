@@ -1,22 +1,23 @@
 """Timed replay: replay a trace's compute, copies and predictions with given `DeviceCosts`.
 
-Carries out the decisions of `core/residency.py`, as the live cache does, on the simulated link of `core/copy_order.py`.
-Exact, without randomness. Knows no models; times are in the unit of the costs.
+Carries out the decisions of `core/residency.py`, as the live cache does, on the simulated link of
+`core/copy_order.py`. Exact, without randomness. Knows no models; times are in the unit of the costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mixtral_offload.analysis.replay_setup import ordered_uses, pool_maker, resolve_settings
-from mixtral_offload.core.copy_order import NOW, Link
+from mixtral_offload.core.copy_order import NOW, Link, Transfer
 from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.counters import CacheStats
-from mixtral_offload.core.policies import staging_rows
-from mixtral_offload.core.residency import Action, Do, Pool, Residency
+from mixtral_offload.core.policies import Key, staging_rows
+from mixtral_offload.core.residency import Action, Do, Load, Pool, Residency
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
 
@@ -29,10 +30,12 @@ class Events:
     """Everything that lasted, by begin: float64 seconds from the start.
 
     Attributes:
-        copy_*: Stretches of uninterrupted carrying over the link: copy_layer, copy_expert int32, copy_kind uint8 (NEEDED,
-            RIGHT or WRONG of `core/copy_order.py`), copy_span_s `[., 2]`.
-        part_*: What the device computes: part_kind uint8 (OUTSIDE, ATTENTION or EXPERT), part_layer and part_expert
-            int32 (-1 for none), part_span_s `[., 2]`.
+        copy_layer, copy_expert: int32, of each stretch in which the link carries one copy.
+        copy_kind: uint8, NEEDED, RIGHT or WRONG of `core/copy_order.py`.
+        copy_span_s: `[., 2]`.
+        part_kind: uint8, OUTSIDE, ATTENTION or EXPERT, of what the device computes.
+        part_layer, part_expert: int32; -1 for none.
+        part_span_s: `[., 2]`.
     """
 
     copy_layer: np.ndarray
@@ -50,14 +53,14 @@ class TimedReplay:
     """Result of a timed replay: P passes through L layers.
 
     Attributes:
-        costs: The device's.
+        costs: Of the device.
         pass_s: float64 `[P]`, duration of each pass.
-        stall_s: float64 `[P, L]`, how long the device waited for copies.
+        stall_s: float64 `[P, L]`, time in which nothing is computed because a copy is not finished.
         pass_compute_s: float64 `[P]`, the rest of pass_s.
         pass_tokens, pass_misses: int64 `[P]`.
         stats: Counters of all passes.
         link_busy_s: How long the link carried something.
-        events: If they were kept.
+        events: None if they were not kept.
     """
 
     costs: DeviceCosts
@@ -82,7 +85,7 @@ class TimedReplay:
 
     @property
     def decoding(self) -> np.ndarray:
-        """Which passes have one token: bool `[P]`. A prompt's are others, unless it has only one token."""
+        """Which passes have one token: bool `[P]`. A prompt of one token counts too."""
         return self.pass_tokens == 1
 
     @property
@@ -97,11 +100,10 @@ class TimedReplay:
 
     @property
     def floor_s(self) -> float:
-        """Lower bound for a decoding token under any predictions: all its compute, or the copies of all its misses one
-        after the other, whichever takes longer on average.
+        """Lower bound of time_per_token with any predictions: its compute, or the copies of its misses.
 
-        Recorded predictions reach no farther back than their own pass. Perfect ones do, and may gain once what the
-        prompt's pass copied for the first token after it.
+        The larger of the two averages. Recorded predictions reach no farther back than their own pass.
+        Perfect ones do, and may gain once what was copied for the first token during the prompt's pass.
         """
         compute = _mean(self.pass_compute_s[self.decoding])
         return max(compute, _mean(self.pass_misses[self.decoding]) * self.costs.copy_s)
@@ -120,22 +122,29 @@ Prediction = tuple[int, int, list[int]]  # (layer, layers from now, keys, the mo
 
 
 def timed_replay(
-    trace: RoutingTrace, costs: DeviceCosts, *, cache_size: int | Sequence[int] | None = None,
-    policy: str | None = None, shared: bool | None = None, prefetch: int = 0, look_ahead: int = 1,
-    perfect: bool = False, keep_events: bool = False,
-) -> TimedReplay:  # fmt: skip
+    trace: RoutingTrace,
+    costs: DeviceCosts,
+    *,
+    cache_size: int | Sequence[int] | None = None,
+    policy: str | None = None,
+    shared: bool | None = None,
+    prefetch: int = 0,
+    look_ahead: int = 1,
+    perfect: bool = False,
+    keep_events: bool = False,
+) -> TimedReplay:
     """Replay the trace's passes one after the other on a device of these costs.
 
     Args:
         cache_size, policy, shared: As for `replay`.
-        prefetch: How many experts to ask for, of those that the trace's predictions name for each of the next
-            `look_ahead` layers; 0: none.
-        perfect: In place of the trace's predictions, ask for what those layers will really need and not have, also
-            across the end of a token: the bound for any predictor.
+        prefetch: Experts to predict for each of the next `look_ahead` layers, by the trace's own predictions;
+            0: none.
+        perfect: Predict what those layers will really need and not have, also across the end of a token: the
+            bound for any predictor.
         keep_events: For a timeline.
 
     Raises:
-        OptionError: For what no run could have, and for more predictions than the trace has.
+        OptionError: For settings that no run could have, and for more predictions than the trace has.
     """
     slots, residents, policy, shared = resolve_settings(trace, cache_size, policy, shared)
     _check_predictions(trace, prefetch, look_ahead, perfect)
@@ -177,29 +186,30 @@ def _check_predictions(trace: RoutingTrace, prefetch: int, look_ahead: int, perf
         if not isinstance(n, int | np.integer) or n < least:
             raise OptionError(f"impossible {name}", expected=f"a whole number from {least}", found=n)
     if perfect and look_ahead > trace.n_layers:
-        raise OptionError(
-            "impossible look_ahead", expected=f"at most {trace.n_layers} layers", found=look_ahead
-        )
+        expected = f"at most {trace.n_layers} layers"
+        raise OptionError("impossible look_ahead", expected=expected, found=look_ahead)
     if perfect or not prefetch or not trace.n_passes:
         return
     ranked = ~_streamed(trace)
-    most = {"prefetch": int(trace.predicted_rank[ranked].max(initial=-1)) + 1,
-            "look_ahead": int((trace.predicted_layer - trace.predicted_from)[ranked].max(initial=0))}  # fmt: skip
-    for name, n in (("prefetch", prefetch), ("look_ahead", look_ahead)):
-        if n > most[name]:
+    most_ranked = int(trace.predicted_rank[ranked].max(initial=-1)) + 1
+    farthest = int((trace.predicted_layer - trace.predicted_from)[ranked].max(initial=0))
+    for name, n, most in (("prefetch", prefetch, most_ranked), ("look_ahead", look_ahead, farthest)):
+        if n > most:
             raise OptionError(
-                f"the trace has fewer predictions than this {name}", expected=f"at most {most[name]}", found=n,
+                f"the trace has fewer predictions than this {name}",
+                expected=f"at most {most}",
+                found=n,
                 hint=f"record it with {name}={n} or more, or use perfect=True",
-            )  # fmt: skip
+            )
 
 
 def _recorded_predictions(
     trace: RoutingTrace, prefetch: int, look_ahead: int
 ) -> dict[tuple[int, int], list[Prediction]]:
-    """(pass, layer after which) -> the predictions that a prefetcher of these settings would have asked for."""
+    """(pass, layer after which) -> the predictions that a prefetcher of these settings would have made."""
     distance = trace.predicted_layer - trace.predicted_from
-    asked = (trace.predicted_rank < prefetch) & (distance <= look_ahead)
-    chosen = np.flatnonzero(asked | _streamed(trace))
+    made = (trace.predicted_rank < prefetch) & (distance <= look_ahead)
+    chosen = np.flatnonzero(made | _streamed(trace))
     columns = (trace.predicted_rank, trace.predicted_layer, trace.predicted_from, trace.predicted_pass)
     chosen = chosen[np.lexsort([column[chosen] for column in columns])]
     keys = trace.predicted_layer[chosen] * trace.n_experts + trace.predicted_expert[chosen]
@@ -219,12 +229,12 @@ def _prompts(trace: RoutingTrace) -> np.ndarray:
 
 
 def _streamed(trace: RoutingTrace) -> np.ndarray:
-    """Which predictions were all of a layer's experts, asked for with the copies of the layer before: bool [G]."""
+    """Which predictions name all of a layer's experts, during the layer before: bool `[G]`."""
     return _prompts(trace)[trace.predicted_pass] & (trace.predicted_from >= 0)
 
 
 class _Parts:
-    """A trace's parts in the order in which the live cache is asked: (pass, layer), experts needed, compute times."""
+    """A trace's parts as the live cache runs them: (pass, layer), experts needed, compute times."""
 
     def __init__(
         self, trace: RoutingTrace, costs: DeviceCosts, keys: list[int], bounds: list[int], uses: np.ndarray
@@ -232,8 +242,11 @@ class _Parts:
         starts = uses[bounds[:-1]]
         numbers, layers = trace.use_pass[starts], trace.use_layer[starts]
         if len(starts) != trace.n_passes * trace.n_layers:
-            raise OptionError("a pass of this trace used nothing in some layer", found=f"{len(starts)} pairs",
-                              expected=f"{trace.n_passes * trace.n_layers} pairs of a pass and a layer")  # fmt: skip
+            raise OptionError(
+                "a pass of this trace used nothing in some layer",
+                expected=f"{trace.n_passes * trace.n_layers} pairs of a pass and a layer",
+                found=f"{len(starts)} pairs",
+            )
         self.order = list(zip(numbers.tolist(), layers.tolist()))
         self._keys, self._bounds, self._n_experts = keys, bounds, trace.n_experts
         n_tokens = np.bincount(trace.passes, minlength=trace.n_passes)
@@ -254,7 +267,7 @@ class _Parts:
     def coming(
         self, i: int, ahead: Sequence[int], pools: dict[int, Pool], prefetch: int
     ) -> Iterator[Prediction]:
-        """Perfect predictions, before part i: what the parts from there on will need and their pools do not hold."""
+        """Perfect predictions, before part i: what the next parts will need and their pools do not hold."""
         for distance, part in zip(ahead, range(i, len(self.order))):
             layer = self.order[part][1]
             pool = pools[layer]
@@ -299,12 +312,15 @@ class _Device:
     def run_layer(
         self, layer: int, needed: list[int], expert_s: list[float], meanwhile: Iterable[Prediction]
     ) -> tuple[float, int]:
-        """Run its experts; return how long the device waited for copies, and the misses.
+        """Run its experts; return the stall in seconds, and the misses.
 
         Args:
-            meanwhile: Predictions to ask for once the copies that the slots allow are under way.
+            meanwhile: Predictions to make once the copies that the slots allow are under way.
         """
-        stall, misses, seconds = 0.0, 0, dict(zip(needed, expert_s))
+        stall, misses = 0.0, 0
+        parts: dict[Key, tuple[int, float]] = {
+            key: (key % self._n_experts, seconds) for key, seconds in zip(needed, expert_s)
+        }
         for action in self._residency.begin(layer, needed):
             do, key, load = action
             if do is not Do.USE and do is not Do.LAND:
@@ -313,20 +329,21 @@ class _Device:
             self.predict(meanwhile)
             meanwhile = ()
             if do is Do.LAND:
-                usable = self._link.land(load.copy) + self._costs.latency_s
+                usable = self._link.land(_transfer(load)) + self._costs.latency_s
                 stall += max(0.0, usable - self.now)
                 self.now = max(self.now, usable)
                 continue
             if load is not None:
                 misses += 1
                 self.stats.prefetched += load.is_predicted
-            self.compute(seconds[key], EXPERT, layer, key % self._n_experts)
+            expert, seconds = parts[key]
+            self.compute(seconds, EXPERT, layer, expert)
         self.stats.hits += len(needed) - misses
         self.stats.misses += misses
         return stall, misses
 
     def predict(self, predictions: Iterable[Prediction]) -> None:
-        """Ask for these, as `ExpertCache.prefetch` does for each layer."""
+        """Start copies of these, as `ExpertCache.prefetch` does for each layer."""
         for layer, distance, keys in predictions:
             for action in self._residency.predict(layer, keys, distance):
                 self._carry_out(action)
@@ -334,16 +351,17 @@ class _Device:
     def _carry_out(self, action: Action) -> None:
         do, key, load = action
         if do is Do.START:
+            assert load is not None and isinstance(key, int)  # as `ordered_uses` makes them
             load.copy = self._link.ask(key, load.due)
             self.stats.predictions += load.due != NOW
         elif do is Do.PROMOTE:
-            self._link.promote(load.copy)
+            self._link.promote(_transfer(load))
         elif do is Do.CANCEL:
-            self._link.cancel(load.copy)
-            self._wasted += load.copy.chunks
+            self._link.cancel(_transfer(load))
+            self._wasted += _transfer(load).chunks
 
-    def totals(self) -> dict:
-        """The fields of `TimedReplay` that are of all passes; a chunk's bytes are its share of an expert's."""
+    def totals(self) -> dict[str, Any]:
+        """The fields of `TimedReplay` that are of all passes; a chunk has its share of an expert's bytes."""
         chunks, moved = self._costs.chunks, self._link.moved
         self.stats.bytes_moved = round(moved * self._expert_bytes / chunks)
         self.stats.wasted_bytes = round(self._wasted * self._expert_bytes / chunks)
@@ -354,13 +372,23 @@ class _Device:
         }
 
     def _events(self) -> Events | None:
-        if self._spans is None:
+        if self._spans is None or self._link.stretches is None:
             return None
-        copies = [(*divmod(of.key, self._n_experts), of.kind, *span) for of, *span in self._link.stretches]
-        copies, spans = (np.array(rows, float).reshape(-1, 5) for rows in (copies, self._spans))
+        rows = [(*divmod(of.key, self._n_experts), of.kind, *span) for of, *span in self._link.stretches]
+        copies, parts = (np.array(of, float).reshape(-1, 5) for of in (rows, self._spans))
         return Events(
-            copy_layer=copies[:, 0].astype(np.int32), copy_expert=copies[:, 1].astype(np.int32),
-            copy_kind=copies[:, 2].astype(np.uint8), copy_span_s=copies[:, 3:],
-            part_kind=spans[:, 0].astype(np.uint8), part_layer=spans[:, 1].astype(np.int32),
-            part_expert=spans[:, 2].astype(np.int32), part_span_s=spans[:, 3:],
-        )  # fmt: skip
+            copy_layer=copies[:, 0].astype(np.int32),
+            copy_expert=copies[:, 1].astype(np.int32),
+            copy_kind=copies[:, 2].astype(np.uint8),
+            copy_span_s=copies[:, 3:],
+            part_kind=parts[:, 0].astype(np.uint8),
+            part_layer=parts[:, 1].astype(np.int32),
+            part_expert=parts[:, 2].astype(np.int32),
+            part_span_s=parts[:, 3:],
+        )
+
+
+def _transfer(load: Load | None) -> Transfer:
+    """What `_Device` has set for this load."""
+    assert load is not None and isinstance(load.copy, Transfer)
+    return load.copy

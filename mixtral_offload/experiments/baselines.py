@@ -1,7 +1,7 @@
-"""Baselines: a model without cache, predictions, sorting by expert, pruning or quantization; a slow link.
+"""Baselines: without cache, predictions, sorting by expert, pruning or quantization; a throttled link.
 
-Knows the live cache, prefetcher, forward pass and transformers' `generate` from inside; restores them all.
-Knows nothing of prompts; of answers only that each baseline must give the same.
+Replaces parts of the live cache, prefetcher, forward pass and transformers' `generate`, and restores them.
+Knows no prompts; of answers only that each baseline must give the same.
 """
 
 from __future__ import annotations
@@ -9,94 +9,102 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
-from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedConfig, StoppingCriteria
 
 from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.generation.batch import GenerationRequest, generate_batch
 from mixtral_offload.models.family import check_routers
 from mixtral_offload.runtime import forward
 from mixtral_offload.runtime.build import from_pretrained
-from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.cache import ExpertCache, Views
 from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.runtime.engines import make_engine
+from mixtral_offload.runtime.offload import Offload, OffloadedModel
 from mixtral_offload.runtime.prefetch import Prefetcher
 from mixtral_offload.weights.hqq import Quantization
 
 
 class Forgetful(ExpertCache):
-    """Keeps nothing from one pass of a layer to the next: what a token needs is copied each time."""
+    """A cache that keeps nothing from one pass of a layer to the next."""
 
-    def fetch(self, layer, experts, meanwhile=None):
+    def fetch(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Views]]:
+        """Forget the layer's experts, then fetch."""
         self.forget(layer)
         yield from super().fetch(layer, experts, meanwhile)
 
 
 class Naive(Forgetful):
-    """As accelerate offloads a layer: all of its experts that roam are copied before the first one runs."""
+    """A cache that copies all stored experts of a layer before the first one runs, as accelerate does."""
 
-    n_experts: int  # of a layer; `make_variants` says how many
+    n_experts: int  # of a layer; set by `make_variants`
 
-    def fetch(self, layer, experts, meanwhile=None):
+    def fetch(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Views]]:
+        """Fetch all of the layer's experts, then yield those that are needed."""
+        assert self.store is not None  # see `check_can_switch`
         stored = [expert for expert in range(self.n_experts) if (layer, expert) in self.store]
         everything = dict(super().fetch(layer, sorted({*stored, *experts}), meanwhile))
         for expert in experts:
             yield expert, everything[expert]
 
 
-def make_variants(model, cache_size: int, n_staging: int) -> dict[str, ExpertCache]:
-    """Row of table 2 -> its cache, over the model's own store, link and slots.
+def make_variants(model: OffloadedModel, cache_size: int, n_staging: int) -> dict[str, ExpertCache]:
+    """Make a cache for each row of table 2, over the model's own store, link and slots.
 
     Those that forget everything need no more than one layer's slots, which all layers share.
     """
     offload, n_experts = model.offload, model.offload.checkpoint.n_experts
     slots = _slots(offload, cache_size)
     fewest, most = (max(_slots(offload, n).values()) for n in (offload.checkpoint.top_k, n_experts))
-    one_layer = partial(_one_layer, offload)
     n_rows = max(sum(slots.values()) + n_staging, most)
-    spare = offload.cache.lend(one_layer(n_rows))  # allocates rows that are missing, once
-    found = {
+    # allocates rows that are missing, once
+    spare: ExpertCache = offload.cache.lend(_one_layer(offload, n_rows))
+    naive = spare.lend(_one_layer(offload, most), Naive, shared=True)
+    naive.n_experts = n_experts
+    return {
         "full": spare.lend(slots, n_staging=n_staging),
         "without prefetch": spare.lend(slots),
-        "without cache and prefetch": spare.lend(one_layer(fewest), Forgetful, shared=True),
-        "naive": spare.lend(one_layer(most), Naive, shared=True),
+        "without cache and prefetch": spare.lend(_one_layer(offload, fewest), Forgetful, shared=True),
+        "naive": naive,
     }
-    found["naive"].n_experts = n_experts
-    return found
 
 
-def _slots(offload, cache_size: int) -> dict[int, int]:
-    """layer -> slots, so that with the residents so many of its experts are on the device (as in `make_plan`)."""
+def _slots(offload: Offload, cache_size: int) -> dict[int, int]:
+    """layer -> slots, with which `cache_size` of its experts are on the device, residents included."""
     n_experts, top_k = offload.checkpoint.n_experts, offload.checkpoint.top_k
     resident = {layer: len(of) for layer, of in offload.plan.resident.items()}
     return {layer: min(max(cache_size - n, top_k), n_experts - n) for layer, n in resident.items()}
 
 
-def _one_layer(offload, n_slots: int) -> dict[int, int]:
-    """layer -> slots of a pool of so many in all."""
+def _one_layer(offload: Offload, n_slots: int) -> dict[int, int]:
+    """layer -> its part of a pool of `n_slots`."""
     first, *others = offload.checkpoint.layers
     return {first: n_slots, **dict.fromkeys(others, 0)}
 
 
-def smallest_cache(model: PreTrainedModel) -> ExpertCache:
-    """Make a cache of as many slots per layer as a token needs, in the model's own memory."""
+def smallest_cache(model: OffloadedModel) -> ExpertCache:
+    """Make a cache of top-k slots per layer, in the model's own memory."""
     return model.offload.cache.lend(_slots(model.offload, model.offload.checkpoint.top_k))
 
 
-def check_can_switch(model: PreTrainedModel, verb: str, nothing: str) -> None:
+def check_can_switch(model: OffloadedModel, verb: str, nothing: str) -> None:
     """Refuse a model whose cache cannot be switched.
 
     Args:
-        verb: What was to be done with the model.
-        nothing: What is missing where every expert is on the device.
+        verb: What the caller does with the model, for the message.
+        nothing: Why that is pointless with every expert on the device, for the message.
 
     Raises:
         OptionError: Every expert is on the device, or the model is being recorded.
@@ -110,58 +118,71 @@ def check_can_switch(model: PreTrainedModel, verb: str, nothing: str) -> None:
 
 
 @contextmanager
-def switched(model, cache: ExpertCache, guesses: dict | None = None) -> Iterator[None]:
-    """The model with this cache, empty; guesses: arguments for its `Prefetcher`, None for none. Whatever happens, the
-    model's own cache (empty, because its slots may be lent) and prefetcher are back at the end."""
+def switched(
+    model: OffloadedModel, cache: ExpertCache, predict: dict[str, Any] | None = None
+) -> Iterator[None]:
+    """Use another cache, empty, until the block ends.
+
+    Whatever happens, the model's own cache (empty, because its slots may be lent) and prefetcher come back.
+
+    Args:
+        predict: Arguments for the cache's `Prefetcher`; None for none.
+    """
     offload = model.offload
     own = offload.cache, offload.prefetcher
-    with offload.passes.lock:  # other threads' passes wait: they would run on a cache that is not theirs
+    with offload.passes.lock:  # other threads' passes wait: they must not run with this cache
         offload.cache.drain()
         cache.stats.reset()
         try:
             with offload.prefetcher.paused() if offload.prefetcher else nullcontext():
                 offload.cache, offload.prefetcher = cache, None
-                if guesses is not None:
+                if predict is not None:
                     check_routers(offload.layers)
                     layers, passes = offload.layers, offload.passes
-                    offload.prefetcher = Prefetcher(model, layers, offload.prefetch, passes=passes, **guesses)
+                    offload.prefetcher = Prefetcher(model, layers, offload.prefetch, passes=passes, **predict)
                 yield
         finally:
-            if offload.prefetcher not in (None, own[1]):
+            if offload.prefetcher is not None and offload.prefetcher is not own[1]:
                 offload.prefetcher.close()
             offload.cache, offload.prefetcher = own
             cache.drain()
 
 
 @contextmanager
-def slow_link(model, ratio: float | None, layer_s: float | None = None) -> Iterator[None]:
-    """The model's link slowed down until one expert's copy takes `ratio` times one layer's compute: layer_s, or measured here.
+def throttled(model: OffloadedModel, ratio: float | None, layer_s: float | None = None) -> Iterator[None]:
+    """Throttle the link until one expert's copy takes `ratio` times one layer's compute.
 
-    None: as it is. Raises OptionError for a ratio that is not above 0.
+    Args:
+        ratio: None: the link as it is.
+        layer_s: One layer's compute in seconds. Default: measured here.
+
+    Raises:
+        OptionError: The ratio is not above 0.
     """
     cache, own = model.offload.cache, model.offload.cache.engine
     if ratio is None:
         yield
         return
-    if isinstance(ratio, str) or not 0 < ratio < float("inf"):
-        raise OptionError("impossible ratio", expected='more than 0, None or "auto"', found=ratio)
+    if not 0 < ratio < float("inf"):
+        raise OptionError("impossible ratio", expected="more than 0, or None", found=ratio)
     n_bytes = cache.layout.n_bytes
     speed = n_bytes / (ratio * (layer_s or layer_seconds(model)))
     cache.drain()
-    cache.engine = make_engine(model.offload.options.device, False, n_bytes, speed)
+    cache.engine = engine = make_engine(cache.device, False, n_bytes, speed)
     try:
         yield
     finally:
         cache.drain()
-        cache.engine.close()
+        engine.close()
         cache.engine = own
 
 
 @torch.inference_mode()
-def layer_seconds(model, n_passes: int = 12) -> float:
-    """One layer's compute for one token, in seconds: the same token again and again finds all its experts on the device.
+def layer_seconds(model: OffloadedModel, n_passes: int = 12) -> float:
+    """Measure one layer's compute for one token, in seconds.
 
-    The model's time for a token over its layers, so that attention, norms and the head are in it.
+    The same token is repeated, so that all its experts are on the device. This is the model's time for a
+    token divided by its layers: attention, norms and the head are in it.
     """
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     times = [device_time(model)]
@@ -173,21 +194,23 @@ def layer_seconds(model, n_passes: int = 12) -> float:
     return statistics.median(b - a for a, b in pairwise(times[2:])) / n_layers  # the first ones warm up
 
 
-def copy_seconds(model, n_copies: int = 6) -> float:
-    """One expert's copy in seconds, from asking for it to having it, with nothing else on the link."""
+def copy_seconds(model: OffloadedModel, n_copies: int = 6) -> float:
+    """Measure one expert's copy in seconds, from request to arrival, with nothing else on the link."""
     offload = model.offload
     cache = offload.cache.lend(_one_layer(offload, 1), Forgetful, shared=True)
-    stored, times = (key for key in sorted(offload.checkpoint.experts) if key in cache.store), []
+    assert cache.store is not None  # see `check_can_switch`
+    stored = [key for key in sorted(offload.checkpoint.experts) if key in cache.store]
+    times = []
     with switched(model, cache):
-        for layer, expert in islice(stored, n_copies):
+        for layer, expert in stored[:n_copies]:
             begin = device_time(model)
             next(cache.fetch(layer, [expert]))
             times.append(device_time(model) - begin)
     return statistics.median(times)
 
 
-def device_time(model) -> float:
-    """time.perf_counter() when the device has done all it was asked to."""
+def device_time(model: OffloadedModel) -> float:
+    """Return `time.perf_counter()` once the device has finished its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
@@ -208,9 +231,9 @@ def check_same(variant: str, place: str, answer: list[int], expected: list[int])
 
 
 @contextmanager
-def no_end(model: PreTrainedModel) -> Iterator[None]:
-    """No token ends an answer, so that each is as long as its request says."""
-    configs = model.generation_config, model.config
+def no_end(model: OffloadedModel) -> Iterator[None]:
+    """Ignore end tokens, so that each answer is as long as its request says."""
+    configs: tuple[GenerationConfig | PreTrainedConfig, ...] = model.generation_config, model.config
     own = [config.eos_token_id for config in configs]
     for config in configs:
         config.eos_token_id = None
@@ -221,42 +244,57 @@ def no_end(model: PreTrainedModel) -> Iterator[None]:
             config.eos_token_id = ends
 
 
-def continuous(model, requests: Sequence[GenerationRequest], batch_size: int) -> list[list[int]]:
-    """`generate_batch`: the new tokens of each request, in the order of the requests."""
+def continuous(
+    model: OffloadedModel, requests: Sequence[GenerationRequest], batch_size: int
+) -> list[list[int]]:
+    """Run `generate_batch`; return the new tokens of each request, in the order of the requests."""
     found = {answer.number: answer.ids for answer in generate_batch(model, requests, batch_size=batch_size)}
     return [found[number] for number in range(len(requests))]
 
 
-def in_groups(model, requests: Sequence[GenerationRequest], batch_size: int) -> list[list[int]]:
-    """Ended sequences leave, and none is admitted before all of the group have ended."""
+def in_groups(
+    model: OffloadedModel, requests: Sequence[GenerationRequest], batch_size: int
+) -> list[list[int]]:
+    """Prune sequences that have ended, and admit none before all of their group have."""
     groups = [requests[first : first + batch_size] for first in range(0, len(requests), batch_size)]
     return [answer for group in groups for answer in continuous(model, group, batch_size)]
 
 
 class RowLimits(StoppingCriteria):
-    """Compute on until the last row has ended. lengths: int64 [rows], columns at which each row has ended."""
+    """Stopping criterion: go on until every row has ended.
+
+    Args:
+        lengths: int64 `[rows]`, the length at which each row ends.
+    """
 
     def __init__(self, lengths: Tensor):
         self.lengths = lengths
 
-    def __call__(self, input_ids: Tensor, scores, **_) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Return which rows have ended: bool `[rows]`."""
         return input_ids.shape[1] >= self.lengths
 
 
 @torch.inference_mode()
-def static_batches(model, requests: Sequence[GenerationRequest], batch_size: int) -> list[list[int]]:
+def static_batches(
+    model: OffloadedModel, requests: Sequence[GenerationRequest], batch_size: int
+) -> list[list[int]]:
     """Generate with transformers on batches padded on the left, in the order given, as plain PyTorch does it.
 
-    What is computed for a row after its end is thrown away. Padding needs no experts, as in `generate_batch`.
+    Tokens of a row after its end are computed and discarded. Padding uses no experts, as in `generate_batch`.
+
+    Args:
+        model: Also one without `offload`.
     """
-    answers, has_experts = [], hasattr(model, "offload")
+    answers: list[list[int]] = []
+    has_offload = hasattr(model, "offload")
     for first in range(0, len(requests), batch_size):
         some = requests[first : first + batch_size]
         width, limits = max(len(of.ids) for of in some), [of.max_new_tokens for of in some]
         ids, mask = (torch.tensor(rows, device=model.device) for rows in _left_padded(some, width))
         stop = [RowLimits(torch.tensor(limits, device=model.device) + width)]
         settings = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0}
-        with model.offload.passes.without_padding() if has_experts else nullcontext():
+        with model.offload.passes.without_padding() if has_offload else nullcontext():
             found = model.generate(ids, attention_mask=mask, stopping_criteria=stop, **settings)
         answers += [row[:limit] for row, limit in zip(found[:, width:].tolist(), limits)]
     return answers
@@ -272,7 +310,7 @@ def _left_padded(
 
 @contextmanager
 def unsorted() -> Iterator[None]:
-    """Each token's experts are served for it alone, token after token, by every model of this process."""
+    """Run each token's experts for it alone, token after token, in every model of this process."""
     own, forward.run_tokens = forward.run_tokens, _run_one_by_one
     try:
         yield
@@ -280,8 +318,10 @@ def unsorted() -> Iterator[None]:
         forward.run_tokens = own
 
 
-def _run_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """In place of `forward.run_tokens`, with its arguments and result; guesses are made once, as there."""
+def _run_one_by_one(
+    offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Stand in for `forward.run_tokens`; predictions are made once, as there."""
     n_tokens, top_k = top_k_index.shape
     chosen, meanwhile = forward.read_routing(offload, layer, top_k_index.reshape(-1), n_tokens)
     y, began_s = x.new_empty(n_tokens * top_k, x.shape[-1]), time.perf_counter()
@@ -296,13 +336,13 @@ def _run_one_by_one(offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_w
 
 
 @contextmanager
-def unquantized(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Load the same model with its experts at 16 bits and as many slots, from a temporary folder.
+def unquantized(model: OffloadedModel) -> Iterator[OffloadedModel]:
+    """Load the same model with its experts at 16 bits and the same number of slots, from a temporary folder.
 
     The weights are the same numbers: `dequantize` works in fp16.
     """
     options = model.offload.options
-    same = {field.name: getattr(options, field.name) for field in fields(options)}
+    same: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
     with tempfile.TemporaryDirectory() as folder:
         target = convert_checkpoint(model.offload.checkpoint.folder, Path(folder) / "16bit", Quantization(16))
         found = from_pretrained(target, **same | {"store": model.offload.plan.store or "auto"})

@@ -1,7 +1,6 @@
-"""What a bit width costs: size on disk against perplexity and the distance from the unquantized model.
+"""What a bit width costs: size on disk, perplexity, and divergence from the unquantized model.
 
-Knows how to ask a model for the next token of texts, and how to convert a checkpoint to several widths. Knows nothing
-of pictures, and nothing of answers: a text is scored as it stands, never generated.
+Scores texts as they are; generates nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +9,14 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixtral_offload.errors import OptionError
 from mixtral_offload.generation.templates import encode
@@ -28,20 +29,22 @@ from mixtral_offload.weights.source import DEMO, resolve
 
 #: the shipped model in 16 bits, to quantize
 DEMO_16 = DEMO.parent / "fp16"
-#: conversations that the shipped model never met: the 40 shortest of training/heldout_text.jsonl, all its domains
+#: conversations that the shipped model was not trained on: the 40 shortest of training/heldout_text.jsonl
 HELD_OUT = DEMO.parent / "heldout.jsonl"
-Text = str | list[dict]  # plain, or messages for the chat template
+Text = str | list[dict[str, str]]  # plain, or messages for the chat template
 Prediction = tuple[Tensor, Tensor]  # token ids [T], logits [T - 1, V]
 Widths = dict[str, tuple[Quantization | None, Quantization | None]]  # name -> experts, attention
 
 
 class Perplexity(NamedTuple):
-    tokens: int  # predicted ones
+    """Perplexity over a number of predicted tokens."""
+
+    tokens: int
     perplexity: float
 
 
 class PaperRow(NamedTuple):
-    """A Mixtral-8x7B of table 1: size in GB, perplexity on WikiText2 and C4, MMLU accuracy in percent."""
+    """One Mixtral-8x7B of table 1: size in GB, perplexity on WikiText2 and C4, MMLU accuracy in percent."""
 
     attention_bits: int
     expert_bits: int
@@ -52,29 +55,42 @@ class PaperRow(NamedTuple):
 
 
 #: table 1 of arXiv 2312.17238; one cell is empty there
-PAPER_TABLE_1 = tuple(
-    PaperRow(*row)
-    for row in (
-        (16, 16, 86.99, 3.59, 6.52, 70.51), (16, 4, 25.82, 3.67, 6.58, 70.3), (16, 3, 23.21, 3.96, 6.78, 69.32),
-        (16, 2, 19.33, 4.52, 7.31, 66.66), (4, 16, 85.16, 3.68, 6.59, None), (4, 4, 23.99, 3.76, 6.66, 69.11),
-        (4, 3, 21.37, 4.05, 6.87, 68.47), (4, 2, 17.54, 4.61, 7.42, 65.58), (3, 4, 23.92, 4.06, 6.97, 66.54),
-        (3, 3, 21.31, 4.34, 7.21, 65.79), (3, 2, 17.46, 4.90, 7.82, 61.83), (2, 4, 23.79, 5.08, 8.06, 59.0),
-        (2, 3, 21.18, 5.36, 8.34, 57.67), (2, 2, 17.30, 5.97, 9.11, 55.26),
-    )
-)  # fmt: skip
+PAPER_TABLE_1 = (
+    PaperRow(16, 16, 86.99, 3.59, 6.52, 70.51),
+    PaperRow(16, 4, 25.82, 3.67, 6.58, 70.3),
+    PaperRow(16, 3, 23.21, 3.96, 6.78, 69.32),
+    PaperRow(16, 2, 19.33, 4.52, 7.31, 66.66),
+    PaperRow(4, 16, 85.16, 3.68, 6.59, None),
+    PaperRow(4, 4, 23.99, 3.76, 6.66, 69.11),
+    PaperRow(4, 3, 21.37, 4.05, 6.87, 68.47),
+    PaperRow(4, 2, 17.54, 4.61, 7.42, 65.58),
+    PaperRow(3, 4, 23.92, 4.06, 6.97, 66.54),
+    PaperRow(3, 3, 21.31, 4.34, 7.21, 65.79),
+    PaperRow(3, 2, 17.46, 4.90, 7.82, 61.83),
+    PaperRow(2, 4, 23.79, 5.08, 8.06, 59.0),
+    PaperRow(2, 3, 21.18, 5.36, 8.34, 57.67),
+    PaperRow(2, 2, 17.30, 5.97, 9.11, 55.26),
+)
 
 
-def held_out() -> list[list[dict]]:
-    """40 conversations (13,235 tokens to predict, with the shipped tokenizer) that the shipped model never met."""
+def held_out() -> list[list[dict[str, str]]]:
+    """Read 40 conversations that the shipped model was not trained on (13,235 tokens to predict)."""
     return [json.loads(line)["messages"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
 
 
 @torch.inference_mode()
-def predictions(model, tokenizer, texts: Sequence[Text], limit: int = 1024) -> Iterator[Prediction]:
-    """Of each text the token ids `[T]` and the logits `[T - 1, V]` for all but the first (fp32, CPU).
+def predictions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], limit: int = 1024
+) -> Iterator[Prediction]:
+    """Yield each text's token ids `[T]` and the logits `[T - 1, V]` for all but the first (fp32, CPU).
 
-    limit: tokens of each text; the rest is left out. Texts of one token are skipped. model: any causal language model.
-    Raises OptionError for one text in place of several, and if there is nothing to predict.
+    Args:
+        model: Any causal language model.
+        texts: Those of one token are skipped.
+        limit: Tokens of each text; the rest is left out.
+
+    Raises:
+        OptionError: `texts` is one text, or there is nothing to predict.
     """
     if isinstance(texts, str | dict) or any(isinstance(text, dict) for text in texts):
         raise OptionError("one text in place of several", expected="a list of texts", hint="write [text]")
@@ -84,16 +100,18 @@ def predictions(model, tokenizer, texts: Sequence[Text], limit: int = 1024) -> I
             ids = tokenizer(text)["input_ids"]
         else:
             ids = encode(tokenizer, text, add_generation_prompt=False)
-        ids = torch.tensor(ids[:limit])
-        if len(ids) > 1:
+        row = torch.tensor(ids[:limit])
+        if len(row) > 1:
             empty = False
-            yield ids, model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1].float().cpu()
+            yield row, model(input_ids=row[None].to(device), use_cache=False).logits[0, :-1].float().cpu()
     if empty:
         raise OptionError("nothing to predict", expected="a text of two tokens or more")
 
 
-def perplexity(model, tokenizer, texts: Sequence[Text], limit: int = 1024) -> Perplexity:
-    """Perplexity over all tokens but each text's first; arguments and errors as for `predictions`."""
+def perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], limit: int = 1024
+) -> Perplexity:
+    """Compute the perplexity over all tokens but each text's first; arguments as for `predictions`."""
     total, count = 0.0, 0
     for ids, logits in predictions(model, tokenizer, texts, limit):
         total, count = total + cross_entropy(logits, ids[1:], reduction="sum").item(), count + len(logits)
@@ -101,53 +119,82 @@ def perplexity(model, tokenizer, texts: Sequence[Text], limit: int = 1024) -> Pe
 
 
 def compare_widths(
-    source: str | Path, widths: Widths, tokenizer, texts: Sequence[Text], folder: str | Path,
-    limit: int = 1024, **options,
-) -> list[dict]:  # fmt: skip
+    source: str | Path,
+    widths: Widths,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    folder: str | Path,
+    limit: int = 1024,
+    **options: Any,
+) -> list[dict[str, Any]]:
     """Convert the 16-bit checkpoint `source` to each width, in `folder`, and measure what it costs.
 
-    widths: name -> (experts, attention); None keeps 16 bits. A width that is in `folder` already is not converted again.
-    options: as for `from_pretrained`; one model is loaded at a time, all its experts on the device. Beside it, the
-    unquantized model's predictions stay in memory: 4 bytes for each token of the texts and each of the vocabulary.
+    One model is loaded at a time, all its experts on the device. In addition, the unquantized model's
+    predictions are in memory: 4 bytes for each token of the texts and each of the vocabulary.
 
-    A row holds: name; expert_bits, attention_bits (nominal); bits (stored, per expert weight); expert_bytes,
-    disk_bytes (all weight files); perplexity; kl (mean Kullback-Leibler divergence of its next-token distribution from
-    the unquantized model's, nats per token); agreement (share of tokens where both think the same one likeliest).
-    Raises CheckpointError, and OptionError where `folder` holds something else of that name.
+    Args:
+        widths: name -> (experts, attention); None keeps 16 bits. A width that is in `folder` is not converted
+            again.
+        limit: Tokens of each text.
+        options: As for `from_pretrained`.
+
+    Returns:
+        A row for each width: name; expert_bits, attention_bits (nominal); bits (stored, per expert weight);
+        expert_bytes, disk_bytes (all weight files); perplexity; kl (mean Kullback-Leibler divergence of its
+        next-token distribution from the unquantized model's, nats per token); agreement (share of tokens for
+        which both have the same most probable one).
+
+    Raises:
+        CheckpointError: The source is not one.
+        OptionError: `folder` holds something else of a width's name.
     """
-    source, rows, asked = resolve(source), [], (tokenizer, texts, limit)
-    expected = [logits.log_softmax(-1) for _, logits in _predictions_of(source, options, *asked)]
+    origin, rows = resolve(source), []
+    predict = partial(_predictions_of, options=options, tokenizer=tokenizer, texts=texts, limit=limit)
+    expected = [logits.log_softmax(-1) for _, logits in predict(origin)]
     for name, (experts, attention) in widths.items():
         target = Path(folder) / name.replace("/", "-")
-        checkpoint = _converted(open_checkpoint(source), target, experts, attention)
-        row = {"name": name, "attention_bits": attention.bits if attention else 16} | _sizes(checkpoint)
-        rows.append(row | _distances(expected, _predictions_of(target, options, *asked)))
+        checkpoint = _converted(open_checkpoint(origin), target, experts, attention)
+        attention_bits = attention.bits if attention else 16
+        distances = _distances(expected, predict(target))
+        rows.append({"name": name, "attention_bits": attention_bits, **_sizes(checkpoint), **distances})
     return rows
 
 
-def _predictions_of(folder: Path, options: dict, *asked) -> Iterator[Prediction]:
+def _predictions_of(
+    folder: Path,
+    options: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    limit: int,
+) -> Iterator[Prediction]:
     model = from_pretrained(folder, cache_size=open_checkpoint(folder).n_experts, **options)
     try:
-        yield from predictions(model, *asked)
+        yield from predictions(model, tokenizer, texts, limit)
     finally:
         model.offload.cache.close()
 
 
-def _converted(source: Checkpoint, target: Path, experts, attention) -> Checkpoint:
-    """The conversion in `target`, made if it is not there. Its config.json says what it was made from."""
+def _converted(
+    source: Checkpoint, target: Path, experts: Quantization | None, attention: Quantization | None
+) -> Checkpoint:
+    """The conversion in `target`, made if it is not there. Its config.json states what it was made from."""
     buffer = torch.zeros(source.layout.n_bytes, dtype=torch.uint8)
     source.read_expert(min(source.experts), buffer)
-    made = {"crc32": zlib.crc32(buffer.numpy()), "experts": repr(experts), "attention": repr(attention)}
+    made = {"crc32": zlib.crc32(buffer.numpy().data), "experts": repr(experts), "attention": repr(attention)}
     if not target.exists():
         convert_checkpoint(source.folder, target, experts, attention, config_extra={"converted_from": made})
     checkpoint = open_checkpoint(target)
     if (found := getattr(checkpoint.config, "converted_from", None)) != made:
-        raise OptionError("the folder of this width holds another one, or another model", expected=made, found=found,
-                          hint=f"remove {target}, or choose another folder")  # fmt: skip
+        raise OptionError(
+            "the folder of this width holds another one, or another model",
+            expected=made,
+            found=found,
+            hint=f"remove {target}, or choose another folder",
+        )
     return checkpoint
 
 
-def _sizes(checkpoint: Checkpoint) -> dict:
+def _sizes(checkpoint: Checkpoint) -> dict[str, float]:
     layout = checkpoint.layout
     weights = sum(n * k for n, k in layout.shapes.values())
     return {
@@ -158,9 +205,9 @@ def _sizes(checkpoint: Checkpoint) -> dict:
     }
 
 
-def _distances(expected: list[Tensor], predicted: Iterator[Prediction]) -> dict:
-    """expected: log-probabilities of the unquantized model `[T - 1, V]`, text by text."""
-    loss, divergence, same, count = 0.0, 0.0, 0, 0
+def _distances(expected: list[Tensor], predicted: Iterator[Prediction]) -> dict[str, float]:
+    """expected: log-probabilities of the unquantized model, `[T - 1, V]` for each text."""
+    loss, divergence, same, count = 0.0, 0.0, 0.0, 0
     for wanted, (ids, logits) in zip(expected, predicted, strict=True):
         found = logits.log_softmax(-1)
         loss -= found.gather(1, ids[1:, None]).sum().item()
@@ -170,13 +217,14 @@ def _distances(expected: list[Tensor], predicted: Iterator[Prediction]) -> dict:
     return {"perplexity": math.exp(loss / count), "kl": divergence / count, "agreement": same / count}
 
 
-def quality_table(rows: Sequence[dict]) -> str:
-    """Rows of `compare_widths` as aligned text."""
-    head = ("", "bits/weight", "experts", "on disk", "perplexity", "KL (nats)", "same token")
-    lines = [head] + [
-        (row["name"], f"{row['bits']:.2f}", gb(row["expert_bytes"]), gb(row["disk_bytes"]), f"{row['perplexity']:.3f}",
-         f"{row['kl']:.5f}", f"{row['agreement']:.1%}") for row in rows
-    ]  # fmt: skip
+def quality_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Format rows of `compare_widths` as aligned text."""
+    lines = [("", "bits/weight", "experts", "on disk", "perplexity", "KL (nats)", "same token")]
+    for row in rows:
+        measured = f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['agreement']:.1%}"
+        lines.append(
+            (row["name"], f"{row['bits']:.2f}", gb(row["expert_bytes"]), gb(row["disk_bytes"]), *measured)
+        )
     sizes = [max(map(len, column)) for column in zip(*lines)]
     padded = ([line[0].ljust(sizes[0]), *map(str.rjust, line[1:], sizes[1:])] for line in lines)
     return "\n".join("  ".join(line) for line in padded)

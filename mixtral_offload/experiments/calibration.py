@@ -1,7 +1,6 @@
-"""Measure a `DeviceCosts`: the times of one copy, one layer and one expert, on a live offloaded model.
+"""Measure `DeviceCosts` on a live offloaded model: the times of one copy, one layer and one expert.
 
-Knows a model's modules and the wall clock. Knows nothing of replays; `experiments/baselines.py` switches
-caches.
+Knows no replays; `experiments/baselines.py` switches caches.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -22,19 +22,20 @@ from mixtral_offload.experiments.baselines import (
     smallest_cache,
     switched,
 )
+from mixtral_offload.runtime.offload import OffloadedModel
 from mixtral_offload.units import check_whole
 
 LAYERS, EXPERTS, EXPERTS_END, LAYERS_END = range(4)
 
 
 @torch.inference_mode()
-def measure_costs(model, n_passes: int = 24) -> DeviceCosts:
+def measure_costs(model: OffloadedModel, n_passes: int = 24) -> DeviceCosts:
     """Measure the device that this model runs on: `copy_seconds`, and one token's compute by parts.
 
-    The model generates the same token repeatedly. It is routed alike each time, so all its experts are on the
-    device after the first pass. The context stays short: on a long one, attention takes longer. Only passes
-    of one token are measured: what more tokens add stays 0. host_s stays 0 too: where the device waits for
-    the host, that time is in attention_s.
+    The model generates the same token repeatedly, so that all its experts are on the device after the first
+    pass. The context is short: on a long one, attention takes longer. Only passes of one token are measured:
+    what more tokens add is 0. host_s is 0, too: time in which the device waits for the host is in
+    attention_s.
 
     Raises:
         OptionError: Every expert is resident, the model is being recorded, or n_passes is less than 4.
@@ -44,25 +45,31 @@ def measure_costs(model, n_passes: int = 24) -> DeviceCosts:
     check_whole("n_passes", n_passes, 4)
     n_layers = len(offload.checkpoint.layers)
     with switched(model, smallest_cache(model)):
-        parts = _token_parts(_marks(model, n_passes), n_layers)
-        # looking inside delays a token (on CUDA, the host waits for the device each time): scale to one left alone
-        begins = [at for what, at in _marks(model, n_passes, inside=False) if what == LAYERS]
+        parts = token_parts(mark_parts(model, n_passes), n_layers)
+        # marks inside a token delay it (on CUDA, the host waits for the device each time): scale to one
+        # without
+        begins = [at for what, at in mark_parts(model, n_passes, inside=False) if what == LAYERS]
     scale = statistics.median(b - a for a, b in pairwise(begins[2:])) / sum(parts)
     token_s, attention_s, experts_s = (scale * part for part in parts)
+    assert offload.cache.engine is not None  # see `check_can_switch`
     return DeviceCosts(
-        copy_s=copy_seconds(model), attention_s=attention_s / n_layers, token_s=token_s, chunks=offload.cache.engine.n_chunks,
-        expert_s=experts_s / n_layers / offload.checkpoint.top_k, predict_s=predict_seconds(model),
-    )  # fmt: skip
+        copy_s=copy_seconds(model),
+        attention_s=attention_s / n_layers,
+        expert_s=experts_s / n_layers / offload.checkpoint.top_k,
+        token_s=token_s,
+        chunks=offload.cache.engine.n_chunks,
+        predict_s=predict_seconds(model),
+    )
 
 
 @torch.inference_mode()
-def predict_seconds(model, n_guesses: int = 40) -> float:
-    """How long the model's prefetcher needs to guess for the layers after the first one; 0 where it has none."""
+def predict_seconds(model: OffloadedModel, n_predictions: int = 40) -> float:
+    """Measure how long the model's prefetcher takes after the first layer, in seconds; 0 without one."""
     prefetcher, times = model.offload.prefetcher, []
     if prefetcher is None:
         return 0.0
     hidden = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    for _ in range(n_guesses):
+    for _ in range(n_predictions):
         begin = device_time(model)
         ranked = prefetcher.rank(0, hidden)
         _ = ranked is None or ranked.tolist()
@@ -70,22 +77,30 @@ def predict_seconds(model, n_guesses: int = 40) -> float:
     return statistics.median(times)
 
 
-def _token_parts(marks: list[tuple[int, float]], n_layers: int) -> tuple[float, float, float]:
-    """Medians over tokens of the seconds (beside the layers, in the layers but not in experts, in experts)."""
+def token_parts(marks: list[tuple[int, float]], n_layers: int) -> tuple[float, float, float]:
+    """Return medians of a token's seconds (outside the layers, in the layers but not in experts, in experts).
+
+    Args:
+        marks: Of `mark_parts`.
+    """
     of_token = 2 * n_layers + 2
     passes = [marks[i : i + of_token] for i in range(0, len(marks), of_token)][2:]  # the first ones warm up
-    beside = [after[0][1] - now[-1][1] for now, after in pairwise(passes)]
+    outside = [after[0][1] - now[-1][1] for now, after in pairwise(passes)]
     experts = [sum(end - begin for (_, begin), (_, end) in zip(of[1:-1:2], of[2:-1:2])) for of in passes]
     layers = [of[-1][1] - of[0][1] for of in passes]
     experts_s = statistics.median(experts)
-    return statistics.median(beside), statistics.median(layers) - experts_s, experts_s
+    return statistics.median(outside), statistics.median(layers) - experts_s, experts_s
 
 
-def _marks(model, n_passes: int, inside: bool = True) -> list[tuple[int, float]]:
-    """(what begins or ends, when), in order, over n_passes of generating. inside: more than where the layers begin."""
+def mark_parts(model: OffloadedModel, n_passes: int, inside: bool = True) -> list[tuple[int, float]]:
+    """Generate, and return what begins or ends, and when, in order.
+
+    Args:
+        inside: Mark all of LAYERS, EXPERTS, EXPERTS_END and LAYERS_END; False: only where the layers begin.
+    """
     marks: list[tuple[int, float]] = []
     modules = [model.get_submodule(layer.name) for layer in model.offload.layers]
-    blocks = [layer.block() for layer in model.offload.layers]
+    blocks = [block for layer in model.offload.layers if (block := layer.block()) is not None]
     hooks = [blocks[0].register_forward_pre_hook(_marker(model, marks, LAYERS, wait=inside))]
     if inside:
         hooks += [module.register_forward_pre_hook(_marker(model, marks, EXPERTS)) for module in modules]
@@ -99,14 +114,16 @@ def _marks(model, n_passes: int, inside: bool = True) -> list[tuple[int, float]]
     return marks
 
 
-def _marker(model, marks: list[tuple[int, float]], what: int, wait: bool = True) -> Callable[..., None]:
-    def hook(*arguments) -> None:
+def _marker(
+    model: OffloadedModel, marks: list[tuple[int, float]], what: int, wait: bool = True
+) -> Callable[..., None]:
+    def hook(*arguments: Any) -> None:
         marks.append((what, device_time(model) if wait else time.perf_counter()))
 
     return hook
 
 
-def _repeat_token(model, n_passes: int) -> None:
+def _repeat_token(model: OffloadedModel, n_passes: int) -> None:
     """Generate the same token repeatedly, so that every pass does identical work."""
     end = model.generation_config.eos_token_id  # one, several or None
     ends = end if isinstance(end, list) else [end]
@@ -118,6 +135,5 @@ def _repeat_token(model, n_passes: int) -> None:
 
     ids = torch.full((1, 1), token, device=model.device)
     length = {"max_new_tokens": n_passes, "min_new_tokens": n_passes, "do_sample": False, "pad_token_id": 0}
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), logits_processor=LogitsProcessorList([only_this]), **length
-    )
+    mask, processors = torch.ones_like(ids), LogitsProcessorList([only_this])
+    model.generate(ids, attention_mask=mask, logits_processor=processors, **length)

@@ -164,6 +164,7 @@ if TYPE_CHECKING:
         """What `from_pretrained` returns: transformers' own model, with `offload`."""
 
         offload: Offload
+        generate: Callable[..., Any]  # its mixin types self as a protocol that no model satisfies
 
     class ExpertsModule(nn.Module):
         """The module of experts of one MoE layer of an offloaded model."""

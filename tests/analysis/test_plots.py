@@ -78,7 +78,7 @@ def test_cells_are_the_worst_of_a_token_s_uses(run):
         of = set(outcomes[token, layer].tolist())
         assert shown[layer, token] == (2 if MISS in of else 1 if PREFETCHED in of else 0)
     assert wasted.sum() == len(trace.wasted_pass)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*CELLS, "wasted guess"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*CELLS, "wasted prediction"]
 
 
 def test_shares_and_entropies(run):

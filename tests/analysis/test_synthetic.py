@@ -10,7 +10,7 @@ from mixtral_offload.analysis.synthetic import (
     fit_stay,
     lru_hit_rates,
     recall_by_layer,
-    sticky_guesses,
+    sticky_predictions,
     sticky_trace,
 )  # fmt: skip
 from mixtral_offload.errors import OptionError
@@ -75,15 +75,15 @@ def found(trace, guesses):
     return np.where((guesses < 0).all((0, 3)), np.nan, hits)
 
 
-@pytest.mark.parametrize("n_guesses", [1, 2, 3, 7])
-def test_guesses_find_what_they_should(n_guesses):
+@pytest.mark.parametrize("n_predictions", [1, 2, 3, 7])
+def test_guesses_find_what_they_should(n_predictions):
     trace = sticky_trace(4000, 4, 8, 2, 0.2)
-    guesses = sticky_guesses(trace, [0.45, 0.3], n_guesses, 2)
-    assert guesses.shape == (4000, 4, 2, n_guesses) and guesses.dtype == np.int16
+    guesses = sticky_predictions(trace, [0.45, 0.3], n_predictions, 2)
+    assert guesses.shape == (4000, 4, 2, n_predictions) and guesses.dtype == np.int16
     assert (guesses[:, 0] == -1).all() and (guesses[:, 1, 1] == -1).all()  # no layer is that far before
     there = guesses[:, 2:]
     assert there.min() >= 0 and (np.diff(np.sort(there, -1)) > 0).all()  # n different ones
-    if n_guesses < 7:
+    if n_predictions < 7:
         np.testing.assert_allclose(found(trace, guesses)[2:], [[0.45, 0.3]] * 2, atol=0.02)
     else:  # 7 of 8 leave out at most one
         assert (found(trace, guesses)[2:] >= 0.5).all()
@@ -94,7 +94,9 @@ def test_recall_by_layer_as_measured_on_mixtral():
     assert recall[:, 0].tolist() == [*MIXTRAL_RECALL, 0.88, 0.88]
     assert recall[6, 1] == pytest.approx(0.88 * 0.91)
     trace = sticky_trace(3000, 7, 8, 2, 0.2)
-    np.testing.assert_allclose(found(trace, sticky_guesses(trace, recall, 2, 2))[2:], recall[2:], atol=0.02)
+    np.testing.assert_allclose(
+        found(trace, sticky_predictions(trace, recall, 2, 2))[2:], recall[2:], atol=0.02
+    )
 
 
 def test_a_trace_holds_its_guesses():
@@ -117,11 +119,11 @@ def test_impossible_numbers_are_refused():
         with pytest.raises(OptionError, match="impossible"):
             sticky_trace(**{"n_tokens": 10, "n_layers": 2, "n_experts": 8, "top_k": 2, "stay": 0.2, **wrong})
     with pytest.raises(OptionError, match=r"recall of 0 to 0\.5"):
-        sticky_guesses(trace, 0.8, 1, 1)  # one guess cannot find .8 of two
-    with pytest.raises(OptionError, match="impossible guesses"):
-        sticky_guesses(trace, 0.8, 9, 1)
+        sticky_predictions(trace, 0.8, 1, 1)  # one guess cannot find .8 of two
+    with pytest.raises(OptionError, match="impossible predictions"):
+        sticky_predictions(trace, 0.8, 9, 1)
     with pytest.raises(OptionError, match=r"\[1\] or \[2, 1\]"):
-        sticky_guesses(trace, [0.8, 0.7, 0.6], 2, 1)
+        sticky_predictions(trace, [0.8, 0.7, 0.6], 2, 1)
     for wrong in ({}, {1: 0.2}, {3: 1.2}):
         with pytest.raises(OptionError, match="impossible hit rates"):
             fit_stay(wrong, 8, 2)

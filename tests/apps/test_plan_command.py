@@ -139,7 +139,7 @@ def test_a_trace_gives_each_layer_its_own_slots(capsys, tmp_path):
 
 
 def test_a_trace_from_its_file_with_the_predictions_it_has(capsys, tmp_path, mixtral):
-    trace = sticky_trace(48, 32, 8, 2, 0.3, recall=0.4, n_guesses=1)
+    trace = sticky_trace(48, 32, 8, 2, 0.3, recall=0.4, n_predictions=1)
     trace.save(tmp_path / "trace.safetensors")
     assert main(["plan", str(mixtral), *DEVICE, "--trace", str(tmp_path / "trace.safetensors")]) == 0
     text = capsys.readouterr().out

@@ -10,7 +10,7 @@ from mixtral_offload import load_tokenizer, record
 from mixtral_offload.core.placement import Sizes, make_plan
 from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.experiments import baselines as variants
-from mixtral_offload.experiments.ablation import PAPER, RESIDENT, Ablation, ablate, generate
+from mixtral_offload.experiments.ablation import PAPER_TABLE_2, RESIDENT, Ablation, ablate, generate
 from mixtral_offload.experiments.plots import plot_ablation
 from mixtral_offload.runtime import build as building
 from mixtral_offload.runtime import cache
@@ -52,7 +52,7 @@ def test_each_variant_moves_what_its_name_says(offloaded, tokenizer, model):
     resident = offloaded(cache_size=8)
     found = ablate(model, tokenizer, PROMPTS, resident=resident, **QUICK)
     expert, counters = model.offload.layout.n_bytes, found.counters
-    assert [*found.tokens_per_s] == [RESIDENT, *PAPER] and [*counters] == [*PAPER]
+    assert [*found.tokens_per_s] == [RESIDENT, *PAPER_TABLE_2] and [*counters] == [*PAPER_TABLE_2]
     assert counters["naive"]["bytes_moved"] == NAIVE_PASSES * 6 * 8 * expert
     forgetful = counters["without cache and prefetch"]
     assert forgetful["hits"] == 0 and forgetful["bytes_moved"] == forgetful["misses"] * expert
@@ -69,7 +69,7 @@ def test_the_result_as_a_table_as_json_and_as_a_picture(tokenizer, model):
     found = ablate(model, tokenizer, PROMPTS[0], **QUICK)
     assert Ablation(**json.loads(found.to_json())) == found
     lines = str(found).splitlines()
-    assert [line[:28].strip() for line in lines[1:5]] == [*PAPER] and "3.16" in lines[1]
+    assert [line[:28].strip() for line in lines[1:5]] == [*PAPER_TABLE_2] and "3.16" in lines[1]
     figure, shown = plot_ablation(found)
     assert shown[:, 0].tolist() == [*found.tokens_per_s.values()]
     assert shown[-1].tolist() == [found.tokens_per_s["naive"], 1, 1]
@@ -145,7 +145,7 @@ def test_residents_stay_in_every_variant(tokenizer, partly_resident):
 def test_a_slow_link_lasts_as_long_as_its_block(model):
     own = model.offload.cache.engine
     copy_s = variants.copy_seconds(model)
-    with variants.slow_link(model, 20):
+    with variants.throttled(model, 20):
         assert model.offload.cache.engine is not own
         assert variants.copy_seconds(model) > 5 * copy_s
     assert model.offload.cache.engine is own and answer(model)

@@ -12,9 +12,9 @@ from mixtral_offload.experiments.calibration import (
     EXPERTS_END,
     LAYERS,
     LAYERS_END,
-    _marks,
-    _token_parts,
+    mark_parts,
     measure_costs,
+    token_parts,
 )
 
 
@@ -22,7 +22,7 @@ def test_a_token_is_taken_apart():
     kinds = [LAYERS, EXPERTS, EXPERTS_END, EXPERTS, EXPERTS_END, LAYERS_END]
     slow, token = [0, 5, 9, 12, 14, 20], [0, 3, 4, 7, 9, 10]  # the first two warm up; 5 between two tokens
     times = [25 * number + at for number, of in enumerate([slow, slow, token, token, token]) for at in of]
-    assert _token_parts(list(zip(kinds * 5, times)), 2) == (25 - 10, 10 - 3, 3)
+    assert token_parts(list(zip(kinds * 5, times)), 2) == (25 - 10, 10 - 3, 3)
 
 
 def test_a_card_is_measured_on_the_live_model():
@@ -33,7 +33,7 @@ def test_a_card_is_measured_on_the_live_model():
     token_s = costs.token_s + 6 * (costs.attention_s + 2 * costs.expert_s)
     assert min(costs.copy_s, costs.attention_s, costs.expert_s, costs.token_s) > 0 and costs.chunks == 1
     assert 0.05 * took < token_s * 2 * 24 < 2 * took  # two runs of 24 tokens, and little else
-    _marks(model, 8)
+    mark_parts(model, 8)
     assert (model.offload.stats.misses, model.offload.stats.hits) == (12, 7 * 12)  # it repeats itself
     assert model.offload.prefetcher is held and not model.model.layers[0]._forward_pre_hooks
     with record(model), pytest.raises(OptionError, match="being recorded"):

@@ -1,6 +1,6 @@
-"""Pictures of the cache: hit rates, speculation, reuse.
+"""Pictures of the cache: hit rates, predictions, reuse.
 
-Knows traces, replays and matplotlib. Each function returns (figure, the array it shows).
+Each function returns (figure, the array it shows).
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ STYLES = {
 def plot_hit_rates(
     trace: RoutingTrace, policies: Sequence[str] = ("lru", "lfu", "lrfu", BELADY), shared: bool = False
 ) -> tuple[Figure, np.ndarray]:
-    """Draw the hit rate against the cache size, averaged, and (thin) LRU's by layer (2312.17238, figure 2).
+    """Draw the hit rate against the cache size, averaged, and LRU's by layer (2312.17238, figure 2).
 
     Args:
         policies: Eviction policies to replay.
         shared: One pool of slots for all layers.
 
     Returns:
-        The figure, and float64 [policies, sizes, L], sizes from the top-k to all experts.
+        The figure, and float64 `[policies, sizes, L]`, sizes from the top-k to all experts.
     """
     curves = hit_rate_curves(trace, policies, shared=shared)
-    sizes = np.arange(trace.top_k, trace.n_experts + 1)
+    sizes = range(trace.top_k, trace.n_experts + 1)
     title = "Hit rate against cache size" + (", one pool for all layers" if shared else "")
     figure = new_figure(6.4, 4.2, title)
     axes = figure.subplots()
     for number, layer in enumerate(curves.get("lru", np.empty((0, 0))).T):
         label = "LRU, one layer each" if number == 0 else None
         axes.plot(sizes, layer, color="0.75", linewidth=0.8, label=label)
-    axes.plot(sizes, sizes / trace.n_experts, "--", color="0.4", label="chance")
+    axes.plot(sizes, np.array(sizes) / trace.n_experts, "--", color="0.4", label="chance")
     for name, curve in curves.items():
         colour, marker, label = STYLES[name]
         axes.plot(sizes, curve.mean(1), marker=marker, color=colour, label=label, markersize=5)
@@ -65,20 +65,20 @@ def plot_hit_rates(
 
 
 def plot_recall(recall: Recall) -> tuple[Figure, np.ndarray]:
-    """Draw the recall of predictions against the experts fetched ahead (2312.17238, figure 2, right).
+    """Draw the recall of predictions against their number (2312.17238, figure 2, right).
 
     Returns:
-        The figure, and float64 [look-aheads, E + 1], averaged over layers.
+        The figure, and float64 `[look-aheads, E + 1]`, averaged over layers.
     """
-    average, guesses = recall.average(), np.arange(recall.n_experts + 1)
-    figure = new_figure(6.4, 4.2, f"Recall of speculative loading ({recall.n_tokens} tokens)")
+    average, counts = recall.average(), range(recall.n_experts + 1)
+    figure = new_figure(6.4, 4.2, f"Recall of predictions ({recall.n_tokens} tokens)")
     axes = figure.subplots()
-    axes.plot(guesses, recall.chance(), "--", color="0.4", label="chance")
+    axes.plot(counts, recall.chance(), "--", color="0.4", label="chance")
     styles = zip((BLUE, ORANGE, GREEN, RED, SKY), "os^Dv")
     for curve, layers, (colour, marker) in zip(average, recall.look_aheads, styles):
-        axes.plot(guesses, curve, color=colour, marker=marker, markersize=5, label=ahead(layers))
-    across, up = "experts fetched ahead for each layer", "share of the needed experts among them"
-    finish_curves(axes, across, up, guesses, legend="lower right")
+        axes.plot(counts, curve, color=colour, marker=marker, markersize=5, label=ahead(layers))
+    across, up = "experts predicted for each layer", "share of the needed experts among them"
+    finish_curves(axes, across, up, counts, legend="lower right")
     return figure, average
 
 
@@ -86,7 +86,7 @@ def plot_hit_heatmap(trace: RoutingTrace, bins: int = 24) -> tuple[Figure, np.nd
     """Draw the hit rate by layer and position in the text.
 
     Returns:
-        The figure, and float64 [L, bins], nan where nothing ran.
+        The figure, and float64 `[L, bins]`, nan where nothing ran.
     """
     bins = min(bins, trace.n_passes)
     column = trace.use_pass * bins // max(trace.n_passes, 1)
@@ -106,17 +106,17 @@ def plot_hit_heatmap(trace: RoutingTrace, bins: int = 24) -> tuple[Figure, np.nd
 
 
 def plot_speculation(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
-    """Draw precision (predictions that came true) and recall (misses that were predicted) by layer.
+    """Draw precision (the share of right predictions) and recall (of predicted misses) by layer.
 
     Returns:
-        The figure, and float64 [2, L].
+        The figure, and float64 `[2, L]`.
     """
     count = trace.n_layers
     right = np.bincount(trace.use_layer[trace.use_outcome == PREFETCHED], minlength=count)
     missed = np.bincount(trace.use_layer[trace.use_outcome == MISS], minlength=count)
     wrong = np.bincount(trace.wasted_layer, minlength=count)
     shown = np.stack([right / np.maximum(right + wrong, 1), right / np.maximum(right + missed, 1)])
-    figure = new_figure(6.4, 3.6, "Speculative loading by layer")
+    figure = new_figure(6.4, 3.6, "Predictions by layer")
     axes = figure.subplots()
     for row, (label, colour, hatch) in enumerate((("precision", SKY, ""), ("recall", BLUE, "//"))):
         place = np.arange(count) + 0.4 * row - 0.2
@@ -130,10 +130,10 @@ def plot_speculation(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
 
 
 def plot_reuse(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
-    """Draw how soon an expert is used again: how many other experts of its layer came in between.
+    """Draw how soon an expert is used again: how many other experts of its layer are used in between.
 
     Returns:
-        The figure, and float64 [L, E + 1], shares of a layer's uses; the last column counts first uses.
+        The figure, and float64 `[L, E + 1]`, shares of a layer's uses; the last column counts first uses.
     """
     counts = reuse_distances(trace)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

@@ -1,7 +1,7 @@
-"""Pictures of quantization: what a bit width does to one matrix, and to a whole model's size and quality.
+"""Pictures of quantization: what a bit width does to one matrix.
 
-Knows checkpoints' matrices, rows of `bit_widths.compare_widths` and matplotlib. Each function returns (figure, the array it
-shows). Dark is low and bright is high in every map; maps of weights and of errors in one figure share their colours.
+Each function returns (figure, the array it shows). In every map dark is low and bright is high; maps of
+weights and of errors in one figure share their colours.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from mixtral_offload.weights.source import resolve
 
 @dataclass(frozen=True)
 class Matrix:
-    """One stored matrix of shape (N, K), on any device."""
+    """One stored matrix of shape `(N, K)`, on any device."""
 
     fields: Fields
     shape: tuple[int, int]
@@ -45,12 +46,12 @@ class Matrix:
 
     @cached_property
     def levels(self) -> np.ndarray:
-        """The integers as stored, uint8 [N, K]; none at 16 bits."""
+        """The integers as stored, uint8 `[N, K]`; none at 16 bits."""
         return values(self.fields, self.quantization).view(self.shape).cpu().numpy()
 
     @cached_property
     def values(self) -> np.ndarray:
-        """The weights, float32 [N, K]."""
+        """The weights, float32 `[N, K]`."""
         return _numpy(dequantize(self.fields, self.shape, self.quantization))
 
 
@@ -62,40 +63,56 @@ Source = Checkpoint | str | Path | None
 
 
 def read_matrix(source: Source = None, expert: ExpertId = (0, 0), matrix: str = "gate") -> Matrix:
-    """One expert's matrix as it is stored: "gate", "up" or "down". Nothing else is read.
+    """Read one expert's matrix as it is stored, and nothing else.
 
-    source: a checkpoint, its folder or repository, or None for the shipped 4-bit model. expert: (layer, number).
-    Raises OptionError for an expert or matrix that is not there.
+    Args:
+        source: A checkpoint, its folder or repository, or None for the shipped 4-bit model.
+        expert: (layer, number).
+        matrix: "gate", "up" or "down".
+
+    Raises:
+        OptionError: There is no such expert or matrix.
     """
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(resolve(source))
-    if tuple(expert) not in source.experts or matrix not in MATRICES:
+    layer, number = expert
+    if (layer, number) not in source.experts or matrix not in MATRICES:
         first, last = min(source.experts), max(source.experts)
         expected = f"an expert from {first} to {last}, and one of {', '.join(MATRICES)}"
         raise OptionError("no such matrix", expected=expected, found=f"{expert}, {matrix}")
-    stored, wanted = source.experts[tuple(expert)], [f for f in source.layout.fields if f.matrix == matrix]
+    stored = source.experts[layer, number]
+    wanted = [field for field in source.layout.fields if field.matrix == matrix]
     fields = {field.name: stored[matrix, field.name].read().view(field.shape) for field in wanted}
     return Matrix(fields, source.layout.shapes[matrix], source.layout.quantization[matrix])
 
 
 def plot_matrix(
-    source: Source = None, expert: ExpertId = (0, 0), matrix: str = "gate", compare: Tensor | Source = None,
-    rows: slice | None = None, columns: slice = slice(0, 32),
-) -> tuple[Figure, np.ndarray]:  # fmt: skip
-    """How one matrix is stored: integers, a scale and a zero for each group, and the weights these give.
+    source: Source = None,
+    expert: ExpertId = (0, 0),
+    matrix: str = "gate",
+    compare: Tensor | Source = None,
+    rows: slice | None = None,
+    columns: slice = slice(0, 32),
+) -> tuple[Figure, np.ndarray]:
+    """Draw how one matrix is stored: integers, a scale and a zero for each group, and the weights these give.
 
-    source, expert, matrix: as for `read_matrix`. compare: the weights before, [N, K], or a checkpoint that has them in
-    the same place. rows, columns: the corner shown; default: up to 16 rows of one group, 32 columns. Array: the corner's
-    integers, uint8 [rows, columns]; of a 16-bit matrix its values, float32.
+    Args:
+        source, expert, matrix: As for `read_matrix`.
+        compare: The weights before, `[N, K]`, or a checkpoint that has them in the same place.
+        rows, columns: The part shown. Default: up to 16 rows of one group, 32 columns.
+
+    Returns:
+        The figure, and the integers shown, uint8 `[rows, columns]`; of a 16-bit matrix its values, float32.
     """
     shown = read_matrix(source, expert, matrix)
     original = _original(compare, expert, matrix, shown.shape)
     bits, corner = shown.quantization.bits, _Corner.of(shown, rows, columns)
     heights = [1.5] if original is None else [1.5, 1.5]
-    above = ([1.5, 0.5, 0.5], [2.5]) if bits < 16 else ([], [])
-    title = f"Layer {expert[0]}, expert {expert[1]}, {matrix}, {shown.shape[0]} x {shown.shape[1]}: {shown.quantization}"
+    above: tuple[list[float], list[float]] = ([1.5, 0.5, 0.5], [2.5]) if bits < 16 else ([], [])
+    size = f"{shown.shape[0]} x {shown.shape[1]}"
+    title = f"Layer {expert[0]}, expert {expert[1]}, {matrix}, {size}: {shown.quantization}"
     figure = new_figure(11, 0.6 + 1.6 * sum(heights + above[1]), title)
-    left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.4, 1))[0]
     maps, histograms = _column(left, above[0] + heights), _column(right, above[1] + heights)
     if bits < 16:
         _draw_stored(maps[:3], histograms[0], shown, corner)
@@ -110,11 +127,13 @@ def plot_matrix(
     return figure, corner.cut(shown.levels if bits < 16 else shown.values)
 
 
-def _column(figure, heights: list[float]) -> np.ndarray:
+def _column(figure: SubFigure, heights: list[float]) -> np.ndarray:
     return figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
 
 
-def _original(compare: Tensor | Source, expert, matrix, shape) -> np.ndarray | None:
+def _original(
+    compare: Tensor | Source, expert: ExpertId, matrix: str, shape: tuple[int, int]
+) -> np.ndarray | None:
     if compare is None:
         return None
     original = _numpy(compare) if isinstance(compare, Tensor) else read_matrix(compare, expert, matrix).values
@@ -124,13 +143,19 @@ def _original(compare: Tensor | Source, expert, matrix, shape) -> np.ndarray | N
 
 
 def plot_quantized(
-    weight: Tensor, quantization: Quantization = PAPER[2], rows: slice = slice(0, 32), columns: slice = slice(0, 32)
-) -> tuple[Figure, np.ndarray]:  # fmt: skip
-    """What quantizing `weight [N, K]` would do: original, quantized, and the difference, in the same colours.
+    weight: Tensor,
+    quantization: Quantization = PAPER[2],
+    rows: slice = slice(0, 32),
+    columns: slice = slice(0, 32),
+) -> tuple[Figure, np.ndarray]:
+    """Draw what quantizing `weight [N, K]` would do: original, quantized, and the difference.
 
-    Runs hqq's solver where the weight is: seconds for a matrix of Mixtral-8x7B on a CPU. Array: float32 [3, rows, columns].
+    Runs HQQ's solver on the weight's device: seconds for a matrix of Mixtral-8x7B on a CPU.
+
+    Returns:
+        The figure, and float32 `[3, rows, columns]`.
     """
-    original, shape = _numpy(weight), tuple(weight.shape)
+    original, shape = _numpy(weight), (weight.shape[0], weight.shape[1])
     after = Matrix(quantize(weight, quantization), shape, quantization).values
     error, corner, name = after - original, _Corner(rows, columns, shape), f"{quantization.bits}-bit"
     maps = np.stack([corner.cut(values) for values in (original, after, error)])
@@ -150,9 +175,7 @@ class _Corner(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Matrix, rows: slice | None, columns: slice) -> _Corner:
-        if (
-            rows is None
-        ):  # a group's weights stand in one column, `step` rows apart, wherever that comes out even
+        if rows is None:  # a group's weights are in one column, `step` rows apart, if that comes out even
             group = max(matrix.quantization.group_size, 1)
             step, rest = divmod(matrix.shape[0], group)
             n = min(16, group) if group > 1 else 16
@@ -163,23 +186,23 @@ class _Corner(NamedTuple):
         return array[self.rows, self.columns]
 
     def groups(self, size: int) -> np.ndarray:
-        """Of each weight shown the number of its group, for groups of `size`; int [rows, columns]."""
+        """The number of each shown weight's group, for groups of `size`: int `[rows, columns]`."""
         n, k = self.shape
         rows, columns = np.arange(n)[self.rows], np.arange(k)[self.columns]
         return (rows[:, None] * k + columns) % (n * k // size)
 
-    def label(self, axes) -> None:
-        """Rows and columns by their numbers in the matrix."""
+    def label(self, axes: Axes) -> None:
+        """Label rows and columns with their numbers in the matrix."""
         for axis, chosen, size in ((axes.yaxis, self.rows, 0), (axes.xaxis, self.columns, 1)):
             numbers = range(self.shape[size])[chosen]
             at = range(0, len(numbers), max(1, len(numbers) // 8))
-            axis.set_ticks(list(at), [numbers[i] for i in at], fontsize=7)
+            axis.set_ticks(list(at), [str(numbers[i]) for i in at], fontsize=7)
         step = self.rows.step or 1
         axes.set_ylabel("row" if step == 1 else f"row, {step} apart", fontsize=8)
 
 
-def _draw_stored(panels, bars, matrix: Matrix, corner: _Corner) -> None:
-    """The integers, each in its colour; the scales and zeros of their groups; how often each integer is used."""
+def _draw_stored(panels: np.ndarray, bars: Axes, matrix: Matrix, corner: _Corner) -> None:
+    """Draw the integers, the scales and zeros of their groups, and how often each integer is used."""
     n, shown = 2**matrix.quantization.bits, corner.cut(matrix.levels)
     colours = ListedColormap(colormaps["cividis"](np.linspace(0, 1, n)))
     panels[0].imshow(shown, cmap=colours, vmin=-0.5, vmax=n - 0.5, aspect="auto", interpolation="none")
@@ -199,8 +222,8 @@ def _draw_stored(panels, bars, matrix: Matrix, corner: _Corner) -> None:
     set_labels(bars, f"{n} integers, and how often each is used", "share of the matrix", "integer")
 
 
-def _draw_groups(axes, of_weights: np.ndarray, name: str) -> None:
-    """A line for each row shown, one for all where every column is of one group."""
+def _draw_groups(axes: Axes, of_weights: np.ndarray, name: str) -> None:
+    """Draw a line for each row shown, or one for all if every column is of one group."""
     lines = np.unique(of_weights, axis=0)
     colour, width = (BLUE, 1.4) if len(lines) == 1 else (SKY, 0.6)
     axes.plot(lines.T, drawstyle="steps-mid", color=colour, linewidth=width)
@@ -210,7 +233,9 @@ def _draw_groups(axes, of_weights: np.ndarray, name: str) -> None:
     set_labels(axes, f"{name}: one for each column" if len(lines) == 1 else f"{name}: a line for each row")
 
 
-def _draw_map(axes, shown: np.ndarray, corner: _Corner, limit: float, name: str, bar: bool = True) -> None:
+def _draw_map(
+    axes: Axes, shown: np.ndarray, corner: _Corner, limit: float, name: str, bar: bool = True
+) -> None:
     image = heat_map(axes, shown, -limit, limit, aspect="auto", interpolation="none")
     set_labels(axes, name, "column")
     corner.label(axes)
@@ -218,9 +243,9 @@ def _draw_map(axes, shown: np.ndarray, corner: _Corner, limit: float, name: str,
         axes.figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=7)
 
 
-def _draw_histogram(axes, name: str, values: np.ndarray, original: np.ndarray | None) -> None:
+def _draw_histogram(axes: Axes, name: str, values: np.ndarray, original: np.ndarray | None) -> None:
     limit = 3.5 * (values if original is None else original).std()
-    bins = np.linspace(-limit, limit, 121)
+    bins = np.linspace(-limit, limit, 121).tolist()
     axes.hist(values.ravel(), bins, color=SKY, label=name)
     if original is not None:
         axes.hist(original.ravel(), bins, color=BLACK, histtype="step", linewidth=0.9, label="original")
@@ -229,9 +254,10 @@ def _draw_histogram(axes, name: str, values: np.ndarray, original: np.ndarray | 
     set_labels(axes, f"all {values.size:,} weights", "weight")
 
 
-def _draw_errors(axes, error: np.ndarray, original: np.ndarray) -> None:
+def _draw_errors(axes: Axes, error: np.ndarray, original: np.ndarray) -> None:
     rms, of_weights = (float(np.sqrt(np.square(array).mean())) for array in (error, original))
-    axes.hist(error.ravel(), np.linspace(-3.5, 3.5, 121) * (rms or 1), color=RED)
+    bins = (np.linspace(-3.5, 3.5, 121) * (rms or 1)).tolist()
+    axes.hist(error.ravel(), bins, color=RED)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(6))
     set_labels(axes, f"error: {rms / of_weights:.1%} of the weights (rms {rms:.2g})", "error")

@@ -1,13 +1,15 @@
-"""Pictures of routing: which experts are used, by which tokens, and what became of each use.
+"""Pictures of routing: experts used by each token, and what became of each use.
 
-Knows traces and matplotlib. Each function returns (figure, the array it shows).
+Each function returns (figure, the array it shows).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -24,51 +26,52 @@ from mixtral_offload.analysis.plots.style import (
 from mixtral_offload.analysis.replay import cache_contents
 from mixtral_offload.core.trace import MISS, PREFETCHED, RoutingTrace
 
-HIT_CELL, GUESS_CELL, STALL_CELL = 0, 1, 2
-CELLS = {"hit": "#E4EEF5", "right guess": SKY, "stall": "#8A2F00"}
+HIT_CELL, PREDICTED_CELL, STALL_CELL = 0, 1, 2
+CELLS = {"hit": "#E4EEF5", "right prediction": SKY, "stall": "#8A2F00"}
 
 
 def token_labels(trace: RoutingTrace, tokens: Sequence[int]) -> list[str]:
-    """Short readable texts, spaces and line ends made visible."""
+    """Return short readable texts, with spaces and line ends made visible."""
     if not trace.pieces:
         return [str(trace.tokens[i]) for i in tokens]
     shown = [trace.pieces[i].replace("\n", "⏎").replace(" ", "␣") for i in tokens]
     return [text if len(text) <= 12 else text[:11] + "…" for text in shown]
 
 
-def _label_tokens(axes, trace: RoutingTrace, tokens: Sequence[int]) -> None:
+def _label_tokens(axes: Axes, trace: RoutingTrace, tokens: Sequence[int]) -> None:
     size = 8 if len(tokens) <= 40 else 6
-    axes.set_xticks(
-        range(len(tokens)), token_labels(trace, tokens), rotation=90, fontsize=size, family="monospace", parse_math=False
-    )  # fmt: skip
+    style: dict[str, Any] = {"rotation": 90, "fontsize": size, "family": "monospace", "parse_math": False}
+    axes.set_xticks(range(len(tokens)), token_labels(trace, tokens), **style)
     axes.set_xlabel("token")
 
 
 def plot_activations(
-    trace: RoutingTrace, layers: Sequence[int] | None = None, tokens: Sequence[int] | slice = slice(0, 48), **settings
-) -> tuple[Figure, np.ndarray]:  # fmt: skip
-    """Draw which experts each token used, with the cache behind it (2312.17238, figure 1).
+    trace: RoutingTrace,
+    layers: Sequence[int] | None = None,
+    tokens: Sequence[int] | slice = slice(0, 48),
+    **settings: Any,
+) -> tuple[Figure, np.ndarray]:
+    """Draw which experts each token used, and the cached ones (2312.17238, figure 1).
 
-    Blue squares: the router's weight. Grey: the expert was in the cache when the token came.
+    Blue squares: the router's weight. Grey: the expert was cached before the token.
 
     Args:
         layers: Their numbers. Default: four spread over the depth.
         settings: Of the cache, as for `replay`. Default: the run's own.
 
     Returns:
-        The figure, and the router's weights, float32 [layers, E, tokens], 0 where not chosen.
+        The figure, and the router's weights, float32 `[layers, E, tokens]`, 0 where not chosen.
     """
-    tokens = np.arange(trace.n_tokens)[tokens]
+    columns = np.arange(trace.n_tokens)[tokens].tolist()
     if layers is None:
-        layers = np.unique(np.linspace(0, trace.n_layers - 1, 4).round().astype(int))
-    layers = np.asarray(layers)
-    held = cache_contents(trace, **settings)[trace.passes[tokens]][:, layers].transpose(1, 2, 0)
+        layers = np.unique(np.linspace(0, trace.n_layers - 1, 4).round().astype(int)).tolist()
+    held = cache_contents(trace, **settings)[trace.passes[columns]][:, layers].transpose(1, 2, 0)
     shown = np.zeros(held.shape, np.float32)  # [layers, E, tokens]
-    chosen = trace.experts[tokens][:, layers].transpose(1, 2, 0)  # [layers, k, tokens]
-    np.put_along_axis(shown, chosen.astype(int), trace.weights[tokens][:, layers].transpose(1, 2, 0), axis=1)
+    chosen = trace.experts[columns][:, layers].transpose(1, 2, 0)  # [layers, k, tokens]
+    np.put_along_axis(shown, chosen.astype(int), trace.weights[columns][:, layers].transpose(1, 2, 0), axis=1)
     height = 0.8 + len(layers) * (0.4 + 0.16 * trace.n_experts)
-    width = max(6, 0.21 * len(tokens) + 1.5)
-    figure = new_figure(width, height, "Experts used by each token, and the cache it found")
+    width = max(6, 0.21 * len(columns) + 1.5)
+    figure = new_figure(width, height, "Experts used by each token, and the cache before it")
     panels = np.atleast_1d(figure.subplots(len(layers), 1, sharex=True))
     for axes, layer, of_layer, weights in zip(panels, layers, held, shown):
         axes.imshow(
@@ -77,10 +80,9 @@ def plot_activations(
         _squares(axes, weights)
         axes.set_ylabel(f"layer {trace.settings['layers'][layer]}\nexpert")
         axes.set_yticks(range(trace.n_experts), range(trace.n_experts), fontsize=7)
-    _label_tokens(panels[-1], trace, tokens)
-    handles = patches(
-        {f"chosen, gate weight {weight}": _shade(weight) for weight in (1, 0.5)}, edgecolor=BLACK
-    )
+    _label_tokens(panels[-1], trace, columns)
+    chosen_colours = {f"chosen, router's weight {weight}": _shade(weight) for weight in (1, 0.5)}
+    handles = patches(chosen_colours, edgecolor=BLACK)
     legend_below(figure, [*handles, *patches({"in the cache": "0.82"})], 3)
     return figure, shown
 
@@ -89,8 +91,8 @@ def _shade(weight: float) -> tuple[float, float, float]:
     return 0.85 * (1 - weight), 0.3 + 0.55 * (1 - weight), 0.55 + 0.4 * (1 - weight)
 
 
-def _squares(axes, weights: np.ndarray) -> None:
-    """A square for each gate weight that is not 0, of [E, tokens]."""
+def _squares(axes: Axes, weights: np.ndarray) -> None:
+    """Draw a square for each of the router's weights `[E, tokens]` that is not 0."""
     for expert, column in zip(*weights.nonzero()):
         where, colour = (column - 0.38, expert - 0.36), _shade(weights[expert, column])
         axes.add_patch(Rectangle(where, 0.76, 0.72, facecolor=colour, edgecolor=BLACK, linewidth=0.5))
@@ -100,14 +102,14 @@ def cells(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
     """Find what became of each token in each layer.
 
     Returns:
-        HIT_CELL, GUESS_CELL or STALL_CELL, the worst of its uses, int [N, L]; and how many predictions were
-        wasted on it, int [N, L] (a pass's on its first token).
+        HIT_CELL, PREDICTED_CELL or STALL_CELL, the worst of its uses, int `[N, L]`; and the wrong
+        predictions, int `[N, L]` (a pass's at its first token).
     """
     outcomes = trace.outcomes()
     found = np.where(
         (outcomes == MISS).any(-1),
         STALL_CELL,
-        np.where((outcomes == PREFETCHED).any(-1), GUESS_CELL, HIT_CELL),
+        np.where((outcomes == PREFETCHED).any(-1), PREDICTED_CELL, HIT_CELL),
     )
     wasted = np.zeros((trace.n_tokens, trace.n_layers), int)
     first = np.searchsorted(trace.passes, np.arange(trace.n_passes))
@@ -116,18 +118,18 @@ def cells(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figure, np.ndarray]:
-    """Draw, token by layer, if experts were cached, predicted or waited for; crosses mark wasted predictions.
+    """Draw, token by layer, if experts were cached, predicted or waited for. Crosses: wasted predictions.
 
     Returns:
-        The figure, and int [L, tokens] of HIT_CELL, GUESS_CELL, STALL_CELL.
+        The figure, and int `[L, tokens]` of HIT_CELL, PREDICTED_CELL, STALL_CELL.
     """
-    chosen = np.arange(trace.n_tokens)[tokens]
+    chosen = range(trace.n_tokens)[tokens]
     found, wasted = cells(trace)
     shown = found[chosen].T
     figure = new_figure(
         max(6, 0.2 * len(chosen) + 1.5),
         1.9 + 0.24 * trace.n_layers,
-        "Hits, guesses and stalls, token by layer",
+        "Hits, predictions and stalls, token by layer",
     )
     axes = figure.subplots()
     axes.imshow(
@@ -141,7 +143,10 @@ def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figur
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
     _label_tokens(axes, trace, chosen)
-    handles = [*patches(CELLS, edgecolor="0.6"), *axes.plot([], [], "x", color=BLACK, label="wasted guess")]
+    handles = [
+        *patches(CELLS, edgecolor="0.6"),
+        *axes.plot([], [], "x", color=BLACK, label="wasted prediction"),
+    ]
     figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=8)
     return figure, shown
 
@@ -152,11 +157,11 @@ def plot_usage(
     """Draw how each domain (or set of prompts) spreads over the experts, with the entropy per layer.
 
     Args:
-        usage: Name -> counts [L, E], as `RoutingTrace.usage` gives them.
+        usage: Name -> counts `[L, E]`, as `RoutingTrace.usage` gives them.
         layers: Numbers of the layers to draw. Default: all.
 
     Returns:
-        The figure, and shares, float64 [L, domains, E].
+        The figure, and shares, float64 `[L, domains, E]`.
     """
     names, counts = list(usage), np.stack(list(usage.values()), 1).astype(float)  # [L, domains, E]
     shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
@@ -192,13 +197,13 @@ def entropy(shares: np.ndarray) -> np.ndarray:
 
 
 def plot_transitions(trace: RoutingTrace, layer: int | None = None) -> tuple[Figure, np.ndarray]:
-    """Draw which expert follows which: the chance of each expert in the next layer, given one in this layer.
+    """Draw the chance of each expert in the next layer, given one in this layer.
 
     Args:
         layer: Its number. Default: all.
 
     Returns:
-        The figure, and float64 [L - 1, E, E]; rows sum to the top-k.
+        The figure, and float64 `[L - 1, E, E]`; rows sum to the top-k.
     """
     n = trace.n_experts
     used = np.zeros((trace.n_tokens, trace.n_layers, n))

@@ -1,13 +1,15 @@
-"""What all pictures share: colours, figures, curves, heat maps, bars, legends.
+"""Shared by all pictures: colours, figures, curves, heat maps, bars, legends.
 
-Colours differ in lightness too, so that every picture can be read in grey; the hues are Okabe and Ito's, made
-for colour-blind readers.
+Colours differ in lightness too, so that a picture can be read in grey; the hues are Okabe and Ito's, for
+colour-blind readers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -27,7 +29,12 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def finish_curves(
-    axes: Axes, across: str, up: str, ticks: Sequence[int], most: float = 1.02, legend: str = "best"
+    axes: Axes,
+    across: str,
+    up: str,
+    ticks: Sequence[int],
+    most: float = 1.02,
+    legend: Literal["best", "lower right"] = "best",
 ) -> None:
     """Label curves over whole numbers, from 0 to `most`, with a grid and a legend at `legend`."""
     axes.set_xlabel(across)
@@ -39,20 +46,20 @@ def finish_curves(
 
 
 def heat_map(
-    axes: Axes, values: ArrayLike, low: float | None = 0, high: float | None = 1, **settings
+    axes: Axes, values: ArrayLike, low: float | None = 0, high: float | None = 1, **settings: Any
 ) -> AxesImage:
-    """Draw a map in which dark is low and bright is high. settings: of `imshow`."""
+    """Draw a map in which dark is low and bright is high; `imshow` takes the settings."""
     return axes.imshow(values, cmap="cividis", vmin=low, vmax=high, **settings)
 
 
 def layer_rows(axes: Axes, layers: Sequence[int]) -> None:
     """Label the rows of a map with the numbers of the layers."""
-    axes.set_yticks(range(len(layers)), layers, fontsize=8)
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
     axes.set_ylabel("layer")
 
 
 def spans(axes: Axes, row: float, height: float, of: Iterable[Range], colour: str, line: float) -> None:
-    """Draw bars of (begin, length) on one row of a timeline. line: the width of their white edges."""
+    """Draw bars of (begin, length) on one row of a timeline, with white edges of width `line`."""
     axes.broken_barh([*of], (row - height / 2, height), facecolors=colour, edgecolor="white", linewidth=line)
 
 
@@ -64,16 +71,16 @@ def mark_layers(axes: Axes, begins: Iterable[tuple[float, int]], row: float, col
 
 
 def ahead(layers: int) -> str:
-    """Name a curve of guesses for so many layers ahead."""
+    """Name a curve of predictions made this many layers ahead."""
     return f"{layers} layer{'s' if layers > 1 else ''} ahead"
 
 
-def patches(colours: Mapping[str, str | tuple[float, float, float]], **settings) -> list[Patch]:
-    """Legend entries: name -> colour."""
+def patches(colours: Mapping[str, str | tuple[float, float, float]], **settings: Any) -> list[Patch]:
+    """Make legend entries of name -> colour."""
     return [Patch(facecolor=colour, label=name, **settings) for name, colour in colours.items()]
 
 
-def legend_below(figure: Figure, handles: Sequence[Patch], n_columns: int, fontsize: float = 8) -> None:
+def legend_below(figure: Figure, handles: Sequence[Artist], n_columns: int, fontsize: float = 8) -> None:
     """Put a legend below all axes."""
     figure.legend(handles=handles, loc="outside lower center", ncols=n_columns, fontsize=fontsize)
 

@@ -1,6 +1,6 @@
-"""Pictures of time: that of one token, recorded or replayed, and time per token against the cache's size.
+"""Pictures of time: that of one token, recorded or replayed, and time per token against the cache size.
 
-Knows traces, timed replays and matplotlib. Each function returns (figure, the array it shows).
+Each function returns (figure, the array it shows).
 """
 
 from __future__ import annotations
@@ -42,17 +42,29 @@ from mixtral_offload.errors import OptionError
 LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "v"), (SKY, "P"), (BLACK, "X"))
 STALL = len(PARTS)
 DEVICE, LINK = range(2)
-COLOURS = {DEVICE: {OUTSIDE: "0.55", ATTENTION: "0.82", EXPERT: BLUE, STALL: RED},
-           LINK: {NEEDED: ORANGE, RIGHT: GREEN, WRONG: "0.35"}}  # fmt: skip
-RECORDED_ROWS = {"attention, norms, router": "0.75", "experts": BLUE, "stall: waiting for a copy": RED,
-                 "copy on demand": ORANGE, "guess, came true": GREEN, "guess, wasted": "0.35"}  # fmt: skip
+COLOURS = {
+    DEVICE: {OUTSIDE: "0.55", ATTENTION: "0.82", EXPERT: BLUE, STALL: RED},
+    LINK: {NEEDED: ORANGE, RIGHT: GREEN, WRONG: "0.35"},
+}
+RECORDED_ROWS = {
+    "attention, norms, router": "0.75",
+    "experts": BLUE,
+    "stall: waiting for a copy": RED,
+    "copy on demand": ORANGE,
+    "right prediction": GREEN,
+    "wasted prediction": "0.35",
+}
 NAMES = {DEVICE: (*PARTS, "stall: waiting for a copy"), LINK: KINDS}
 
 
 def plot_time_over_slots(
-    trace: RoutingTrace, costs: DeviceCosts, cache_sizes: Sequence[int] | None = None,
-    look_aheads: Sequence[int] = (0, 1, 2, 3), prefetch: int = 2, unit: str = "s",
-) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    trace: RoutingTrace,
+    costs: DeviceCosts,
+    cache_sizes: Sequence[int] | None = None,
+    look_aheads: Sequence[int] = (0, 1, 2, 3),
+    prefetch: int = 2,
+    unit: str = "s",
+) -> tuple[Figure, np.ndarray]:
     """Draw time per token against the cache size: a line for each look-ahead, and the floor of all.
 
     Args:
@@ -62,7 +74,7 @@ def plot_time_over_slots(
         unit: The costs' unit of time.
 
     Returns:
-        The figure, and float64 [look-aheads + 1, sizes], the last row the floor.
+        The figure, and float64 `[look-aheads + 1, sizes]`, the last row the floor.
 
     Raises:
         OptionError: As `timed_replay` raises it, and for a trace without a pass of one token.
@@ -71,16 +83,17 @@ def plot_time_over_slots(
     shown = np.empty((len(look_aheads) + 1, len(sizes)))
     for column, size in enumerate(sizes):
         for row, layers in enumerate(look_aheads):
-            guesses = {"prefetch": prefetch, "look_ahead": layers} if layers else {}
-            shown[row, column] = timed_replay(trace, costs, cache_size=size, **guesses).time_per_token
+            n = prefetch if layers else 0
+            timed = timed_replay(trace, costs, cache_size=size, prefetch=n, look_ahead=max(layers, 1))
+            shown[row, column] = timed.time_per_token
         shown[-1, column] = timed_replay(trace, costs, cache_size=size).floor_s
     if np.isnan(shown).any():
         raise OptionError("no pass of this trace is one token's", hint="record more than the prompt")
-    figure = new_figure(6.8, 4.4, f"Time per token, {prefetch} guesses per layer, played from a trace")
+    figure = new_figure(6.8, 4.4, f"Time per token, {prefetch} predictions per layer, replayed from a trace")
     axes = figure.subplots()
     for number, (times, layers) in enumerate(zip(shown, look_aheads)):
         colour, marker = LINES[number % len(LINES)]
-        label = ahead(layers) if layers else "without guesses"
+        label = ahead(layers) if layers else "without predictions"
         axes.plot(sizes, times, color=colour, marker=marker, markersize=5, label=label)
     axes.plot(sizes, shown[-1], "--", color="0.4", label="floor: link or compute alone")
     up = f"time per token ({unit})"
@@ -89,33 +102,34 @@ def plot_time_over_slots(
 
 
 def plot_replayed_pass(
-    played: TimedReplay, pass_number: int | None = None, unit: str = "s"
+    timed: TimedReplay, pass_number: int | None = None, unit: str = "s"
 ) -> tuple[Figure, np.ndarray]:
     """Draw what the device and the link do during one pass; copies are labelled with their expert.
 
     Args:
-        played: With its events.
+        timed: With its events.
         pass_number: Default: the decoding pass of median length.
         unit: The costs' unit of time.
 
     Returns:
-        The figure, and float64 [bars, 4] of (lane, kind, begin, length) from the pass's begin; lane DEVICE
+        The figure, and float64 `[bars, 4]` of (lane, kind, begin, length) from the pass's begin; lane DEVICE
         with the parts of `Events` and STALL, or LINK with its kinds.
 
     Raises:
         OptionError: There are no events, or no such pass.
     """
-    if played.events is None:
+    if timed.events is None:
         raise OptionError("there are no events to draw", hint="timed_replay(..., keep_events=True)")
-    n_passes = len(played.pass_s)
+    n_passes = len(timed.pass_s)
     if pass_number is None and n_passes:
-        which = np.flatnonzero(played.decoding) if played.decoding.any() else np.arange(n_passes)
-        pass_number = int(which[np.argsort(played.pass_s[which])[len(which) // 2]])
+        which = np.flatnonzero(timed.decoding) if timed.decoding.any() else np.arange(n_passes)
+        pass_number = int(which[np.argsort(timed.pass_s[which])[len(which) // 2]])
     if pass_number is None or not 0 <= pass_number < n_passes:
         raise OptionError("no such pass", expected=f"0 to {n_passes - 1}", found=pass_number)
-    begin, end = played.begins_s[pass_number : pass_number + 2]
-    bars, labels, layers = _replayed_bars(played.events, begin, end)
-    title = f"Pass {pass_number}: {end - begin:.4g} {unit}, of which {played.stall_s[pass_number].sum():.3g} stalled"
+    begin, end = timed.begins_s[pass_number : pass_number + 2]
+    bars, labels, layers = _replayed_bars(timed.events, begin, end)
+    stall = timed.stall_s[pass_number].sum()
+    title = f"Pass {pass_number}: {end - begin:.4g} {unit}, of which {stall:.3g} stalled"
     figure = new_figure(10, 2.9, title)
     axes = figure.subplots()
     for (lane, kind, start, length), label in zip(bars, labels):
@@ -136,8 +150,11 @@ def plot_replayed_pass(
 def _replayed_bars(
     events: Events, begin: float, end: float
 ) -> tuple[np.ndarray, list[str], list[tuple[float, int]]]:
-    """(bars [., 4] as `plot_replayed_pass` returns them, a label for each, (begin, number) of each layer)."""
-    bars, labels, layers, last = [], [], [], begin
+    """(bars as `plot_replayed_pass` returns them, a label for each, (begin, number) of each layer)."""
+    bars: list[tuple[float, float, float, float]] = []
+    labels: list[str] = []
+    layers: list[tuple[float, int]] = []
+    last = begin
     tiny = 1e-9 * (end - begin)
     for kind, layer, (start, stop) in zip(events.part_kind, events.part_layer, events.part_span_s):
         if start < begin - tiny or stop > end + tiny:
@@ -160,7 +177,7 @@ def _replayed_bars(
 
 
 def _add_legend(figure: Figure, bars: np.ndarray) -> None:
-    """Of the kinds that are there."""
+    """Name the kinds of bars that are there."""
     present = set(map(tuple, bars[:, :2].astype(int).tolist()))
     kinds = [(lane, kind) for lane, of_lane in COLOURS.items() for kind in of_lane if (lane, kind) in present]
     handles = patches({NAMES[lane][kind]: COLOURS[lane][kind] for lane, kind in kinds})
@@ -176,7 +193,7 @@ def plot_recorded_pass(trace: RoutingTrace, number: int | None = None) -> tuple[
         number: Of the pass. Default: the one of median length after the prompt.
 
     Returns:
-        The figure, and float64 [bars, 3] of (row, begin ms, length ms); rows in the order of RECORDED_ROWS.
+        The figure, and float64 `[bars, 3]` of (row, begin ms, length ms); rows in the order of RECORDED_ROWS.
 
     Raises:
         OptionError: The trace has only one pass.
@@ -206,7 +223,7 @@ def _recorded_bars(
     trace: RoutingTrace, number: int, begin: float, end: float
 ) -> list[tuple[int, float, float]]:
     """(row, begin, end) in seconds of everything that happened between two moments."""
-    bars = []
+    bars: list[tuple[int, float, float]] = []
     last = begin
     for layer, (start, stop) in enumerate(trace.spans[number]):
         bars.append((0, last, start))
