@@ -1,11 +1,12 @@
 """Find, validate and read checkpoints on disk. All format mess lives here and nowhere else.
 
-Knows configurations, index files, and with `keys` what each stored tensor is. Knows nothing of devices, caches or how an
-expert is run.
+Knows configurations, index files, and with `keys` what each stored tensor is. Knows nothing of devices,
+caches or how an expert is run.
 
-Reads the published format (`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo`: one file per expert, keys inside
-without prefix), our own (the same with whole keys) and plain transformers checkpoints of Mixtral-like families, in 16 or 32
-bits, with one tensor for each matrix of an expert or with all experts of a layer in one.
+Reads the published format (`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo`: one file per expert,
+keys inside without prefix), our own (the same with whole keys) and plain transformers checkpoints of
+Mixtral-like families, in 16 or 32 bits, with one tensor for each matrix of an expert or with all experts of a
+layer in one.
 """
 
 from __future__ import annotations
@@ -54,13 +55,18 @@ ExpertId = tuple[int, int]  # (layer, expert)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated checkpoint: nothing but its headers has been read, and every tensor has its place in the model.
+    """A validated checkpoint: nothing but its headers has been read, and every tensor has its place in the
+    model.
 
-    experts: (layer, expert) -> (matrix, field) -> StoredTensor. prefixes: (layer, expert) -> matrix -> the stored keys
+    experts: (layer, expert) -> (matrix, field) -> StoredTensor. prefixes: (layer, expert) -> matrix -> the
+        stored keys
     without their fields, where each expert has its own; else what they are called when they are written.
-    dense: key -> StoredTensor. places: key of the dense part -> its place in the model. linears: name of a quantized linear
-    layer in the model -> how its weight is stored, and its shape. kept: dtype to load in -> keys of the dense part that stay
-    in fp32. ignored: keys without a place. keys: all keys as stored. manifest: what config.json states of the matrices;
+    dense: key -> StoredTensor. places: key of the dense part -> its place in the model. linears: name of a
+        quantized linear
+        quantized linear layer in the model -> how its weight is stored, and its shape. kept: dtype to load in
+        -> keys of the dense part that stay
+    in fp32. ignored: keys without a place. keys: all keys as stored. manifest: what config.json states of the
+        matrices;
     None for the published format and plain checkpoints.
     """
 
@@ -94,9 +100,12 @@ class Checkpoint:
         top_k = family.top_k(self.config)
         if type(top_k) is not int or top_k < 1:
             raise CheckpointError(
-                f"{self.config.model_type} does not say how many experts a token uses", path=self.folder / "config.json",
-                key=" or ".join(family.top_ks), expected=f"1 to {self.n_experts}", found=top_k,
-            )  # fmt: skip
+                f"{self.config.model_type} does not say how many experts a token uses",
+                path=self.folder / "config.json",
+                key=" or ".join(family.top_ks),
+                expected=f"1 to {self.n_experts}",
+                found=top_k,
+            )
         return top_k
 
     @property
@@ -163,13 +172,24 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         )
     kept = {dtype: kept_in_fp32(model, dtype) for dtype in (torch.float16, torch.bfloat16)}
     return Checkpoint(
-        folder, config, layout, found.experts, found.prefixes, found.dense, found.places, linears,
+        folder,
+        config,
+        layout,
+        found.experts,
+        found.prefixes,
+        found.dense,
+        found.places,
+        linears,
         {
-            dtype: frozenset(key for key, place in found.places.items() if place.field is None and place.name in names)
+            dtype: frozenset(
+                key for key, place in found.places.items() if place.field is None and place.name in names
+            )
             for dtype, names in kept.items()
         },
-        tuple(ignored), tuple(weight_map), manifest,
-    )  # fmt: skip
+        tuple(ignored),
+        tuple(weight_map),
+        manifest,
+    )
 
 
 class _Found:
@@ -224,10 +244,13 @@ class _Found:
             owner = self._owners.setdefault(path, place)
             if (owner.module, owner.expert) != (place.module, place.expert):
                 raise CheckpointError(
-                    "the index gives one expert's file to another expert too", path=path, key=key,
+                    "the index gives one expert's file to another expert too",
+                    path=path,
+                    key=key,
                     expected=f"a file of expert {expert[1]} of layer {expert[0]}",
-                    found=f"the file of expert {owner.expert} of layer {self.layers[owner.module]}", hint=f"download {INDEX} again",
-                )  # fmt: skip
+                    found=f"the file of expert {owner.expert} of layer {self.layers[owner.module]}",
+                    hint=f"download {INDEX} again",
+                )
         self._add_field(expert, place.matrix, place.field, place.stem, key, stored)
 
     def _add_fused(self, place: FusedPlace, key: str, stored: StoredTensor) -> None:
@@ -282,9 +305,12 @@ class _Found:
         }
         if missing:
             raise CheckpointError(
-                f"{len(missing)} parameters have no value in the checkpoint", path=self.folder, key=min(missing.values()),
-                found="no such tensor", hint=f"download the index again, or {WRONG_CONFIG}",
-            )  # fmt: skip
+                f"{len(missing)} parameters have no value in the checkpoint",
+                path=self.folder,
+                key=min(missing.values()),
+                found="no such tensor",
+                hint=f"download the index again, or {WRONG_CONFIG}",
+            )
         return linears
 
     def _check_plain(self, key: str, stored: StoredTensor, target: Tensor) -> None:
@@ -308,9 +334,13 @@ class _Found:
 
 def _twice(key: str, path: Path, other: str) -> CheckpointError:
     return CheckpointError(
-        "two tensors are for one place in the model", path=path, key=key, expected="one of them", found=other,
+        "two tensors are for one place in the model",
+        path=path,
+        key=key,
+        expected="one of them",
+        found=other,
         hint="remove the wrong one from the index",
-    )  # fmt: skip
+    )
 
 
 def _does_not_fit(
@@ -318,9 +348,13 @@ def _does_not_fit(
 ) -> CheckpointError:
     kind = "float16, bfloat16 or float32" if dtype.is_floating_point else dtype
     return CheckpointError(
-        "a tensor does not fit the model", path=stored.path, key=key, expected=f"{expected} of {kind}",
-        found=f"{stored.shape} of {stored.dtype}", hint=WRONG_CONFIG,
-    )  # fmt: skip
+        "a tensor does not fit the model",
+        path=stored.path,
+        key=key,
+        expected=f"{expected} of {kind}",
+        found=f"{stored.shape} of {stored.dtype}",
+        hint=WRONG_CONFIG,
+    )
 
 
 @readable
@@ -343,19 +377,25 @@ def read_config(folder: Path):
     if family_of(inner := text_config(config)).n_experts(inner):
         raise CheckpointError(
             f"{config.model_type} holds its language model inside another one: not supported yet",
-            path=folder / "config.json", found=f"experts in {inner.model_type}",
-        )  # fmt: skip
+            path=folder / "config.json",
+            found=f"experts in {inner.model_type}",
+        )
     counts = "{}, {} or {}".format(*GENERIC.expert_counts)
     if stated := stated_experts(config.to_dict()):
         raise CheckpointError(
-            f"{config.model_type} is a mixture of experts of a family that is not supported", path=folder / "config.json",
-            key=stated[0], expected=f"{counts}, as in Mixtral, Qwen-MoE or DeepSeek",
-            found=stated[1], hint="load it with transformers as it is, or take a model of a supported family",
-        )  # fmt: skip
+            f"{config.model_type} is a mixture of experts of a family that is not supported",
+            path=folder / "config.json",
+            key=stated[0],
+            expected=f"{counts}, as in Mixtral, Qwen-MoE or DeepSeek",
+            found=stated[1],
+            hint="load it with transformers as it is, or take a model of a supported family",
+        )
     raise CheckpointError(
-        f"{config.model_type} is a dense model: it has no experts to offload", path=folder / "config.json",
-        expected=counts, hint="load it with transformers as it is",
-    )  # fmt: skip
+        f"{config.model_type} is a dense model: it has no experts to offload",
+        path=folder / "config.json",
+        expected=counts,
+        hint="load it with transformers as it is",
+    )
 
 
 @readable
@@ -368,18 +408,24 @@ def load_config(path: Path):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds on a damaged file
         raise CheckpointError(
-            "cannot read the configuration", path=path, expected="a transformers configuration",
-            found=f"{type(error).__name__}: {str(error)[:300]}", hint="download this file again",
-        ) from error  # fmt: skip
+            "cannot read the configuration",
+            path=path,
+            expected="a transformers configuration",
+            found=f"{type(error).__name__}: {str(error)[:300]}",
+            hint="download this file again",
+        ) from error
     check_config(config, path)
     return config
 
 
 def _absent(path: Path, key: str) -> CheckpointError:
     return CheckpointError(
-        "the index names a tensor that its file does not hold", path=path, key=key, found="no such tensor",
+        "the index names a tensor that its file does not hold",
+        path=path,
+        key=key,
+        found="no such tensor",
         hint=f"download this file and {INDEX} again; they belong together",
-    )  # fmt: skip
+    )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -402,9 +448,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            "cannot read the index", path=index, expected="JSON with weight_map: key to file name", found=f"{type(error).__name__}: {error}",
+            "cannot read the index",
+            path=index,
+            expected="JSON with weight_map: key to file name",
+            found=f"{type(error).__name__}: {error}",
             hint="download this file again",
-        ) from error  # fmt: skip
+        ) from error
     if outside:
         raise CheckpointError(
             "the index names a file outside the folder",
@@ -415,9 +464,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
     missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of {len(set(weight_map.values()))} files are missing", path=folder / missing[0],
-            found="no such file", hint="download the checkpoint again; finished files are kept",
-        )  # fmt: skip
+            f"{len(missing)} of {len(set(weight_map.values()))} files are missing",
+            path=folder / missing[0],
+            found="no such file",
+            hint="download the checkpoint again; finished files are kept",
+        )
     return weight_map
 
 
@@ -429,23 +480,31 @@ def _check_experts(
         name = next(iter(modules))
         keys = f"{name}.0.{GENERIC.written['gate']}.weight or {name}.{next(iter(FUSED))}"
         raise CheckpointError(
-            "no expert weights found", path=folder, expected=f"keys like {keys}",
+            "no expert weights found",
+            path=folder,
+            expected=f"keys like {keys}",
             hint="other formats of experts are not supported",
-        )  # fmt: skip
+        )
     layers = {layer for layer, _ in experts}
     if layers != set(modules.values()):
         raise CheckpointError(
-            "the checkpoint's expert layers are not the model's", path=folder,
-            expected=f"layers {list(modules.values())}", found=f"layers {sorted(layers)}",
+            "the checkpoint's expert layers are not the model's",
+            path=folder,
+            expected=f"layers {list(modules.values())}",
+            found=f"layers {sorted(layers)}",
             hint="download the checkpoint's index and config again",
-        )  # fmt: skip
+        )
     for layer in sorted(layers):
         for expert in range(shape.n_experts):
             if (layer, expert) not in experts:
                 raise CheckpointError(
-                    "an expert is missing from the index", path=folder / INDEX, key=f"layer {layer}, expert {expert}",
-                    expected=f"{shape.n_experts} experts in each layer", found="no entry", hint="download the index again",
-                )  # fmt: skip
+                    "an expert is missing from the index",
+                    path=folder / INDEX,
+                    key=f"layer {layer}, expert {expert}",
+                    expected=f"{shape.n_experts} experts in each layer",
+                    found="no entry",
+                    hint="download the index again",
+                )
     layout = None
     for expert, tensors in sorted(experts.items()):
         sizes = {name: (tensor.dtype, tensor.n_elements) for name, tensor in tensors.items()}
@@ -460,10 +519,13 @@ def _check_experts(
                 (n for n in sizes.keys() | reference.keys() if sizes.get(n) != reference.get(n)), key=str
             )
             raise CheckpointError(
-                f"expert {expert[1]} of layer {expert[0]} has another layout than the first one", path=path,
-                key=".".join(wrong), expected=reference.get(wrong, "no such tensor"),
-                found=sizes.get(wrong, "no such tensor"), hint="all experts must share bits and group size",
-            )  # fmt: skip
+                f"expert {expert[1]} of layer {expert[0]} has another layout than the first one",
+                path=path,
+                key=".".join(wrong),
+                expected=reference.get(wrong, "no such tensor"),
+                found=sizes.get(wrong, "no such tensor"),
+                hint="all experts must share bits and group size",
+            )
         for (matrix, field), stored in tensors.items():
             if field == "weight" and stored.shape != layout.shapes[matrix]:
                 key = f"{stored.key} ({matrix} of expert {expert[1]} of layer {expert[0]})"

@@ -1,7 +1,8 @@
 """What a config.json may say: refused here, before transformers builds anything from it.
 
-transformers checks few values: a size of 0, of -1 or of 400 digits, a heads' number that divides nothing, or a rope theta
-that is a word become errors of every kind deep inside PyTorch, models that take hours to build, or wrong answers.
+transformers checks few values: a size of 0, of -1 or of 400 digits, a heads' number that divides nothing, or
+a rope theta that is a word become errors of every kind deep inside PyTorch, models that take hours to build,
+or wrong answers.
 
 Knows the names that transformers' configurations use for sizes. Knows nothing of files of weights.
 """
@@ -28,13 +29,26 @@ MOST_LETTERS = 1000  # of a key
 SHOWN = 200  # characters of a value, or of another library's message
 #: name -> most; far above any model's, and small enough for a model's skeleton to be built in seconds
 SIZES = {
-    "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "moe_intermediate_size": 1 << 24,
-    "expert_ffn_hidden_size": 1 << 24, "shared_expert_intermediate_size": 1 << 24, "num_hidden_layers": 1000,
-    "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 27,
-    "max_position_embeddings": 1 << 40, "sliding_window": 1 << 40,
-    "num_local_experts": 1 << 14, "num_experts": 1 << 14, "n_routed_experts": 1 << 14,
-    "num_experts_per_tok": 1 << 14, "num_experts_per_token": 1 << 14, "moe_topk": 1 << 14, "moe_k": 1 << 14,
-}  # fmt: skip
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "moe_intermediate_size": 1 << 24,
+    "expert_ffn_hidden_size": 1 << 24,
+    "shared_expert_intermediate_size": 1 << 24,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 27,
+    "max_position_embeddings": 1 << 40,
+    "sliding_window": 1 << 40,
+    "num_local_experts": 1 << 14,
+    "num_experts": 1 << 14,
+    "n_routed_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 14,
+    "num_experts_per_token": 1 << 14,
+    "moe_topk": 1 << 14,
+    "moe_k": 1 << 14,
+}
 MAY_BE_ZERO = {
     "shared_expert_intermediate_size",
     "sliding_window",
@@ -143,9 +157,12 @@ def building(
         raise
     except Exception as error:  # transformers and torch raise many kinds on values that do not go together
         raise CheckpointError(
-            what, path=path, expected="values that go together",
-            found=f"{type(error).__name__}: {str(error)[:SHOWN]}", hint=AGAIN,
-        ) from error  # fmt: skip
+            what,
+            path=path,
+            expected="values that go together",
+            found=f"{type(error).__name__}: {str(error)[:SHOWN]}",
+            hint=AGAIN,
+        ) from error
 
 
 def readable(read: Callable[[Path], T]) -> Callable[[Path], T]:
@@ -159,9 +176,11 @@ def readable(read: Callable[[Path], T]) -> Callable[[Path], T]:
             raise
         except OSError as error:
             raise CheckpointError(
-                "cannot read the checkpoint", path=error.filename or path, found=error.strerror or error,
+                "cannot read the checkpoint",
+                path=error.filename or path,
+                found=error.strerror or error,
                 hint="check the path and its permissions",
-            ) from error  # fmt: skip
+            ) from error
 
     return wrapped
 
@@ -183,9 +202,12 @@ def check_size(path: Path, most: int) -> None:
     """Raises CheckpointError for a file of more bytes than any real one has: it would fill the memory when it is read."""
     if path.stat().st_size > most:
         raise CheckpointError(
-            "the file is too large to be what its name says", path=path, expected=f"at most {most >> 20} MiB",
-            found=f"{path.stat().st_size:,} bytes", hint=AGAIN,
-        )  # fmt: skip
+            "the file is too large to be what its name says",
+            path=path,
+            expected=f"at most {most >> 20} MiB",
+            found=f"{path.stat().st_size:,} bytes",
+            hint=AGAIN,
+        )
 
 
 def _check_heads(config: object, path: Path) -> None:

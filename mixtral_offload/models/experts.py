@@ -37,8 +37,8 @@ class ExpertsShape:
 def find_experts(model: nn.Module) -> list[str]:
     """Names of the modules that hold all experts of a layer.
 
-    Those on transformers' interface, beside which a layer may have stacked shared experts (inkling); of a model that
-    has none of them, those of stacked matrices `[E, N, K]`, which can be planned but not run.
+    Those on transformers' interface, beside which a layer may have stacked shared experts (inkling); of a
+    model that has none of them, those of stacked matrices `[E, N, K]`, which can be planned but not run.
     """
     on_interface, stacked = [], []
     for name, module in model.named_modules():

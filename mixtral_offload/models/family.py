@@ -116,8 +116,13 @@ class Family:
     model_types: tuple[str, ...] = ()
     expert_counts: tuple[str, ...] = ("num_local_experts", "num_experts", "n_routed_experts")
     top_ks: tuple[str, ...] = (
-        "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k",
-    )  # fmt: skip
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_k",
+        "top_k_experts",
+        "top_k",
+    )
     matrices: Mapping[str, str] = field(default_factory=lambda: MATRIX_NAMES)
     written: Mapping[str, str] = field(
         default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -177,10 +182,11 @@ def check_routers(layers: Sequence[MoELayer]) -> None:
     for layer in layers:
         if layer.router is None:
             raise OptionError(
-                "speculative loading does not know this family's router", found=f"{layer.name} without one",
+                "speculative loading does not know this family's router",
+                found=f"{layer.name} without one",
                 expected=f"a router `{GENERIC.routers[0]}` and a norm `{GENERIC.norm}`",
                 hint="use prefetch=0",
-            )  # fmt: skip
+            )
 
 
 def first_attribute(config: Any, *names: str) -> Any:

@@ -2,8 +2,8 @@
 
 Knows transformers' renamings and a model's names, on the meta device. Knows no files and no values.
 
-An expert is known by the name of its module in the model and its number there: `mtp.layers.0.mlp.experts.3` is not
-expert 3 of layer 0. What has no place is ignored or refused (`KeyMap.ignores`).
+An expert is known by the name of its module in the model and its number there: `mtp.layers.0.mlp.experts.3`
+is not expert 3 of layer 0. What has no place is ignored or refused (`KeyMap.ignores`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class FusedPlace:
 
 @dataclass(frozen=True)
 class DensePlace:
-    """A parameter or buffer of the model. field: None, or of a quantized linear layer the part of its weight; then
-    `name` is the layer's."""
+    """A parameter or buffer of the model. field: None, or of a quantized linear layer the part of its weight;
+    then `name` is the layer's."""
 
     name: str
     field: str | None = None
@@ -95,10 +95,12 @@ class KeyMap:
         name, is_converted = self._renamed(f"{split[0]}.weight" if split else key)
         if is_converted:
             raise CheckpointError(
-                "a tensor is stored in a form that this package does not read", path=path, key=key,
+                "a tensor is stored in a form that this package does not read",
+                path=path,
+                key=key,
                 expected="tensors as transformers' modules hold them, or one for each matrix of an expert",
                 hint="load the checkpoint with transformers and save it with save_original_format=False, then convert that folder",
-            )  # fmt: skip
+            )
         if name not in self.tensors:
             return None
         if split:
@@ -127,10 +129,10 @@ class KeyMap:
     def ignores(self, keys: Iterable[str]) -> list[str]:
         """Which of the keys without a place are ignored; the others would change what the model computes.
 
-        Ignored are keys that transformers ignores for this class; buffers that are computed; whatever lies outside the
-        model's modules (heads of other tasks, `mtp.*`, other models beside this one); and whole layers after the model's
-        last, for predicting several tokens at once. A plain decoder layer after the last means that config.json has too
-        few.
+        Ignored are keys that transformers ignores for this class; buffers that are computed; whatever lies
+        outside the model's modules (heads of other tasks, `mtp.*`, other models beside this one); and whole
+        layers after the model's last, for predicting several tokens at once. A plain decoder layer after the
+        last means that config.json has too few.
         """
         ignored, beyond = [], defaultdict(list)
         for key in keys:
@@ -156,8 +158,8 @@ class KeyMap:
         return of in self._lists and int(number[:9]) >= len(self.model.get_submodule(of))
 
     def _predicts_ahead(self, of: str, number: str, names: list[str]) -> bool:
-        """Whether a layer after the model's last is no plain decoder layer: the configuration counts it among those that
-        predict further tokens, or it holds what no layer of the model holds."""
+        """Whether a layer after the model's last is no plain decoder layer: the configuration counts it among
+        those that predict further tokens, or it holds what no layer of the model holds."""
         n_layers = len(self.model.get_submodule(of))
         if int(number[:9]) < n_layers + (getattr(self.model.config, "num_nextn_predict_layers", None) or 0):
             return True

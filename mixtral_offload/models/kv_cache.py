@@ -30,8 +30,8 @@ def kv_layout(
         moe: Its layers with experts.
 
     Returns:
-        For each layer of transformers' own cache that grows (elements per token, sliding window or None); and what is
-        not exact, one sentence each.
+        For each layer of transformers' own cache that grows (elements per token, sliding window or None); and
+        what is not exact, one sentence each.
     """
     layers = DynamicCache(config=config).layers
     configs = layer_configs(config)

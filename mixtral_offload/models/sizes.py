@@ -1,6 +1,7 @@
 """What any MoE model weighs, from its configuration alone: experts, dense, KV cache, at any bit width.
 
-Knows transformers' modules on the meta device, where they hold shapes and no weights. Knows no cards, plans or speeds.
+Knows transformers' modules on the meta device, where they hold shapes and no weights. Knows no cards, plans
+or speeds.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ from mixtral_offload.weights.layout import ALIGNMENT
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Shapes and counts of a model; its bytes at `bits` (experts) and `attention_bits`, in the published format.
+    """Shapes and counts of a model; its bytes at `bits` (experts) and `attention_bits`, in the published
+    format.
 
-    layers: the numbers of those with experts, of n_layers. expert_matrices: [N, K] of each matrix of one expert;
-    expert_vectors: its other parameters (biases). attention, linear: shape -> how many of the dense part's projections
-    (attention; shared experts and dense MLPs). embedding, head, rest: numbers of parameters; head 0 where tied.
-    kv: for each layer with a KV cache (elements per token, sliding window or None). notes: what is only nearly right.
+    layers: the numbers of those with experts, of n_layers. expert_matrices: [N, K] of each matrix of one
+        expert;
+    expert_vectors: its other parameters (biases). attention, linear: shape -> how many of the dense part's
+        projections
+        projections (attention; shared experts and dense MLPs). embedding, head, rest: numbers of parameters;
+        head 0 where tied.
+    kv: for each layer with a KV cache (elements per token, sliding window or None). notes: what is only
+        nearly right.
     """
 
     model_type: str
@@ -90,8 +96,8 @@ class ModelSizes:
 
     @property
     def layer_bytes(self) -> int:
-        """The dense part's layers together: attention packed, as `convert` does; shared experts, dense MLPs, routers and norms in
-        16 bits."""
+        """The dense part's layers together: attention packed, as `convert` does; shared experts, dense MLPs,
+        routers and norms in 16 bits."""
         attention = sum(matrix_bytes(shape, self.attention_bits) * n for shape, n in self.attention.items())
         return attention + self.item * (sum(prod(shape) * n for shape, n in self.linear.items()) + self.rest)
 
@@ -145,14 +151,18 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
         if stated := stated_experts(config.to_dict()):
             raise OptionError(
                 f"{config.model_type} is a mixture of experts of a family that is not supported: it keeps its experts where"
-                " transformers' experts interface does not reach", key=stated[0], found=stated[1],
+                " transformers' experts interface does not reach",
+                key=stated[0],
+                found=stated[1],
                 expected="a configuration such as Mixtral's, Qwen3-MoE's or gpt-oss's",
-            )  # fmt: skip
+            )
         raise OptionError(
             f"{config.model_type} is a dense model, or keeps its experts where transformers' experts interface does not"
-            " reach", expected="a Mixture-of-Experts configuration, such as Mixtral's, Qwen3-MoE's or gpt-oss's",
-            found="no layer with experts", hint="a dense model has nothing to offload: load it with transformers as it is",
-        )  # fmt: skip
+            " reach",
+            expected="a Mixture-of-Experts configuration, such as Mixtral's, Qwen3-MoE's or gpt-oss's",
+            found="no layer with experts",
+            hint="a dense model has nothing to offload: load it with transformers as it is",
+        )
     shape = _one_shape(config, model, layers)
     attention, linear = _linears(model, layers, shape.n_experts)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -164,12 +174,23 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     total = sum(parameter.numel() for parameter in model.parameters())
     kv, kv_notes = kv_layout(model, text, layers)
     return ModelSizes(
-        config.model_type, text.num_hidden_layers, tuple(layer.number for layer in layers), shape.n_experts,
-        _top_k(text, shape.n_experts), text.hidden_size, first_attribute(text, "max_position_embeddings") or 2**31,
-        shape.matrices, shape.vectors, attention, linear, n_embedding, n_head,
-        total - in_experts - packed - n_embedding - n_head, kv,
+        config.model_type,
+        text.num_hidden_layers,
+        tuple(layer.number for layer in layers),
+        shape.n_experts,
+        _top_k(text, shape.n_experts),
+        text.hidden_size,
+        first_attribute(text, "max_position_embeddings") or 2**31,
+        shape.matrices,
+        shape.vectors,
+        attention,
+        linear,
+        n_embedding,
+        n_head,
+        total - in_experts - packed - n_embedding - n_head,
+        kv,
         (*_runs(config, model.get_submodule(layers[0].name)), *kv_notes),
-    )  # fmt: skip
+    )
 
 
 def _on_meta(config: PreTrainedConfig) -> nn.Module:
@@ -186,7 +207,7 @@ def _on_meta(config: PreTrainedConfig) -> nn.Module:
             f"transformers cannot build a {config.model_type} language model of this configuration",
             found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
             hint="check config.json, or install a newer transformers",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _one_shape(config: PreTrainedConfig, model: nn.Module, layers: list[MoELayer]) -> ExpertsShape:
@@ -196,8 +217,9 @@ def _one_shape(config: PreTrainedConfig, model: nn.Module, layers: list[MoELayer
         if shape != first[1]:
             raise OptionError(
                 f"{config.model_type}: the layers have different experts, which one plan cannot hold",
-                expected=f"{first[1]} as in {first[0]}", found=f"{shape} in {name}",
-            )  # fmt: skip
+                expected=f"{first[1]} as in {first[0]}",
+                found=f"{shape} in {name}",
+            )
     return first[1]
 
 
@@ -223,9 +245,11 @@ def _top_k(config: PreTrainedConfig, n_experts: int) -> int:
     top_k = family.top_k(config)
     if type(top_k) is not int or not 1 <= top_k <= n_experts:
         raise OptionError(
-            f"{config.model_type} does not say how many experts a token uses", key=" or ".join(family.top_ks),
-            expected=f"1 to {n_experts}", found=top_k,
-        )  # fmt: skip
+            f"{config.model_type} does not say how many experts a token uses",
+            key=" or ".join(family.top_ks),
+            expected=f"1 to {n_experts}",
+            found=top_k,
+        )
     return top_k
 
 

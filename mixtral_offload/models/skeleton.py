@@ -47,13 +47,17 @@ def build_meta(
         text = " ".join(str(error).split())[:300]
         if asked:
             raise OptionError(
-                "this attention cannot be used", key="attn_implementation", expected='"sdpa", "eager", or one that is installed',
+                "this attention cannot be used",
+                key="attn_implementation",
+                expected='"sdpa", "eager", or one that is installed',
                 found=f"{attn_implementation!r}: {text}",
-            ) from error  # fmt: skip
+            ) from error
         raise CheckpointError(
-            f"transformers cannot build a {config.model_type} language model of this configuration", path=path,
-            found=f"{type(error).__name__}: {text}", hint="check config.json, or install a newer transformers",
-        ) from error  # fmt: skip
+            f"transformers cannot build a {config.model_type} language model of this configuration",
+            path=path,
+            found=f"{type(error).__name__}: {text}",
+            hint="check config.json, or install a newer transformers",
+        ) from error
 
 
 def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[list[MoELayer], ExpertsShape]:
@@ -78,10 +82,12 @@ def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[lis
         known = has_plain_experts(module) and parameters.keys() == FUSED.keys()
         if not known or not layer.in_list.endswith("layers"):
             raise CheckpointError(
-                unsupported, path=path, key=layer.name,
+                unsupported,
+                path=path,
+                key=layer.name,
                 expected="gated experts without bias or norm, as in Mixtral, Qwen-MoE or OLMoE",
                 found=", ".join(f"{name} {shape}" for name, shape in parameters.items()),
-            )  # fmt: skip
+            )
         shapes[layer.name] = experts_shape(module)
     if not layers:
         raise CheckpointError(
@@ -90,9 +96,10 @@ def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[lis
     if len({layer.number for layer in layers}) < len(layers) or len(set(shapes.values())) > 1:
         raise CheckpointError(
             f"{model.config.model_type} has experts of several kinds, which is not supported yet",
-            path=path, expected="one module of experts in a layer, all of one shape",
+            path=path,
+            expected="one module of experts in a layer, all of one shape",
             found="; ".join(f"{name}: {shape}" for name, shape in list(shapes.items())[:4]),
-        )  # fmt: skip
+        )
     return layers, next(iter(shapes.values()))
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py), of which we
+#: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py), of which
+#: we
 #: use those of 2 bits and 1 for 3 bits in two parts
 WORDS = {
     8: (1, torch.uint8),
@@ -25,8 +26,8 @@ WORDS = {
 def pack(q: Tensor, bits: int) -> Tensor:
     """Pack integers `q [rows, M]` (0 .. 2**bits - 1) along dim 0, the first rows in the highest bits.
 
-    Returns `[ceil(rows / per_word), M]`, uint8 (int32 at 3 bits). Equal to hqq's `BitPack`, and defined for every
-    number of rows (the last word is padded with zeros).
+    Returns `[ceil(rows / per_word), M]`, uint8 (int32 at 3 bits). Equal to hqq's `BitPack`, and defined for
+    every number of rows (the last word is padded with zeros).
     """
     per_word, word = WORDS[bits]
     n_words = math.ceil(q.shape[0] / per_word)

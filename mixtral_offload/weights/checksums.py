@@ -1,11 +1,12 @@
 """One checksum per weight file: made by `convert`, kept in the index, proven while the file is read.
 
-The checksum of a file is XXH3-128 over the digest of its header and the digests of its tensors in the order of their
-bytes. So it follows from tensors that were read one by one, in any order, by any thread: no second pass over the file.
-It finds damage (disks, memory, networks, files of another conversion); it is no signature against a forger.
+The checksum of a file is XXH3-128 over the digest of its header and the digests of its tensors in the order
+of their bytes. So it follows from tensors that were read one by one, in any order, by any thread: no second
+pass over the file. It finds damage (disks, memory, networks, files of another conversion); it is no signature
+against a forger.
 
-The small files beside the weights (configurations, tokenizer, chat template) have a checksum of their bytes. People edit them
-on purpose: only `verify` compares it.
+The small files beside the weights (configurations, tokenizer, chat template) have a checksum of their bytes.
+People edit them on purpose: only `verify` compares it.
 
 Knows bytes of safetensors files and the index. Knows nothing of models.
 """
@@ -46,7 +47,8 @@ def combine(header: bytes, digests: Iterable[bytes]) -> str:
 class Ledger(FileCheck):
     """What one file must be, until all of its tensors have been read once.
 
-    Takes no lock (two threads that finish a file both compare it), so that a checkpoint can be copied and pickled.
+    Takes no lock (two threads that finish a file both compare it), so that a checkpoint can be copied and
+    pickled.
     """
 
     def __init__(self, path: Path, expected: str, tensors: Iterable[StoredTensor], finite: bool = False):
@@ -88,9 +90,12 @@ class Ledger(FileCheck):
 
 def damaged(path: Path, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
-        "a file is damaged: its checksum is not the one in the index", path=path, expected=expected, found=found,
+        "a file is damaged: its checksum is not the one in the index",
+        path=path,
+        expected=expected,
+        found=found,
         hint="copy or download this file again, or convert again",
-    )  # fmt: skip
+    )
 
 
 def stated(index: Path) -> dict[str, str]:
@@ -152,9 +157,13 @@ def _is_checksums(files: object) -> bool:
 
 def _unreadable(index: Path, key: str, expected: str, found: object) -> CheckpointError:
     return CheckpointError(
-        "cannot read the index's checksums", path=index, key=key, expected=expected, found=repr(found)[:80],
+        "cannot read the index's checksums",
+        path=index,
+        key=key,
+        expected=expected,
+        found=repr(found)[:80],
         hint="use the version of mixtral_offload that made this folder, or convert again",
-    )  # fmt: skip
+    )
 
 
 def as_metadata(files: dict[str, str], finite: bool, small: Mapping[str, bytes | str]) -> dict:
@@ -162,14 +171,16 @@ def as_metadata(files: dict[str, str], finite: bool, small: Mapping[str, bytes |
 
     Args:
         files: name -> checksum, of the weights.
-        finite: whether all numbers in them were found to be finite: a reader that proves a file's checksum then need not
-            look at each number again.
+        finite: whether all numbers in them were found to be finite: a reader that proves a file's checksum
+            then need not look at each number again.
         small: name -> content, of the files beside them. Earlier versions read over their checksums.
     """
     return {
-        "algorithm": ALGORITHM, "finite": finite, "files": dict(sorted(files.items())),
+        "algorithm": ALGORITHM,
+        "finite": finite,
+        "files": dict(sorted(files.items())),
         "small_files": {name: checksum_of_bytes(data) for name, data in sorted(small.items())},
-    }  # fmt: skip
+    }
 
 
 Headers = dict[Path, dict[str, StoredTensor]]
@@ -191,9 +202,11 @@ def with_checks(index: Path, headers: Headers) -> Headers:
     for path, header in headers.items():
         if path.name not in files:
             raise CheckpointError(
-                "the index has no checksum for this file", path=path, found=f"checksums of {len(files)} other files",
+                "the index has no checksum for this file",
+                path=path,
+                found=f"checksums of {len(files)} other files",
                 hint="copy the whole folder again: index and files belong together",
-            )  # fmt: skip
+            )
         ledger = Ledger(path, files[path.name], header.values(), finite)
         checked[path] = {key: replace(of, check=ledger) for key, of in header.items()}
     return checked

@@ -15,7 +15,8 @@ from mixtral_offload.errors import CheckpointError
 
 #: what `quantization_config.quant_method` says in checkpoints that this package writes
 OUR_METHOD = "mixtral_offload"
-#: what the keys of a format look like, for checkpoints whose config.json does not say it; the first match counts
+#: what the keys of a format look like, for checkpoints whose config.json does not say it; the first match
+#: counts
 FOREIGN_KEYS = (
     (re.compile(r"\.g_idx$"), "gptq"),
     (re.compile(r"\.(qweight|qzeros)$"), "awq or gptq"),
@@ -28,7 +29,8 @@ FOREIGN_KEYS = (
 
 
 def refuse_method(folder: Path, config: PretrainedConfig) -> None:
-    """Raise a CheckpointError that names the format if config.json says that it is one that this package does not read.
+    """Raise a CheckpointError that names the format if config.json says that it is one that this package does
+    not read.
 
     Args:
         folder: Of the checkpoint.
@@ -62,7 +64,10 @@ def quant_method(config: PretrainedConfig) -> str | None:
 
 def _refused(folder: Path, method: str, key: str) -> CheckpointError:
     return CheckpointError(
-        f"the weights are quantized in another format ({method[:60]}), which is not supported", path=folder / "config.json",
-        key=key, expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote", found=method[:60],
+        f"the weights are quantized in another format ({method[:60]}), which is not supported",
+        path=folder / "config.json",
+        key=key,
+        expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote",
+        found=method[:60],
         hint="take the model's unquantized checkpoint; mixtral-offload convert makes any bit width of it",
-    )  # fmt: skip
+    )

@@ -2,9 +2,10 @@
 
 Knows one matrix at a time, as a dict of tensors. Knows nothing of experts, files or caches.
 
-A matrix `W [N, K]` is seen as `[group_size, G]` with `G = N * K / group_size` (HQQ with `axis=0`): each column of that
-view shares one scale and one zero, `W = (q - zero) * scale`. The tensors ("fields") carry the names of the published
-Mixtral-8x7B checkpoint (dvmazur/mixtral-offloading): `W_q`, `meta.scale_q`, `meta.meta_scale.scale`, and so on.
+A matrix `W [N, K]` is seen as `[group_size, G]` with `G = N * K / group_size` (HQQ with `axis=0`): each
+column of that view shares one scale and one zero, `W = (q - zero) * scale`. The tensors ("fields") carry the
+names of the published Mixtral-8x7B checkpoint (dvmazur/mixtral-offloading): `W_q`, `meta.scale_q`,
+`meta.meta_scale.scale`, and so on.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ Sizes = dict[str, tuple[torch.dtype, int]]  # field -> dtype, number of elements
 class Quantization:
     """How a matrix is stored.
 
-    bits: 16 (plain weights: fp16, or bf16 or fp32 as they are stored), 8, 4, 3 or 2. group_size: weights that share a scale and a zero.
+    bits: 16 (plain weights: fp16, or bf16 or fp32 as they are stored), 8, 4, 3 or 2. group_size: weights that
+        share a scale and a zero.
     scale_group_size: scales that share an 8-bit quantization of their own, or None for fp16 scales.
     quantize_zero: zeros in 8 bits with one scale and zero for the matrix, or fp16 zeros.
-    split: of 3 bits only: the two lower ones in W_q and the highest in W_high, 3 bits a weight; else ten values in 32 bits
+    split: of 3 bits only: the two lower ones in W_q and the highest in W_high, 3 bits a weight; else ten
+        values in 32 bits
     as hqq packs them, groups of 64 padded to 70, 3.5 bits a weight.
     """
 
@@ -83,7 +86,8 @@ def parts(quantization: Quantization) -> tuple[Part, ...]:
     return (Part("W_q", 2), Part("W_high", 1, 4)) if quantization.split else (Part("W_q", quantization.bits),)
 
 
-#: the settings of the published checkpoint (2312.17238, section 4.2); 3 bits are stored as our own checkpoints have them
+#: the settings of the published checkpoint (2312.17238, section 4.2); 3 bits are stored as our own
+#: checkpoints have them
 PAPER = {
     2: Quantization(2, 16, 128, True),
     3: Quantization(3, 64, 128, True, split=True),
@@ -132,7 +136,8 @@ def field_specs(shape: tuple[int, int], quantization: Quantization) -> FieldSpec
 
 #: parts of a key that belong to a packed matrix
 PACKED_MARKS = (".W_q", ".W_high", ".meta.")
-#: (bits, group size) of published checkpoints. Counts of elements fit two of them for no matrix: the words of a group
+#: (bits, group size) of published checkpoints. Counts of elements fit two of them for no matrix: the words of
+#: a group
 #: (16 / 4, 64 / 2, 64 / 1; another dtype or another field for 3 bits) differ
 PUBLISHED = frozenset((of.bits, of.group_size) for of in PAPER.values())
 
@@ -151,7 +156,8 @@ def infer(
 ) -> Quantization:
     """Find the `Quantization` of a stored matrix from its fields' dtypes and element counts alone.
 
-    With a wrong shape the answer may be wrong too: 4-bit groups of 64 look like 2-bit groups of 128 of a matrix twice as
+    With a wrong shape the answer may be wrong too: 4-bit groups of 64 look like 2-bit groups of 128 of a
+        matrix twice as
     large. So what it finds must be what the checkpoint states, or `PUBLISHED`: see `manifest.recognise`.
 
     Args:
@@ -275,12 +281,17 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
     if quantization.scale_group_size is None:
         fields["meta.scale"] = meta["scale"]
     else:
-        # hqq's solver treats ranges below 1e-4 as constant: bring the scales near 1 first, exactly (a power of two)
+        # hqq's solver treats ranges below 1e-4 as constant: bring the scales near 1 first, exactly (a power
+        # of two)
         factor = 2.0 ** -math.floor(math.log2(meta["scale"].abs().max().item()))
         fields["meta.scale_q"], m = Quantizer.quantize(
             meta["scale"] * factor,
-            nbits=8, group_size=quantization.scale_group_size, axis=0, optimize=False, device=device,
-        )  # fmt: skip
+            nbits=8,
+            group_size=quantization.scale_group_size,
+            axis=0,
+            optimize=False,
+            device=device,
+        )
         fields["meta.meta_scale.scale"], fields["meta.meta_scale.zero"] = m["scale"] / factor, m["zero"]
     if quantization.quantize_zero:
         fields["meta.zero_q"], m = Quantizer.quantize(
@@ -295,8 +306,8 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
 
 
 def _nearly_equal(zeros: Tensor) -> tuple[Tensor, Fields]:
-    """Zeros in 8 bits, as (bytes, scale and zero), where their range is so small that hqq's own zero overflows fp16: they
-    are all of one sign then."""
+    """Zeros in 8 bits, as (bytes, scale and zero), where their range is so small that hqq's own zero
+    overflows fp16: they are all of one sign then."""
     largest = zeros.abs().max().float()
     scale = (largest / 255).to(torch.float16)
     zero = torch.tensor(255.0 if zeros.flatten()[0] < 0 else 0.0, device=zeros.device)
@@ -333,23 +344,35 @@ def check_replaceable(linear: torch.nn.Module, path: Path | None = None, name: s
         )
     state = linear.__dict__.keys() - torch.nn.Linear(1, 1, device="meta").__dict__.keys()
     lost = [
-        *(name for name in linear._parameters if name not in ("weight", "bias")), *linear._buffers, *linear._modules,
+        *(name for name in linear._parameters if name not in ("weight", "bias")),
+        *linear._buffers,
+        *linear._modules,
         *(name for name in state if not name.startswith("_")),
-        *(name for name in ("_forward_hooks", "_forward_pre_hooks", "_parametrizations") if getattr(linear, name, None)),
-    ]  # fmt: skip
+        *(
+            name
+            for name in ("_forward_hooks", "_forward_pre_hooks", "_parametrizations")
+            if getattr(linear, name, None)
+        ),
+    ]
     if type(linear).forward is not torch.nn.Linear.forward:
         lost.append(f"the forward of {type(linear).__name__}")
     if lost:
         raise CheckpointError(
-            "a linear layer has more than its quantized form can keep", path=path, key=name,
-            expected="a weight and a bias", found=", ".join(lost), hint="convert the checkpoint again, with this layer in 16 bits",
-        )  # fmt: skip
+            "a linear layer has more than its quantized form can keep",
+            path=path,
+            key=name,
+            expected="a weight and a bias",
+            found=", ".join(lost),
+            hint="convert the checkpoint again, with this layer in 16 bits",
+        )
 
 
 class QuantizedWeight:
-    """Stands for the weight that a `QuantizedLinear` has no tensor of: says where and of which dtype it would be.
+    """Stands for the weight that a `QuantizedLinear` has no tensor of: says where and of which dtype it would
+    be.
 
-    Programs that put something beside a linear layer (peft's LoRA) ask for that. Whatever asks for values is refused.
+    Programs that put something beside a linear layer (peft's LoRA) ask for that. Whatever asks for values is
+    refused.
     """
 
     def __init__(self, layer: QuantizedLinear):
@@ -379,8 +402,8 @@ class QuantizedWeight:
 class QuantizedLinear(torch.nn.Linear):
     """A linear layer whose weight stays quantized; buffers are named as in the checkpoint.
 
-    It is a `torch.nn.Linear`, so that what looks for those finds it (peft's LoRA). Its `weight` is no tensor, see
-    `QuantizedWeight`.
+    It is a `torch.nn.Linear`, so that what looks for those finds it (peft's LoRA). Its `weight` is no tensor,
+    see `QuantizedWeight`.
 
     Args:
         shape: (N, K) of the weight.
@@ -489,20 +512,23 @@ class QuantizedLinear(torch.nn.Linear):
 
 
 def refuse_second_order() -> None:
-    """Called in backward: raises OptionError where its own graph is asked for, which would lack what it computes here.
+    """Called in backward: raises OptionError where its own graph is asked for, which would lack what it
+    computes here.
 
-    torch's `once_differentiable` does not notice where only some gradients are asked for: they would be silently wrong.
+    torch's `once_differentiable` does not notice where only some gradients are asked for: they would be
+    silently wrong.
     """
     if torch.is_grad_enabled():
         raise OptionError(
-            "second-order gradients need the experts' weights as parameters of the model", found="create_graph=True",
+            "second-order gradients need the experts' weights as parameters of the model",
+            found="create_graph=True",
             hint="from_pretrained(..., dequantize_on_load=True) has them, where all of them fit on the device",
-        )  # fmt: skip
+        )
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """`QuantizedLinear.multiply` for autograd. The matrix is dequantized again in backward: kept, it would be as large as a
-    model that never was quantized."""
+    """`QuantizedLinear.multiply` for autograd. The matrix is dequantized again in backward: kept, it would be
+    as large as a model that never was quantized."""
 
     @staticmethod
     def forward(rows: Tensor, layer: QuantizedLinear) -> Tensor:

@@ -93,9 +93,14 @@ class DownloadPlan:
 
 
 def plan_download(
-    repo_id: str, *, revision: str | None = None, endpoint: str | None = None, token: Token = None,
-    local_dir: Folder = None, cache_dir: Folder = None,
-) -> DownloadPlan:  # fmt: skip
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: Token = None,
+    local_dir: Folder = None,
+    cache_dir: Folder = None,
+) -> DownloadPlan:
     """Ask the hub what a download needs; fetch nothing.
 
     Args:
@@ -109,10 +114,17 @@ def plan_download(
 
 
 def download(
-    repo_id: str, *, revision: str | None = None, endpoint: str | None = None, token: Token = None,
-    local_dir: Folder = None, cache_dir: Folder = None, local_files_only: bool = False,
-    progress: bool = True, verify: bool = True,
-) -> Path:  # fmt: skip
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: Token = None,
+    local_dir: Folder = None,
+    cache_dir: Folder = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+    verify: bool = True,
+) -> Path:
     """Fetch what is missing of a repository and verify it by its hashes.
 
     Without a connection a complete earlier download is used as it is.
@@ -150,7 +162,7 @@ def download(
 
 def fetch_file(
     repo_id: str, name: str, *, revision: str | None = None, endpoint: str | None = None, token: Token = None
-) -> Path:  # fmt: skip
+) -> Path:
     """Fetch one small file of a repository into the hub's cache.
 
     Returns:
@@ -198,9 +210,7 @@ class Record:
         verified: name -> [bytes, hash, mtime_ns when it was hashed].
     """
 
-    def __init__(
-        self, repo_id: str, revision: str | None, local_dir: Folder, cache_dir: Folder = None
-    ):  # fmt: skip
+    def __init__(self, repo_id: str, revision: str | None, local_dir: Folder, cache_dir: Folder = None):
         self.repo_id, self.revision = repo_id, revision or "main"
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         self.store = cache / f"models--{str(repo_id).replace('/', '--')}"
@@ -283,9 +293,13 @@ def _read(path: Path) -> tuple[str, dict[str, list], dict[str, list]]:
 
 
 def _ask(
-    repo_id: str, revision: str | None, endpoint: str | None, token: Token,
-    local_dir: Folder, cache_dir: Folder = None,
-) -> Record:  # fmt: skip
+    repo_id: str,
+    revision: str | None,
+    endpoint: str | None,
+    token: Token,
+    local_dir: Folder,
+    cache_dir: Folder = None,
+) -> Record:
     """The files of a revision as the hub lists them, in one request."""
     with _explained(repo_id, endpoint):
         api = HfApi(endpoint=endpoint, token=token)

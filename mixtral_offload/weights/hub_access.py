@@ -1,7 +1,7 @@
 """Tokens for the hub: stripped, checked before they are used, and never shown.
 
-Knows where huggingface_hub finds tokens. A token that cannot be sent is refused here, because the libraries that would
-send it print it when they fail.
+Knows where huggingface_hub finds tokens. A token that cannot be sent is refused here, because the libraries
+that would send it print it when they fail.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mixtral_offload.errors import DownloadError
 from mixtral_offload.system.redaction import VARIABLES, redact_logs, remember_secret
 
 HINT = "set HF_TOKEN to a token that may read it, or pass token="
-#: what sends requests and what they log; those of a layer below are made when a library is imported, so all are named
+#: what sends requests and what they log; those of a layer below are made when a library is imported, so all
+#: are named
 LOGGERS = (
     "mixtral_offload", "huggingface_hub", "filelock",
     *(f"{library}{version}{part}" for version in ("", "2") for library, part in (

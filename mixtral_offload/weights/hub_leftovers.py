@@ -1,7 +1,7 @@
 """What a killed download leaves: partial files that no later one uses, and that nobody else removes.
 
-Knows how huggingface_hub names its partial files and locks, in its cache and in a folder of one's own. A partial file
-belongs to a download that runs while its lock is held: in this process, or in any other.
+Knows how huggingface_hub names its partial files and locks, in its cache and in a folder of one's own. A
+partial file belongs to a download that runs while its lock is held: in this process, or in any other.
 """
 
 from __future__ import annotations

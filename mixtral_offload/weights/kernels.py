@@ -1,15 +1,18 @@
-"""Products straight from packed words, compiled: what dequantizing a whole matrix for a few tokens would waste.
+"""Products straight from packed words, compiled: what dequantizing a whole matrix for a few tokens would
+waste.
 
 Knows the packed layout of `weights/hqq.py` and torch.compile. Knows nothing of caches or models.
 
-In HQQ's layout (axis 0), unpacked row r of the view [group_size, G * K] holds rows r * G ... of the matrix [N, K], G =
-N / group_size, so a scale and a zero belong to one g and one k, and to all rows g, g + G, g + 2G ... Hence
+In HQQ's layout (axis 0), unpacked row r of the view [group_size, G * K] holds rows r * G ... of the matrix
+[N, K], G = N / group_size, so a scale and a zero belong to one g and one k, and to all rows g, g + G, g + 2G
+... Hence
 
     y[r * G + g] = sum_k q[r, g, k] * (scale * x)[g, k]  -  sum_k (zero * scale * x)[g, k]
 
-where the last sum is shared by the group's rows. A value stays where it lies in its word, `(word & mask)`, and the power
-of two that this costs is taken back from the finished sum: no shift, one product and one sum per weight. (Of 3 bits in two
-parts, the high one is moved above the low ones first.) The expressions are plain PyTorch, and torch.compile makes one loop of each, on the CPU (C++) as on CUDA (Triton).
+where the last sum is shared by the group's rows. A value stays where it lies in its word, `(word & mask)`,
+and the power of two that this costs is taken back from the finished sum: no shift, one product and one sum
+per weight. (Of 3 bits in two parts, the high one is moved above the low ones first.) The expressions are
+plain PyTorch, and torch.compile makes one loop of each, on the CPU (C++) as on CUDA (Triton).
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from mixtral_offload.weights.bitpack import WORDS
 from mixtral_offload.weights.hqq import Fields, Quantization, matmul, parts
 from mixtral_offload.weights.layout import MATRICES, ExpertLayout, expert_forward
 
-#: from more tokens on, a matrix is dequantized, part by part, for a library product: the packed one costs the same for
+#: from more tokens on, a matrix is dequantized, part by part, for a library product: the packed one costs the
+#: same for
 #: each token, dequantizing about as much as ten tokens (LOG.md)
 PACKED_TOKENS = 8
 #: running sums that one loop keeps in registers
@@ -67,8 +71,9 @@ def _in_place(words: list[Tensor], quantization: Quantization) -> list[tuple[Ten
     if not quantization.split:
         (of_part,), bits = words, quantization.bits
         return [(word & ((2**bits - 1) << shift), shift) for shift in _shifts(bits) for word in of_part]
-    # one word of high bits serves two of low ones: moved up by one, it has its bits above the first one's values; moved
-    # by two, above the second's. 32 bits have room for that, and processors have shifts for them
+    # one word of high bits serves two of low ones: moved up by one, it has its bits above the first one's
+    # values; moved by two, above the second's. 32 bits have room for that, and processors have shifts for
+    # them
     low, (high,) = (of_part.to(torch.int32) for of_part in words)
     return [
         ((word & (3 << shift)) | ((high << up) & (4 << shift)), shift)
@@ -138,8 +143,8 @@ def can_pack(shape: tuple[int, int], quantization: Quantization) -> bool:
 def dequantized_bytes(
     shape: tuple[int, int], quantization: Quantization, item_bytes: int, compiled: bool
 ) -> int:
-    """What multiplying many tokens needs beside the matrix: compiled, the planes of one step; else all of it dequantized,
-    and half-way there in fp16."""
+    """What multiplying many tokens needs beside the matrix: compiled, the planes of one step; else all of it
+    dequantized, and half-way there in fp16."""
     n_weights = math.prod(shape)
     if not compiled or quantization.bits == 16 or not can_pack(shape, quantization):
         return (2 + item_bytes) * n_weights
@@ -193,8 +198,9 @@ def _product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Qu
 
 
 def _widened(fields: Fields, quantization: Quantization) -> Fields:
-    """On the CPU, fp16 in a loop makes it handle 32 values at a time where 16 fill a register: half as fast, and with the
-    int32 words of hqq's 3 bits seven times slower. Scales' own scales are few: they come in fp32; with int32, all do."""
+    """On the CPU, fp16 in a loop makes it handle 32 values at a time where 16 fill a register: half as fast,
+    and with the int32 words of hqq's 3 bits seven times slower. Scales' own scales are few: they come in
+    fp32; with int32, all do."""
     if (
         quantization.bits == 16
         or fields["W_q"].device.type != "cpu"
@@ -215,8 +221,8 @@ def _compiled_planes(shape: tuple[int, int], quantization: Quantization):
 
 
 def _compile(function: Callable) -> Callable:
-    """torch.compile for one set of shapes. A code object of its own: torch counts recompilations by code object, and
-    would give up on the ninth shape."""
+    """torch.compile for one set of shapes. A code object of its own: torch counts recompilations by code
+    object, and would give up on the ninth shape."""
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )

@@ -1,7 +1,7 @@
 """One expert: where its tensors lie inside one contiguous buffer, and how to run it from there.
 
-Knows one expert of a gated MLP (gate, up, down). Knows nothing of routers, caches or where the buffer came from.
-One buffer per expert makes a copy to the device one transfer (2312.17238, section 3.3).
+Knows one expert of a gated MLP (gate, up, down). Knows nothing of routers, caches or where the buffer came
+from. One buffer per expert makes a copy to the device one transfer (2312.17238, section 3.3).
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class ExpertLayout:
     def build(
         cls, hidden: int, intermediate: int, sizes: Sizes, path: Path | None = None, expert: str = "expert"
     ) -> ExpertLayout:
-        """From the stored tensors' dtypes and element counts; raises CheckpointError where they fit no format.
+        """From the stored tensors' dtypes and element counts; raises CheckpointError where they fit no
+        format.
 
         path, expert: the file and the expert's name, for errors.
         """
@@ -122,7 +123,8 @@ def expert_forward(
 ) -> Tensor:
     """`down(apply_gate([gate(x), up(x)]))` for `x [T, hidden]` -> `[T, hidden]`, from the packed bytes.
 
-    apply_gate: `[T, 2 * intermediate]` -> `[T, intermediate]`, transformers' own for the model family. linear: the
+    apply_gate: `[T, 2 * intermediate]` -> `[T, intermediate]`, transformers' own for the model family.
+        linear: the
     product with a quantized matrix, with `hqq.matmul`'s arguments.
     """
     gate, up = (

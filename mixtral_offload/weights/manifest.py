@@ -1,10 +1,12 @@
 """What a checkpoint of our format says about itself: bits, groups and shape of every kind of matrix.
 
-It is the `quantization_config` of config.json, so it travels with the folder. Element counts alone leave room for error:
-a config.json with another `intermediate_size` turns 4-bit groups of 64 into 2-bit groups of 128. A reader compares.
+It is the `quantization_config` of config.json, so it travels with the folder. Element counts alone leave room
+for error: a config.json with another `intermediate_size` turns 4-bit groups of 64 into 2-bit groups of 128. A
+reader compares.
 
-transformers meets an unknown `quant_method` with a warning, goes on and fills a model with random weights. What makes it
-stop is `transformers_weights`, the name of the file it must load: no file name, but a sentence that it repeats.
+transformers meets an unknown `quant_method` with a warning, goes on and fills a model with random weights.
+What makes it stop is `transformers_weights`, the name of the file it must load: no file name, but a sentence
+that it repeats.
 
 Knows config.json's words. Knows nothing of files' bytes or of models.
 """
@@ -50,7 +52,8 @@ class Matrix:
 class Manifest:
     """What config.json states.
 
-    experts: "gate", "up", "down" -> matrix, the same in all layers. modules: other packed matrices by their module's
+    experts: "gate", "up", "down" -> matrix, the same in all layers. modules: other packed matrices by their
+        module's
     name, or by its pattern with `*` in place of each number where all of that pattern are alike.
     """
 
@@ -102,9 +105,13 @@ def read_manifest(config, path: Path) -> Manifest | None:
     key = "quantization_config"
     if stated.get("format") != FORMAT:
         raise CheckpointError(
-            "this folder is of another version of mixtral_offload's format", path=path, key=f"{key}.format",
-            expected=FORMAT, found=repr(stated.get("format"))[:40], hint="use the version that made it, or convert again",
-        )  # fmt: skip
+            "this folder is of another version of mixtral_offload's format",
+            path=path,
+            key=f"{key}.format",
+            expected=FORMAT,
+            found=repr(stated.get("format"))[:40],
+            hint="use the version that made it, or convert again",
+        )
     try:
         experts, modules = (
             {str(name): _matrix(entry) for name, entry in dict(stated[part]).items()}
@@ -112,10 +119,13 @@ def read_manifest(config, path: Path) -> Manifest | None:
         )
     except (LookupError, TypeError, ValueError, OptionError) as error:
         raise CheckpointError(
-            "cannot read what this folder says about its matrices", path=path, key=key,
+            "cannot read what this folder says about its matrices",
+            path=path,
+            key=key,
             expected="experts and modules: name to shape, bits, group_size, scale_group_size, quantize_zero, split",
-            found=f"{type(error).__name__}: {error}"[:200], hint=AGAIN,
-        ) from error  # fmt: skip
+            found=f"{type(error).__name__}: {error}"[:200],
+            hint=AGAIN,
+        ) from error
     return Manifest(path, experts, modules)
 
 
@@ -144,16 +154,21 @@ def recognise(
         sizes: field name -> (dtype, number of elements).
 
     Raises:
-        CheckpointError: nothing fits, or another quantization or shape than stated, or than is published, does.
+        CheckpointError: nothing fits, or another quantization or shape than stated, or than is published,
+            does.
     """
     if manifest is None:
         return _compared(None, None, file, name, shape, sizes)
     matrix = manifest.of_module(name)
     if matrix is None:
         raise CheckpointError(
-            "a matrix is packed, of which config.json says nothing", path=manifest.path, key=name,
-            expected=f"one of {', '.join(list(manifest.modules)[:8]) or 'none'}", found="no such entry", hint=AGAIN,
-        )  # fmt: skip
+            "a matrix is packed, of which config.json says nothing",
+            path=manifest.path,
+            key=name,
+            expected=f"one of {', '.join(list(manifest.modules)[:8]) or 'none'}",
+            found="no such entry",
+            hint=AGAIN,
+        )
     return _compared(manifest.path, matrix, file, name, shape, sizes)
 
 
@@ -174,10 +189,13 @@ def check_experts(
     """
     if manifest is not None and manifest.experts.keys() != shapes.keys():
         raise CheckpointError(
-            "config.json does not say how the experts' matrices are stored", path=manifest.path,
-            key="quantization_config.experts", expected=", ".join(shapes),
-            found=", ".join(manifest.experts) or "nothing", hint=AGAIN,
-        )  # fmt: skip
+            "config.json does not say how the experts' matrices are stored",
+            path=manifest.path,
+            key="quantization_config.experts",
+            expected=", ".join(shapes),
+            found=", ".join(manifest.experts) or "nothing",
+            hint=AGAIN,
+        )
     for name, shape in shapes.items():
         of_matrix, who = sizes.get(name, {}), f"{expert}: {name}"
         if manifest is not None:
@@ -197,23 +215,33 @@ def _compared(
     if matrix is not None and matrix.shape != shape:
         raise CheckpointError(
             "config.json contradicts itself: a matrix has another shape than its quantization_config states",
-            path=config, key=name, expected=str(matrix), found=f"{shape[0]}x{shape[1]}, by the sizes in the same file",
+            path=config,
+            key=name,
+            expected=str(matrix),
+            found=f"{shape[0]}x{shape[1]}, by the sizes in the same file",
             hint=f"{AGAIN}: intermediate_size, head_dim and the numbers of heads must not be changed",
-        )  # fmt: skip
+        )
     found = infer(shape, sizes, file, name)
     if matrix is not None and matrix.quantization != found:
         raise CheckpointError(
-            "a matrix is stored in another way than config.json states", path=file, key=name,
-            expected=str(matrix.quantization), found=str(found), hint="config.json and weights must be of one folder",
-        )  # fmt: skip
+            "a matrix is stored in another way than config.json states",
+            path=file,
+            key=name,
+            expected=str(matrix.quantization),
+            found=str(found),
+            hint="config.json and weights must be of one folder",
+        )
     if matrix is None and (found.bits, found.group_size) not in PUBLISHED:
         known = ", ".join(f"{bits} bits in groups of {group}" for bits, group in sorted(PUBLISHED) if group)
         raise CheckpointError(
-            "a packed matrix of no published kind, in a folder that says nothing about itself", path=file, key=name,
-            expected=f"{known}, or a config.json that states another", found=f"{shape[0]}x{shape[1]}, {found}",
+            "a packed matrix of no published kind, in a folder that says nothing about itself",
+            path=file,
+            key=name,
+            expected=f"{known}, or a config.json that states another",
+            found=f"{shape[0]}x{shape[1]}, {found}",
             hint="check that config.json belongs to these files (intermediate_size, head_dim, numbers of heads); a folder "
             "of unusual groups must be converted again: `convert` writes down what they are",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -229,10 +257,13 @@ def check_modules(manifest: Manifest | None, packed: Iterable[str]) -> None:
     there |= {pattern_of(name) for name in there}
     if missing := sorted(manifest.modules.keys() - there):
         raise CheckpointError(
-            "config.json states how a matrix is packed that the files do not hold packed", path=manifest.path,
-            key=missing[0], expected=str(manifest.modules[missing[0]]), found="no such packed matrix",
+            "config.json states how a matrix is packed that the files do not hold packed",
+            path=manifest.path,
+            key=missing[0],
+            expected=str(manifest.modules[missing[0]]),
+            found="no such packed matrix",
             hint="config.json and weights must be of one folder",
-        )  # fmt: skip
+        )
 
 
 def plain_config(config):

@@ -1,7 +1,7 @@
 """The tensors of one safetensors file: where their bytes lie, and reading them without a copy in between.
 
-Knows the file format. Knows nothing of models. What is read is checked on the way, while it is in the processor's cache:
-floating-point numbers must be finite, and a file that has a checksum must be what it says.
+Knows the file format. Knows nothing of models. What is read is checked on the way, while it is in the
+processor's cache: floating-point numbers must be finite, and a file that has a checksum must be what it says.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ DTYPES = {
 N_READERS = 4
 PART_BYTES = 4 << 20
 MOST_HEADER_BYTES = 32 << 20  # of one file: about 200,000 tensors (the format allows 100 MB)
-#: of all files of a checkpoint together. DeepSeek-V3 has 91,991 tensors in 163 files, Kimi-K2 some 200,000 before it is
-#: packed; packed, a matrix has up to eight. An entry takes 100 to 180 bytes there, and some 700 in memory: 2 GB at most.
+#: of all files of a checkpoint together. DeepSeek-V3 has 91,991 tensors in 163 files, Kimi-K2 some 200,000
+#: before it is
+#: packed; packed, a matrix has up to eight. An entry takes 100 to 180 bytes there, and some 700 in memory: 2
+#: GB at most.
 MOST_TENSORS = 3_000_000
 MOST_HEADERS_BYTES = 512 << 20
 #: read and checked at a time: small enough to be still in the second-level cache when it is hashed
 STEP_BYTES = 256 << 10
-#: dtype -> integers of the same size, all bits but the sign, and what those bits are at least where a value is not finite
+#: dtype -> integers of the same size, all bits but the sign, and what those bits are at least where a value
+#: is not finite
 NOT_FINITE = {
     torch.float16: (torch.int16, 0x7FFF, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
@@ -44,7 +47,8 @@ AGAIN = "delete this file and download it again"
 class FileCheck(Protocol):
     """Proves one file while its tensors are read: see `checksums.Ledger`.
 
-    error: what is wrong with it. finite: whether a file of this checksum is known to have finite numbers only.
+    error: what is wrong with it. finite: whether a file of this checksum is known to have finite numbers
+        only.
     """
 
     error: CheckpointError | None
@@ -82,10 +86,12 @@ class StoredTensor:
         return StoredTensor(self.path, self.dtype, (n, columns), self.offset + start * row, n * row, self.key)
 
     def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor, in memory of its own; converted and moved a few MB at a time, so that it is never there twice.
+        """The tensor, in memory of its own; converted and moved a few MB at a time, so that it is never there
+        twice.
 
         Raises:
-            CheckpointError: the file is damaged, or a value is not finite (also: not within the range of `dtype`).
+            CheckpointError: the file is damaged, or a value is not finite (also: not within the range of
+                `dtype`).
         """
         value = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
         with open(self.path, "rb", buffering=0) as file:
@@ -101,10 +107,13 @@ class StoredTensor:
                 target.copy_(piece.view(self.dtype))
                 if target.dtype == torch.float16 != self.dtype and not is_finite(target):
                     raise CheckpointError(
-                        "weights are beyond the range of float16", path=self.path, key=self.key,
-                        expected="at most 65504", found=f"{piece.view(self.dtype).abs().max():g}",
+                        "weights are beyond the range of float16",
+                        path=self.path,
+                        key=self.key,
+                        expected="at most 65504",
+                        found=f"{piece.view(self.dtype).abs().max():g}",
                         hint='ask for dtype="bfloat16" or "float32"',
-                    )  # fmt: skip
+                    )
         return value
 
     def read_into(self, file, data: Tensor, start: int = 0) -> None:
@@ -125,9 +134,12 @@ class StoredTensor:
             n_read = file.readinto(rest)  # one call reads 2 GiB at most
             if not n_read:
                 raise CheckpointError(
-                    "file ends too early", path=self.path, expected=f"{self.offset + self.n_bytes} bytes or more",
-                    found=f"{len(rest)} fewer", hint=AGAIN,
-                )  # fmt: skip
+                    "file ends too early",
+                    path=self.path,
+                    expected=f"{self.offset + self.n_bytes} bytes or more",
+                    found=f"{len(rest)} fewer",
+                    hint=AGAIN,
+                )
             rest = rest[n_read:]
 
 
@@ -138,10 +150,12 @@ class Watch:
         self._stored, self._next, self._hash = stored, -1, None
 
     def see(self, start: int, data: Tensor) -> bool:
-        """Check bytes `data` (uint8, CPU) of the tensor, from `start` on; whether the tensor has now been seen whole.
+        """Check bytes `data` (uint8, CPU) of the tensor, from `start` on; whether the tensor has now been
+        seen whole.
 
         Raises:
-            CheckpointError: a value is not finite, or this was the last of the file and its checksum is wrong.
+            CheckpointError: a value is not finite, or this was the last of the file and its checksum is
+                wrong.
         """
         stored = self._stored
         if stored.dtype.is_floating_point and not (stored.check and stored.check.finite):
@@ -174,10 +188,13 @@ def check_finite(stored: StoredTensor, values: Tensor) -> None:
     if not is_finite(values):
         n_wrong = int((~values.isfinite()).sum())
         raise CheckpointError(
-            "weights are not finite", path=stored.path, key=stored.key, expected="finite numbers",
+            "weights are not finite",
+            path=stored.path,
+            key=stored.key,
+            expected="finite numbers",
             found=f"{n_wrong} NaN or infinite in a piece of {values.numel()} values",
             hint="download or convert this checkpoint again; if its makers' own file is so, it cannot be used",
-        )  # fmt: skip
+        )
 
 
 def in_threads(tasks: Iterable[tuple]) -> Iterator:
@@ -211,9 +228,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            "not a whole safetensors file", path=path, expected="a header, then as many bytes as it says",
-            found=f"{size} bytes; {type(error).__name__}: {error}", hint=AGAIN,
-        ) from None  # fmt: skip
+            "not a whole safetensors file",
+            path=path,
+            expected="a header, then as many bytes as it says",
+            found=f"{size} bytes; {type(error).__name__}: {error}",
+            hint=AGAIN,
+        ) from None
     return {key: _stored(path, key, entry, begin) for key, entry in header.items()}
 
 
@@ -227,11 +247,12 @@ def read_headers(paths: Iterable[Path]) -> dict[Path, dict[str, StoredTensor]]:
         n_bytes += header_length(path)
         if n_tensors > MOST_TENSORS or n_bytes > MOST_HEADERS_BYTES:
             raise CheckpointError(
-                "the headers of this checkpoint's files are too large together", path=path.parent,
+                "the headers of this checkpoint's files are too large together",
+                path=path.parent,
                 expected=f"at most {MOST_TENSORS:,} tensors, and {MOST_HEADERS_BYTES >> 20} MiB of headers",
                 found=f"{n_tensors:,} tensors and {n_bytes:,} bytes in the first {len(headers):,} files",
                 hint="check where these files come from: no model has so many tensors",
-            )  # fmt: skip
+            )
     return headers
 
 
@@ -256,9 +277,12 @@ def _parse(path: Path) -> tuple[dict[str, dict], int]:
             MOST_HEADER_BYTES < n_header < path.stat().st_size
         ):  # as objects, a header takes about ten times its bytes
             raise CheckpointError(
-                "the header is too large", path=path, expected=f"at most {MOST_HEADER_BYTES >> 20} MiB",
-                found=f"{n_header:,} bytes", hint=AGAIN,
-            )  # fmt: skip
+                "the header is too large",
+                path=path,
+                expected=f"at most {MOST_HEADER_BYTES >> 20} MiB",
+                found=f"{n_header:,} bytes",
+                hint=AGAIN,
+            )
         header = json.loads(file.read(min(n_header, MOST_HEADER_BYTES)))
     header.pop("__metadata__", None)
     return header, 8 + n_header
@@ -267,15 +291,22 @@ def _parse(path: Path) -> tuple[dict[str, dict], int]:
 def _stored(path: Path, key: str, entry: dict, data_begin: int) -> StoredTensor:
     if str(entry["dtype"]).startswith(("F8", "F6", "F4")):
         raise CheckpointError(
-            f"the weights are quantized in another format ({entry['dtype'][:20]}), which is not supported", path=path, key=key,
-            expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote", found=entry["dtype"][:20],
+            f"the weights are quantized in another format ({entry['dtype'][:20]}), which is not supported",
+            path=path,
+            key=key,
+            expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote",
+            found=entry["dtype"][:20],
             hint="take the model's unquantized checkpoint; mixtral-offload convert makes any bit width of it",
-        )  # fmt: skip
+        )
     if entry["dtype"] not in DTYPES:
         raise CheckpointError(
-            "unknown dtype", path=path, key=key, expected=", ".join(DTYPES), found=entry["dtype"],
+            "unknown dtype",
+            path=path,
+            key=key,
+            expected=", ".join(DTYPES),
+            found=entry["dtype"],
             hint="convert the file with a program that knows it",
-        )  # fmt: skip
+        )
     begin, end = entry["data_offsets"]
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     return StoredTensor(path, dtype, shape, data_begin + begin, end - begin, key)

@@ -29,8 +29,8 @@ def local_folder(path_or_repo_id: str | os.PathLike | None) -> Path | None:
     """Find the folder that a model's name means, without a download.
 
     Args:
-        path_or_repo_id: A folder, a hub repository, or "demo" or None for the model that ships with the package (write
-            ./demo for a folder of that name).
+        path_or_repo_id: A folder, a hub repository, or "demo" or None for the model that ships with the
+            package (write ./demo for a folder of that name).
 
     Returns:
         The folder, or None for what can only be a repository.
@@ -43,8 +43,10 @@ def local_folder(path_or_repo_id: str | os.PathLike | None) -> Path | None:
         return DEMO
     if not isinstance(path_or_repo_id, (str, os.PathLike)):
         raise OptionError(
-            "not the name of a model", expected="a folder, or a hub repository as owner/name", found=repr(path_or_repo_id)[:80]
-        )  # fmt: skip
+            "not the name of a model",
+            expected="a folder, or a hub repository as owner/name",
+            found=repr(path_or_repo_id)[:80],
+        )
     text = os.fspath(path_or_repo_id)
     path = Path(os.path.expanduser(text))
     if text and os.path.isdir(

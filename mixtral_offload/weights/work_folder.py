@@ -1,12 +1,13 @@
 """The folder in which a checkpoint is being written: locked, resumable, renamed when it is whole.
 
-For `target` it is `target.converting`, beside it. Its journal says by which settings, and which files are finished with
-which checksum. A process that is killed leaves it; the next with the same settings keeps what is finished and proven.
-Where the system has no file locks (Windows), nothing keeps two processes apart.
+For `target` it is `target.converting`, beside it. Its journal says by which settings, and which files are
+finished with which checksum. A process that is killed leaves it; the next with the same settings keeps what
+is finished and proven. Where the system has no file locks (Windows), nothing keeps two processes apart.
 
-Whatever the moment of a kill, the next run goes on from what is there. So the journal is the first file to come and the
-last to go: nothing in it is ever overwritten while there are files, and it takes part in the renaming. A target with a
-journal that ends with WHOLE is finished; `finish_renamed` removes what is left of it.
+Whatever the moment of a kill, the next run goes on from what is there. So the journal is the first file to
+come and the last to go: nothing in it is ever overwritten while there are files, and it takes part in the
+renaming. A target with a journal that ends with WHOLE is finished; `finish_renamed` removes what is left of
+it.
 
 Knows files. Knows nothing of what a conversion does.
 """
@@ -51,7 +52,8 @@ def resume_hint(target: Path) -> str | None:
 
 
 def finish_renamed(target: Path, settings: dict) -> bool:
-    """Whether `target` is a conversion by these settings that was killed just after it took its name; now it is done.
+    """Whether `target` is a conversion by these settings that was killed just after it took its name; now it
+    is done.
 
     Raises:
         CheckpointError: another process is about to do it.
@@ -143,10 +145,12 @@ class WorkFolder:
         if os.path.lexists(self.target):
             self._is_told = True
             raise CheckpointError(
-                f"the checkpoint is finished, but its name is taken; it is kept in {self.path}", path=self.target,
-                expected="no such file or folder until the conversion is done", found="one that came meanwhile",
+                f"the checkpoint is finished, but its name is taken; it is kept in {self.path}",
+                path=self.target,
+                expected="no such file or folder until the conversion is done",
+                found="one that came meanwhile",
                 hint=f"move away what has this name; {hint}",
-            )  # fmt: skip
+            )
         try:
             self._append(WHOLE)
             if not CAN_LOCK:
@@ -156,8 +160,10 @@ class WorkFolder:
             self._is_told = True
             raise CheckpointError(
                 f"the checkpoint is finished, but cannot be given its name; it is kept in {self.path}",
-                path=self.target, found=error.strerror or error, hint=f"make this name possible; {hint}",
-            ) from error  # fmt: skip
+                path=self.target,
+                found=error.strerror or error,
+                hint=f"make this name possible; {hint}",
+            ) from error
         self._is_renamed = True
         _unlink(self.target / JOURNAL)
         self._journal.close()
@@ -168,10 +174,12 @@ class WorkFolder:
         others = [path for path in self.path.iterdir() if path.name != JOURNAL]
         if others and not (isinstance(header, dict) and header.get("format") == FORMAT):
             raise CheckpointError(
-                "a folder of this name is in the way, and not left by an interrupted conversion", path=self.path,
-                expected=f"{JOURNAL} of {FORMAT}", found=f"{len(others)} other files",
+                "a folder of this name is in the way, and not left by an interrupted conversion",
+                path=self.path,
+                expected=f"{JOURNAL} of {FORMAT}",
+                found=f"{len(others)} other files",
                 hint="move it away, or choose another target",
-            )  # fmt: skip
+            )
         if header != self._header:
             if others:
                 self._report("what an interrupted conversion with other settings has left is removed")
@@ -215,9 +223,10 @@ def target_exists(target: Path) -> CheckpointError:
 
 def _busy(target: Path) -> CheckpointError:
     return CheckpointError(
-        "another process is converting to this target", path=target,
+        "another process is converting to this target",
+        path=target,
         hint="wait for it, or choose another target",
-    )  # fmt: skip
+    )
 
 
 def _header(settings: dict) -> dict:

@@ -67,9 +67,15 @@ def test_refusals_name_the_largest_cache_that_fits():
 
 
 @given(
-    layers=st.integers(1, 12), n_experts=st.integers(2, 16), top_k=st.integers(1, 4), room=st.integers(0, 200), ram=st.integers(0, 200),
-    asked=st.one_of(st.just("auto"), st.integers(1, 16)), store=st.sampled_from(["auto", "ram", "disk"]), shared=st.booleans(),
-)  # fmt: skip
+    layers=st.integers(1, 12),
+    n_experts=st.integers(2, 16),
+    top_k=st.integers(1, 4),
+    room=st.integers(0, 200),
+    ram=st.integers(0, 200),
+    asked=st.one_of(st.just("auto"), st.integers(1, 16)),
+    store=st.sampled_from(["auto", "ram", "disk"]),
+    shared=st.booleans(),
+)
 def test_every_plan_keeps_within_both_budgets(layers, n_experts, top_k, room, ram, asked, store, shared):
     sizes = Sizes(range(layers), n_experts, min(top_k, n_experts), 10)
     try:

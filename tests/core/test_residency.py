@@ -118,9 +118,12 @@ class Calls(RuleBasedStateMachine):
         self.driver.carry_out(self.residency.predict(layer, keys, distance))
 
     @rule(
-        layer=st.integers(0, N_LAYERS - 1), experts=experts_of_a_call, at=st.integers(0, 12), after=st.booleans(),
+        layer=st.integers(0, N_LAYERS - 1),
+        experts=experts_of_a_call,
+        at=st.integers(0, 12),
+        after=st.booleans(),
         predicts=st.booleans(),
-    )  # fmt: skip
+    )
     def interrupted(self, layer, experts, at, after, predicts):
         """An exception in the middle of a call leaves no wrong expert and no lost row."""
         keys = [(layer, expert) for expert in experts]

@@ -111,8 +111,12 @@ def test_first_expert_that_fits_no_format(folder):
 
 @pytest.mark.parametrize(
     "lost, key",
-    [("W_q", "W_q and meta.*"), ("meta.zero_q", "W_q and meta.*"), ("meta.meta_zero.scale", "meta.meta_zero.scale")],
-)  # fmt: skip
+    [
+        ("W_q", "W_q and meta.*"),
+        ("meta.zero_q", "W_q and meta.*"),
+        ("meta.meta_zero.scale", "meta.meta_zero.scale"),
+    ],
+)
 def test_packed_matrices_that_fit_no_format_are_one_message(folder, lost, key):
     name = "model.layers.1.self_attn.o_proj"
     change(folder / DENSE, lambda tensors: tensors.pop(f"{name}.{lost}"))
@@ -135,9 +139,13 @@ def test_headers_that_are_too_large_together(folder, monkeypatch, bound):
     for name, value in bound.items():
         monkeypatch.setattr(headers, name, value, raising=False)
     has(
-        error_of(folder), "headers of this checkpoint's files are too large together", str(folder), "expected: at most",
-        "found: ", "next step:",
-    )  # fmt: skip
+        error_of(folder),
+        "headers of this checkpoint's files are too large together",
+        str(folder),
+        "expected: at most",
+        "found: ",
+        "next step:",
+    )
 
 
 def test_the_bounds_of_headers_admit_every_known_checkpoint():
@@ -221,9 +229,15 @@ def test_broken_config_and_index(folder):
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[" * 100_000, '{"weight_map": {"a": "../b"}}',
-     '{"weight_map": {"a": "/etc/passwd"}}'],
-)  # fmt: skip
+    [
+        "[]",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 3}}',
+        "[" * 100_000,
+        '{"weight_map": {"a": "../b"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+    ],
+)
 def test_an_index_of_another_kind(folder, text):
     (folder / INDEX).write_text(text)
     has(error_of(folder), "index", INDEX, "expected:", "found:")
@@ -307,29 +321,45 @@ def test_dense_model(folder):
 @pytest.mark.parametrize(
     "config, name, number",
     [
-        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}, "ffn_config.moe_num_experts", 16),
+        (
+            {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}},
+            "ffn_config.moe_num_experts",
+            16,
+        ),
         ({"model_type": "aria_text", "moe_num_experts": 8}, "moe_num_experts", 8),
-        ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, "text_config.moe_num_experts", 8),
+        (
+            {"model_type": "aria", "text_config": {"model_type": "aria_text"}},
+            "text_config.moe_num_experts",
+            8,
+        ),
     ],
     ids=["dbrx", "aria_text", "aria"],
-)  # fmt: skip
+)
 def test_a_mixture_of_a_family_that_is_not_supported_is_not_called_dense(
     folder, capsys, config, name, number
 ):
     (folder / "config.json").write_text(json.dumps(config))
     has(
-        error_of(folder), f"{config['model_type']} is a mixture of experts of a family that is not supported",
-        f"key: {name}", f"found: {number}", "next step: ",
-    )  # fmt: skip
+        error_of(folder),
+        f"{config['model_type']} is a mixture of experts of a family that is not supported",
+        f"key: {name}",
+        f"found: {number}",
+        "next step: ",
+    )
     assert main(["info", "--model", str(folder)]) == 1
     assert "dense" not in capsys.readouterr().err
 
 
 def test_settings_that_make_no_mixture():
     for settings in (
-        {"num_experts": 1}, {"num_experts": 0}, {"num_experts_per_tok": 8}, {"n_shared_experts": 2}, {"n_experts": None},
-        {"moe_num_shared_experts": 2}, {"num_experts": True},
-    ):  # fmt: skip
+        {"num_experts": 1},
+        {"num_experts": 0},
+        {"num_experts_per_tok": 8},
+        {"n_shared_experts": 2},
+        {"n_experts": None},
+        {"moe_num_shared_experts": 2},
+        {"num_experts": True},
+    ):
         assert stated_experts(settings) is None, settings
     for name in ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts", "n_experts"):
         assert stated_experts({"inner": {name: 4}}) == (f"inner.{name}", 4)

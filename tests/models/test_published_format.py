@@ -25,8 +25,12 @@ def test_logits_and_greedy_continuation(folder, expected, offloaded, cache_size,
     # the fixture's continuation was made with token 2 as padding, of which the prompt has one
     n_prompt = expected["input_ids"].shape[1]
     greedy = model.generate(
-        expected["input_ids"][:1], max_new_tokens=expected["greedy"].shape[1] - n_prompt, do_sample=False, pad_token_id=2, eos_token_id=None,
-    )  # fmt: skip
+        expected["input_ids"][:1],
+        max_new_tokens=expected["greedy"].shape[1] - n_prompt,
+        do_sample=False,
+        pad_token_id=2,
+        eos_token_id=None,
+    )
     assert torch.equal(greedy, expected["greedy"])
 
 

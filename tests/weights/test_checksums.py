@@ -329,9 +329,11 @@ def test_verify_names_all_small_files_with_the_weights(demo):
     with pytest.raises(CheckpointError, match="4 faults") as caught:
         verify(demo)
     for fault in (
-        f"{DENSE}: its checksum is", "tokenizer.json: is missing", "generation_config.json: cannot be read: not a regular",
+        f"{DENSE}: its checksum is",
+        "tokenizer.json: is missing",
+        "generation_config.json: cannot be read: not a regular",
         "tokenizer_config.json: was changed",
-    ):  # fmt: skip
+    ):
         assert fault in str(caught.value)
 
 

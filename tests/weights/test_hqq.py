@@ -42,9 +42,15 @@ def hqq_dequantize(fields, shape, quantization):
     bits, group = quantization.bits, quantization.group_size
     n_groups = shape[0] * shape[1] // group
     meta = {
-        "nbits": bits, "group_size": group, "shape": shape, "axis": 0, "packing": Quantizer.bit_to_packing[bits],
-        "view_as_float": False, "scale": inner("scale", n_groups), "zero": inner("zero", n_groups),
-    }  # fmt: skip
+        "nbits": bits,
+        "group_size": group,
+        "shape": shape,
+        "axis": 0,
+        "packing": Quantizer.bit_to_packing[bits],
+        "view_as_float": False,
+        "scale": inner("scale", n_groups),
+        "zero": inner("zero", n_groups),
+    }
     return Quantizer.dequantize(fields["W_q"], meta)
 
 
@@ -91,9 +97,13 @@ def test_dequantize_is_bit_identical_to_hqq(bits, meta):
 
 
 @given(
-    bits=st.sampled_from([8, 4, 3, 2]), n=st.integers(1, 12), k=st.integers(1, 12), group=st.integers(1, 24),
-    meta=st.sampled_from([(None, False), (1, True), (3, False)]), seed=st.integers(0, 1000),
-)  # fmt: skip
+    bits=st.sampled_from([8, 4, 3, 2]),
+    n=st.integers(1, 12),
+    k=st.integers(1, 12),
+    group=st.integers(1, 24),
+    meta=st.sampled_from([(None, False), (1, True), (3, False)]),
+    seed=st.integers(0, 1000),
+)
 @example(bits=8, n=1, k=6, group=24, meta=(1, True), seed=1)  # two zeros that are nearly equal
 @settings(max_examples=200, deadline=None)
 def test_any_group_size_that_divides_works_and_others_are_refused(bits, n, k, group, meta, seed):
@@ -240,10 +250,20 @@ def test_a_quantized_layer_is_a_linear_one_without_a_tensor():
     layer.requires_grad_(False)
     x = torch.zeros(1, 64)
     for use in (
-        lambda: layer.weight.data, lambda: layer.weight.T, lambda: layer.weight.sum(), lambda: torch.nn.init.normal_(layer.weight),
-        lambda: torch.nn.functional.linear(x, layer.weight), lambda: x @ layer.weight, lambda: layer.reset_parameters(),
-        lambda: layer.requires_grad_(), lambda: setattr(layer, "weight", x), lambda: setattr(layer.weight, "data", x),
-        lambda: setattr(layer.weight, "requires_grad", True), lambda: layer.weight.copy_(x), lambda: setattr(layer, "weight", torch.nn.Parameter(x)), lambda: torch.allclose(layer.weight, x),
-    ):  # fmt: skip
+        lambda: layer.weight.data,
+        lambda: layer.weight.T,
+        lambda: layer.weight.sum(),
+        lambda: torch.nn.init.normal_(layer.weight),
+        lambda: torch.nn.functional.linear(x, layer.weight),
+        lambda: x @ layer.weight,
+        lambda: layer.reset_parameters(),
+        lambda: layer.requires_grad_(),
+        lambda: setattr(layer, "weight", x),
+        lambda: setattr(layer.weight, "data", x),
+        lambda: setattr(layer.weight, "requires_grad", True),
+        lambda: layer.weight.copy_(x),
+        lambda: setattr(layer, "weight", torch.nn.Parameter(x)),
+        lambda: torch.allclose(layer.weight, x),
+    ):
         with pytest.raises(OptionError, match="weight is quantized"):
             use()

@@ -375,9 +375,22 @@ def test_a_disk_that_fills_up_on_the_way(server, place, monkeypatch):
 
 
 UNSAFE_NAMES = [
-    "../x.json", "a/../../x.json", "/abs.json", "..\\x.json", "C:x.json", "a\nb.json", "a\x1b[31m.json", "a\u202e.json",
-    "./x.json", "a//b.json", "a/./b.json", "x" * 300 + ".json", "nul\0.json", "config.json/x.json", "a/.json/",
-]  # fmt: skip
+    "../x.json",
+    "a/../../x.json",
+    "/abs.json",
+    "..\\x.json",
+    "C:x.json",
+    "a\nb.json",
+    "a\x1b[31m.json",
+    "a\u202e.json",
+    "./x.json",
+    "a//b.json",
+    "a/./b.json",
+    "x" * 300 + ".json",
+    "nul\0.json",
+    "config.json/x.json",
+    "a/.json/",
+]
 
 
 @pytest.mark.parametrize("name", UNSAFE_NAMES)
@@ -425,12 +438,28 @@ def test_notes_of_other_downloads_that_were_uploaded_are_left_out(server, place)
 
 
 DAMAGED_RECORDS = [
-    b"", b"{}", b"null", b"[]", b"[1]", b"[1,2,3]", b'["a","b","c"]', b'{"a":1,"b":2,"c":3}', b"[null,{},{}]",
-    b'["../../../../../tmp",{"config.json":[1,"a"]},{}]', b'["x",{"config.json":3},{}]', b'["x",[1,2],{}]',
-    b'["aaaaaaa",{"config.json":3},{}]', b'["aaaaaaa",{"config.json":["a","b"]},{}]', b'["aaaaaaa",{},[]]',
-    b'["aaaaaaa",{"../../x":[1,"%s"]},{}]' % (b"a" * 40), b'["aaaaaaa",{"config.json":[true,"%s"]},{}]' % (b"a" * 40),
-    b'["aaaaaaa",{"config.json":[700,"%s"]},[]]' % (b"a" * 40), b"[" * 100_000, b"\xff\xfe", b"[1" + b"0" * 6000 + b",{},{}]",
-]  # fmt: skip
+    b"",
+    b"{}",
+    b"null",
+    b"[]",
+    b"[1]",
+    b"[1,2,3]",
+    b'["a","b","c"]',
+    b'{"a":1,"b":2,"c":3}',
+    b"[null,{},{}]",
+    b'["../../../../../tmp",{"config.json":[1,"a"]},{}]',
+    b'["x",{"config.json":3},{}]',
+    b'["x",[1,2],{}]',
+    b'["aaaaaaa",{"config.json":3},{}]',
+    b'["aaaaaaa",{"config.json":["a","b"]},{}]',
+    b'["aaaaaaa",{},[]]',
+    b'["aaaaaaa",{"../../x":[1,"%s"]},{}]' % (b"a" * 40),
+    b'["aaaaaaa",{"config.json":[true,"%s"]},{}]' % (b"a" * 40),
+    b'["aaaaaaa",{"config.json":[700,"%s"]},[]]' % (b"a" * 40),
+    b"[" * 100_000,
+    b"\xff\xfe",
+    b"[1" + b"0" * 6000 + b",{},{}]",
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGED_RECORDS)
@@ -465,9 +494,19 @@ def test_a_record_that_is_no_ordinary_file(server, kind, monkeypatch):
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"{", b"[]", b"{}", b'{"weight_map":3}', b'{"weight_map":{"a":3}}', b'{"weight_map":{"a":"../../x"}}',
-     b'{"weight_map":{"a":null}}', b"[" * 100_000, b"\xff"],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"weight_map":3}',
+        b'{"weight_map":{"a":3}}',
+        b'{"weight_map":{"a":"../../x"}}',
+        b'{"weight_map":{"a":null}}',
+        b"[" * 100_000,
+        b"\xff",
+    ],
+)
 def test_a_damaged_index_that_another_program_left_is_one_message(server, damage):
     folder = Path(huggingface_hub.snapshot_download(REPO, endpoint=server.endpoint, revision="main"))
     (folder / "model.safetensors.index.json").resolve().write_bytes(damage)

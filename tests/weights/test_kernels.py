@@ -10,9 +10,21 @@ from mixtral_offload.weights import kernels as packed
 from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, matmul, quantize
 from mixtral_offload.weights.layout import ExpertLayout, expert_forward
 
-FORMATS = [PAPER[2], PAPER[3], Quantization(3, 64, 128, True), Quantization(3, 64), Quantization(3, 16, None, True), PAPER[4],
-           Quantization(3, 16, split=True), Quantization(3, 8, 64, split=True), PAPER[8], Quantization(2, 16),
-           Quantization(4, 64), Quantization(4, 32, 128, True), Quantization(8, 32, 64)]  # fmt: skip
+FORMATS = [
+    PAPER[2],
+    PAPER[3],
+    Quantization(3, 64, 128, True),
+    Quantization(3, 64),
+    Quantization(3, 16, None, True),
+    PAPER[4],
+    Quantization(3, 16, split=True),
+    Quantization(3, 8, 64, split=True),
+    PAPER[8],
+    Quantization(2, 16),
+    Quantization(4, 64),
+    Quantization(4, 32, 128, True),
+    Quantization(8, 32, 64),
+]
 SHAPES = [(256, 512), (512, 192), (128, 640)]
 
 
