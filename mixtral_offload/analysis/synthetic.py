@@ -80,7 +80,11 @@ def _with_guesses(trace: RoutingTrace, guesses: np.ndarray) -> RoutingTrace:
     """The trace with these guesses as its own, but for those that are none (-1)."""
     run = trace.settings
     trace = RoutingTrace.from_routing(
-        trace.experts, trace.weights, run["n_experts"], run["expert_bytes"], predictions=np.maximum(guesses, 0)
+        trace.experts,
+        trace.weights,
+        run["n_experts"],
+        run["expert_bytes"],
+        predictions=np.maximum(guesses, 0),
     )
     distance = trace.predicted_layer - trace.predicted_from
     there = guesses[trace.predicted_pass, trace.predicted_layer, distance - 1, trace.predicted_rank] >= 0

@@ -180,15 +180,9 @@ class RoutingTrace:
         n, n_layers = experts.shape[:2]
         number, layer = (axis.ravel().astype(np.int32) for axis in np.indices(experts.shape)[:2])
         zeros, nothing = np.zeros(len(number)), np.zeros(0, np.int32)
-        run = {
-            "n_experts": n_experts,
-            "expert_bytes": expert_bytes,
-            "layers": list(range(n_layers)),
-            "slots": [n_experts] * n_layers,
-            "resident": [[]] * n_layers,
-            "policy": "lru",
-            "shared_slots": False,
-        }
+        run = {"n_experts": n_experts, "expert_bytes": expert_bytes, "layers": list(range(n_layers))}
+        run |= {"slots": [n_experts] * n_layers, "resident": [[]] * n_layers}
+        run |= {"policy": "lru", "shared_slots": False}
         return cls(
             tokens=np.zeros(n, np.int64),
             passes=np.arange(n, dtype=np.int32),

@@ -1,25 +1,23 @@
-"""Find, validate and read checkpoints on disk. All format mess lives here and nowhere else.
+"""Find, validate and read checkpoints on disk. All knowledge of formats is here and in `keys.py`. No devices,
+no caches.
 
-Knows configurations, index files, and with `keys` what each stored tensor is. Knows nothing of devices,
-caches or how an expert is run.
-
-Reads the published format (`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo`: one file per expert,
-keys inside without prefix), our own (the same with whole keys) and plain transformers checkpoints of
-Mixtral-like families, in 16 or 32 bits, with one tensor for each matrix of an expert or with all experts of a
-layer in one.
+Reads the published format (one file per expert, keys inside without prefix), this package's own (with whole
+keys) and plain checkpoints in 16 or 32 bits, with one tensor for each matrix of an expert or with all experts
+of a layer in one.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.models.config_check import (
@@ -45,7 +43,6 @@ from mixtral_offload.weights.manifest import Manifest, check_modules, read_manif
 from mixtral_offload.weights.manifest import check_experts as check_stated_experts
 from mixtral_offload.weights.safetensors_io import StoredTensor, in_threads, read_header, read_headers
 
-#: the small model that ships with the package
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,23 +52,25 @@ ExpertId = tuple[int, int]  # (layer, expert)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated checkpoint: nothing but its headers has been read, and every tensor has its place in the
-    model.
+    """A validated checkpoint: only its headers have been read, and every tensor has its place in the model.
 
-    experts: (layer, expert) -> (matrix, field) -> StoredTensor. prefixes: (layer, expert) -> matrix -> the
-        stored keys
-    without their fields, where each expert has its own; else what they are called when they are written.
-    dense: key -> StoredTensor. places: key of the dense part -> its place in the model. linears: name of a
-        quantized linear
-        quantized linear layer in the model -> how its weight is stored, and its shape. kept: dtype to load in
-        -> keys of the dense part that stay
-    in fp32. ignored: keys without a place. keys: all keys as stored. manifest: what config.json states of the
-        matrices;
-    None for the published format and plain checkpoints.
+    Attributes:
+        experts: (layer, expert) -> (matrix, field) -> StoredTensor.
+        prefixes: (layer, expert) -> matrix -> its stored key without field; if the experts of a layer are in
+            one tensor, the key that is written for it.
+        dense: Key -> StoredTensor.
+        places: Key of the dense part -> its place in the model.
+        linears: Name of a quantized linear layer in the model -> how its weight is stored, and its shape (N,
+            K).
+        kept: Dtype to load in -> keys of the dense part that stay in fp32.
+        ignored: Keys without a place.
+        keys: All keys as stored.
+        manifest: What config.json states of the matrices; None for the published format and plain
+            checkpoints.
     """
 
     folder: Path
-    config: object
+    config: PretrainedConfig
     layout: ExpertLayout
     experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]]
     prefixes: dict[ExpertId, dict[str, str]]
@@ -85,7 +84,7 @@ class Checkpoint:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The layers that have experts, in order."""
+        """Numbers of the MoE layers, in order."""
         return tuple(sorted({layer for layer, _ in self.experts}))
 
     @property
@@ -95,7 +94,7 @@ class Checkpoint:
 
     @property
     def top_k(self) -> int:
-        """Experts that each token uses."""
+        """Experts per token and layer."""
         family = family_of(self.config)
         top_k = family.top_k(self.config)
         if type(top_k) is not int or top_k < 1:
@@ -110,16 +109,17 @@ class Checkpoint:
 
     @property
     def recommended_cache_size(self) -> int | str:
-        """What the checkpoint's makers ask for in config.json, or "auto"."""
+        """The cache size that config.json recommends, or "auto"."""
         asked = getattr(self.config, "offload", None)
         return asked.get("cache_size", "auto") if isinstance(asked, dict) else "auto"
 
     @property
     def dense_bytes(self) -> int:
+        """Size of the dense part as stored."""
         return sum(tensor.n_bytes for tensor in self.dense.values())
 
     def read_expert(self, expert: ExpertId, buffer: Tensor) -> None:
-        """Read one expert's bytes into `buffer` (uint8 [layout.n_bytes], CPU) in the layout's order."""
+        """Read one expert's bytes into `buffer` (uint8 `[layout.n_bytes]`, CPU) in the layout's order."""
         stored = self.experts[expert]
         by_path: dict[Path, list[Field]] = {}
         for field in self.layout.fields:
@@ -130,7 +130,7 @@ class Checkpoint:
                     stored[field.matrix, field.name].read_into(file, buffer[field.offset :][: field.n_bytes])
 
     def read_experts(self, targets: Iterable[tuple[ExpertId, Tensor]]) -> Iterator[ExpertId]:
-        """`read_expert` for each (expert, buffer), several at a time; yields each expert once it is there."""
+        """Read each (expert, buffer), several at a time; yield each expert once it is there."""
         targets = list(targets)
         tasks = ((self.read_expert, expert, buffer) for expert, buffer in targets)
         for (expert, _), _ in zip(targets, in_threads(tasks), strict=True):
@@ -141,7 +141,7 @@ class Checkpoint:
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open and check a checkpoint folder. Reads headers, no weights.
 
-    Tensors that belong to no part of the model are named in one warning, and ignored.
+    Tensors that belong to no part of the model are ignored, with one warning that names them.
 
     Raises:
         CheckpointError: For every problem; it names the file, the key and the next step.
@@ -162,34 +162,32 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         found.add(key, folder / weight_map[key], headers[folder / weight_map[key]])
     ignored = found.ignore()
     layout = _check_experts(folder, names, shape, found.experts, manifest)
-    linears = found.check_trunk()
+    linears = found.check_dense()
     check_modules(manifest, {split[0] for key in found.dense if (split := split_quantized(key)) is not None})
     if ignored:
-        some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
-        warnings.warn(
-            f"{len(ignored)} tensors in {folder} belong to no part of {type(model).__name__} and are ignored: {some[:300]}",
-            stacklevel=2,
-        )
-    kept = {dtype: kept_in_fp32(model, dtype) for dtype in (torch.float16, torch.bfloat16)}
+        some, name = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else ""), type(model).__name__
+        what = f"{len(ignored)} tensors in {folder} belong to no part of {name} and are ignored"
+        warnings.warn(f"{what}: {some[:300]}", stacklevel=2)
     return Checkpoint(
-        folder,
-        config,
-        layout,
-        found.experts,
-        found.prefixes,
-        found.dense,
-        found.places,
-        linears,
-        {
-            dtype: frozenset(
-                key for key, place in found.places.items() if place.field is None and place.name in names
-            )
-            for dtype, names in kept.items()
-        },
-        tuple(ignored),
-        tuple(weight_map),
-        manifest,
+        folder=folder,
+        config=config,
+        layout=layout,
+        experts=found.experts,
+        prefixes=found.prefixes,
+        dense=found.dense,
+        places=found.places,
+        linears=linears,
+        kept={dtype: _kept(model, found.places, dtype) for dtype in (torch.float16, torch.bfloat16)},
+        ignored=tuple(ignored),
+        keys=tuple(weight_map),
+        manifest=manifest,
     )
+
+
+def _kept(model: PreTrainedModel, places: dict[str, DensePlace], dtype: torch.dtype) -> frozenset[str]:
+    """Keys of what stays in fp32 when the model is loaded in `dtype`."""
+    names = kept_in_fp32(model, dtype)
+    return frozenset(key for key, of in places.items() if of.field is None and of.name in names)
 
 
 class _Found:
@@ -209,7 +207,7 @@ class _Found:
         self.prefixes: dict[ExpertId, dict[str, str]] = {}
         self.dense: dict[str, StoredTensor] = {}
         self.places: dict[str, DensePlace] = {}
-        self._homeless: dict[str, Path] = {}
+        self._placeless: dict[str, Path] = {}
         self._owners: dict[Path, ExpertPlace] = {}  # of files of the published format
         self._filled: dict[object, str] = {}  # what a tensor is -> its key
 
@@ -223,7 +221,7 @@ class _Found:
         elif isinstance(place, FusedPlace):
             self._add_fused(place, key, header[key])
         elif place is None:
-            self._homeless[key] = path
+            self._placeless[key] = path
         else:
             self._fill(place, key, path)
             self.dense[key], self.places[key] = header[key], place
@@ -254,7 +252,7 @@ class _Found:
         self._add_field(expert, place.matrix, place.field, place.stem, key, stored)
 
     def _add_fused(self, place: FusedPlace, key: str, stored: StoredTensor) -> None:
-        """Each expert's part of a tensor `[experts, rows, columns]`; its matrices lie below each other."""
+        """Add each expert's part of a tensor `[experts, rows, columns]`; its matrices are stacked."""
         expected = tuple(self.key_map.tensors[place.name].shape)
         if stored.shape != expected:
             raise _does_not_fit(stored, key, expected, torch.float16)
@@ -266,17 +264,19 @@ class _Found:
                 stem = f"{place.module}.{expert}.{self.key_map.family.written[matrix]}."
                 self._add_field((self.layers[place.module], expert), matrix, "weight", stem, key, part)
 
-    def _add_field(self, expert: ExpertId, matrix: str, field: str, stem: str, key: str, stored) -> None:
+    def _add_field(
+        self, expert: ExpertId, matrix: str, field: str, stem: str, key: str, stored: StoredTensor
+    ) -> None:
         self._fill((expert, matrix, field), key, stored.path)
         self.experts.setdefault(expert, {})[matrix, field] = stored
         self.prefixes.setdefault(expert, {})[matrix] = stem
 
     def ignore(self) -> list[str]:
-        """The keys that have no place and need none; raises CheckpointError for the first one of the others."""
-        ignored = self.key_map.ignores(self._homeless)
-        if rest := self._homeless.keys() - set(ignored):
+        """Return the keys that have no place and need none; raise CheckpointError for any other one."""
+        ignored = self.key_map.ignores(self._placeless)
+        if rest := self._placeless.keys() - set(ignored):
             key = min(rest)
-            raise self._no_place(key, self._homeless[key], None)
+            raise self._no_place(key, self._placeless[key], None)
         return ignored
 
     def _no_place(self, key: str, path: Path, expected: str | None) -> CheckpointError:
@@ -285,8 +285,8 @@ class _Found:
             f"{name} has no place for this tensor", path=path, key=key, expected=expected, hint=WRONG_CONFIG
         )
 
-    def check_trunk(self) -> dict[str, tuple[Quantization, tuple[int, int]]]:
-        """Compare everything but the experts with the model; returns its quantized linear layers, see `Checkpoint`."""
+    def check_dense(self) -> dict[str, tuple[Quantization, tuple[int, int]]]:
+        """Compare the dense part with the model; return its quantized linear layers, see `Checkpoint`."""
         packed: dict[str, dict[str, StoredTensor]] = {}
         stored_names: dict[str, str] = {}
         for key, place in self.places.items():
@@ -294,7 +294,7 @@ class _Found:
                 self._check_plain(key, self.dense[key], self.key_map.tensors[place.name])
             else:
                 packed.setdefault(place.name, {})[place.field] = self.dense[key]
-                stored_names[place.name] = split_quantized(key)[0]
+                stored_names[place.name] = (split_quantized(key) or (key,))[0]
         linears = {name: self._check_packed(name, stored_names[name], of) for name, of in packed.items()}
         tensors = self.key_map.tensors
         there = {id(tensors[place.parameter]) for place in self.places.values()}
@@ -325,9 +325,9 @@ class _Found:
         path = next(iter(fields.values())).path
         if other := self._filled.get(DensePlace(f"{name}.weight")):
             raise _twice(name, path, other)
-        linear = self.key_map.model.get_submodule(name)
-        check_replaceable(linear, path, name)
-        shape = tuple(linear.weight.shape)
+        check_replaceable(self.key_map.model.get_submodule(name), path, name)
+        n, k = self.key_map.tensors[f"{name}.weight"].shape
+        shape = n, k
         sizes = {field: (stored.dtype, stored.n_elements) for field, stored in fields.items()}
         return recognise(self.manifest, path, stored_name, shape, sizes), shape
 
@@ -358,8 +358,12 @@ def _does_not_fit(
 
 
 @readable
-def read_config(folder: Path):
-    """transformers' configuration of the checkpoint; refuses folders without one, dense models and unknown mixtures."""
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read transformers' configuration of the checkpoint.
+
+    Raises:
+        CheckpointError: For a folder without one, a dense model or an unknown kind of mixture.
+    """
     if not folder.is_dir():
         raise CheckpointError(
             "no such folder", path=folder, hint="check the path, or give a hub repository as owner/name"
@@ -399,8 +403,8 @@ def read_config(folder: Path):
 
 
 @readable
-def load_config(path: Path):
-    """transformers' configuration in this file, of any model that this transformers knows."""
+def load_config(path: Path) -> PretrainedConfig:
+    """Read transformers' configuration in this file, of any model that this transformers knows."""
     from transformers import AutoConfig
 
     check_file(path)
@@ -429,7 +433,7 @@ def _absent(path: Path, key: str) -> CheckpointError:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """key -> file name, from the index or from the single file."""
+    """Key -> file name, from the index or from the single file."""
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
@@ -473,9 +477,40 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _check_experts(
-    folder: Path, modules: dict[str, int], shape: ExpertsShape, experts, manifest: Manifest | None
+    folder: Path,
+    modules: dict[str, int],
+    shape: ExpertsShape,
+    experts: dict[ExpertId, dict[tuple[str, str], StoredTensor]],
+    manifest: Manifest | None,
 ) -> ExpertLayout:
-    """The one layout of all experts; refuses a missing expert, a missing tensor, or an expert of another layout."""
+    """The one layout of all experts; refuse a missing tensor or an expert of another layout."""
+    _check_complete(folder, modules, shape.n_experts, experts)
+    first, *_ = ordered = sorted(experts.items())
+    reference = _sizes(first[1])
+    layout = _layout(_path_of(first[1]), first[0], shape, reference, manifest)
+    for (layer, number), tensors in ordered:
+        if (sizes := _sizes(tensors)) != reference:
+            names = sizes.keys() | reference.keys()
+            wrong = min((name for name in names if sizes.get(name) != reference.get(name)), key=str)
+            raise CheckpointError(
+                f"expert {number} of layer {layer} has another layout than the first one",
+                path=_path_of(tensors),
+                key=".".join(wrong),
+                expected=reference.get(wrong, "no such tensor"),
+                found=sizes.get(wrong, "no such tensor"),
+                hint="all experts must share bits and group size",
+            )
+        for (matrix, field), stored in tensors.items():
+            if field == "weight" and stored.shape != layout.shapes[matrix]:
+                key = f"{stored.key} ({matrix} of expert {number} of layer {layer})"
+                raise _does_not_fit(stored, key, layout.shapes[matrix], stored.dtype)
+    return layout
+
+
+def _check_complete(
+    folder: Path, modules: dict[str, int], n_experts: int, experts: Collection[ExpertId]
+) -> None:
+    """Refuse a missing expert."""
     if not experts:
         name = next(iter(modules))
         keys = f"{name}.0.{GENERIC.written['gate']}.weight or {name}.{next(iter(FUSED))}"
@@ -495,42 +530,24 @@ def _check_experts(
             hint="download the checkpoint's index and config again",
         )
     for layer in sorted(layers):
-        for expert in range(shape.n_experts):
+        for expert in range(n_experts):
             if (layer, expert) not in experts:
                 raise CheckpointError(
                     "an expert is missing from the index",
                     path=folder / INDEX,
                     key=f"layer {layer}, expert {expert}",
-                    expected=f"{shape.n_experts} experts in each layer",
+                    expected=f"{n_experts} experts in each layer",
                     found="no entry",
                     hint="download the index again",
                 )
-    layout = None
-    for expert, tensors in sorted(experts.items()):
-        sizes = {name: (tensor.dtype, tensor.n_elements) for name, tensor in tensors.items()}
-        path = next(iter(tensors.values())).path
-        if layout is None:
-            reference, layout = (
-                sizes,
-                _layout(path, expert, shape, sizes, manifest),
-            )
-        elif sizes != reference:
-            wrong = min(
-                (n for n in sizes.keys() | reference.keys() if sizes.get(n) != reference.get(n)), key=str
-            )
-            raise CheckpointError(
-                f"expert {expert[1]} of layer {expert[0]} has another layout than the first one",
-                path=path,
-                key=".".join(wrong),
-                expected=reference.get(wrong, "no such tensor"),
-                found=sizes.get(wrong, "no such tensor"),
-                hint="all experts must share bits and group size",
-            )
-        for (matrix, field), stored in tensors.items():
-            if field == "weight" and stored.shape != layout.shapes[matrix]:
-                key = f"{stored.key} ({matrix} of expert {expert[1]} of layer {expert[0]})"
-                raise _does_not_fit(stored, key, layout.shapes[matrix], stored.dtype)
-    return layout
+
+
+def _sizes(tensors: dict[tuple[str, str], StoredTensor]) -> Sizes:
+    return {name: (tensor.dtype, tensor.n_elements) for name, tensor in tensors.items()}
+
+
+def _path_of(tensors: dict[tuple[str, str], StoredTensor]) -> Path:
+    return next(iter(tensors.values())).path
 
 
 def _layout(
@@ -542,4 +559,5 @@ def _layout(
     }
     name = f"expert {expert[1]} of layer {expert[0]}"
     check_stated_experts(manifest, path, name, shapes, by_matrix)
-    return ExpertLayout.build(*reversed(shapes["gate"]), sizes, path, name)
+    intermediate, hidden = shapes["gate"]
+    return ExpertLayout.build(hidden, intermediate, sizes, path, name)

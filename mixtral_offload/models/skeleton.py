@@ -1,7 +1,4 @@
-"""A model without weights, on the meta device: its names, shapes and dtypes.
-
-Knows transformers' model classes. Knows no files.
-"""
+"""A model without weights, on the meta device: its names, shapes and dtypes. No files."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def build_meta(
 
     Args:
         config: transformers' configuration. It is not changed.
-        dtype: Of the parameters, except those that the model's class always keeps in another one.
+        dtype: Type of the parameters, except those that the model's class always keeps in another one.
         attn_implementation: As in transformers' `from_pretrained`; None: the class's default.
         path: The configuration's file, for errors.
 
@@ -61,7 +58,7 @@ def build_meta(
 
 
 def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[list[MoELayer], ExpertsShape]:
-    """The layers with experts of a model that holds their parameters.
+    """Find the MoE layers of a model that holds their parameters.
 
     Args:
         model: On the meta device.
@@ -104,11 +101,10 @@ def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[lis
 
 
 def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
-    """Names of the parameters and buffers that transformers keeps in fp32 when a model is loaded in `dtype`.
+    """Return the parameters and buffers that transformers keeps in fp32 when a model is loaded in `dtype`.
 
     Args:
-        model: Built in a 16-bit dtype: what is fp32 there is so in its class's own code.
-        dtype: The one to load in.
+        model: Built in a 16-bit dtype: what is fp32 there is so because of its class's own code.
     """
     held = model.state_dict(keep_vars=True)
     floating = {name: tensor.dtype for name, tensor in held.items() if tensor.dtype.is_floating_point}
@@ -117,5 +113,5 @@ def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
 
 
 def _as_pattern(name: str) -> re.Pattern:
-    """As transformers matches its lists of what to keep: anywhere in the name, `*` for anything."""
+    """Match as transformers matches its lists of what to keep: anywhere in the name, `*` for anything."""
     return re.compile(name.replace("*", r".*"))

@@ -17,7 +17,8 @@ from mixtral_offload.errors import DownloadError
 from mixtral_offload.system.redaction import VARIABLES, redact_logs, remember_secret
 
 HINT = "set HF_TOKEN to a token that may read it, or pass token="
-#: loggers of what sends requests; those of a lower layer are made when a library is imported, so all are named
+#: loggers of what sends requests; those of a lower layer are made when a library is imported, so all are
+#: named
 LOGGERS = (
     *("mixtral_offload", "huggingface_hub", "filelock", "httpx", "httpx2"),
     *(

@@ -129,7 +129,7 @@ def read_manifest(config: PretrainedConfig, path: Path) -> Manifest | None:
             "cannot read what this folder says about its matrices",
             path=path,
             key=key,
-            expected="experts, modules: name to shape, bits, group_size, scale_group_size, quantize_zero, split",
+            expected="experts, modules: name to shape, bits, group_size, scale_group_size, ...",
             found=f"{type(error).__name__}: {error}"[:200],
             hint=AGAIN,
         ) from error
@@ -248,8 +248,8 @@ def _compared(
             key=name,
             expected=f"{known}, or a config.json that states another",
             found=f"{shape[0]}x{shape[1]}, {found}",
-            hint="check that config.json belongs to these files (intermediate_size, head_dim, numbers of heads); a "
-            "folder of unusual groups must be converted again: `convert` writes down what they are",
+            hint="check that config.json belongs to these files (intermediate_size, head_dim, heads); "
+            "a folder of unusual groups must be converted again: `convert` writes down what they are",
         )
     return found
 

@@ -30,8 +30,8 @@ def local_folder(path_or_repo_id: str | os.PathLike | None) -> Path | None:
     """Find the folder that a model's name means, without a download.
 
     Args:
-        path_or_repo_id: A folder, a hub repository, or "demo" or None for the shipped model (write ./demo for a folder of
-            that name).
+        path_or_repo_id: A folder, a hub repository, or "demo" or None for the shipped model (write ./demo for
+            a folder of that name).
 
     Returns:
         The folder; None if the name can only be a repository.

@@ -68,12 +68,16 @@ def finish_renamed(target: Path, settings: dict) -> bool:
 
 
 class WorkFolder:
-    """A context manager: the folder is locked until the end; then it is removed, renamed, or left for the next run.
+    """A context manager: the folder is locked until the end; then it is removed, renamed, or left for the
+    next run.
 
-    For `target` it is `target.converting`. Its journal states the settings, and the finished files with their checksums. A
-    killed process leaves it; the next one with the same settings keeps what is finished and verified, whatever the moment
-    of the kill. So the journal is the first file to be made and the last to be removed: nothing in it is overwritten while
-    there are files, and it is renamed with the folder. A target whose journal ends with WHOLE is finished; `finish_renamed`
+    For `target` it is `target.converting`. Its journal states the settings, and the finished files with their
+    checksums. A killed process leaves it; the next one with the same settings keeps what is finished and
+    verified, whatever the moment
+    of the kill. So the journal is the first file to be made and the last to be removed: nothing in it is
+        overwritten while
+        overwritten while there are files, and it is renamed with the folder. A target whose journal ends with
+        WHOLE is finished; `finish_renamed`
     removes the rest. Without file locks (Windows), nothing keeps two processes apart.
 
     Args:
