@@ -144,7 +144,7 @@ def _on_disk(
     shared_memory: bool,
     reasons: list[str],
 ) -> Plan:
-    """The plan if RAM is too small; raise CapacityError if RAM was asked for."""
+    """The plan if RAM is too small; raise CapacityError if RAM is required."""
     if store == "ram":
         raise CapacityError(
             "RAM cannot hold the experts that do not fit on the device",

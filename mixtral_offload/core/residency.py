@@ -16,7 +16,7 @@ from mixtral_offload.core.policies import Key, Policy
 
 
 class CopyState(Protocol):
-    """What a decision needs to know of a copy under way.
+    """The state of a copy under way that decisions depend on.
 
     Attributes:
         has_begun: A chunk has moved or is moving.
@@ -159,7 +159,7 @@ class Residency:
 
         All loads that the slots allow come first; then the uses of what is held, then of what was loaded, in
         the order of their loads. More experts than slots go through in waves, whose order is fixed. The
-        policy sees the uses in the order of `needed`, whatever arrives first.
+        policy sees the uses in the order of `needed`, not of arrival.
         """
         pool = self.pools[layer]
         yield from self._abandon_loading(pool)

@@ -110,8 +110,8 @@ class Checkpoint:
     @property
     def recommended_cache_size(self) -> int | str:
         """The cache size that config.json recommends, or "auto"."""
-        asked = getattr(self.config, "offload", None)
-        return asked.get("cache_size", "auto") if isinstance(asked, dict) else "auto"
+        stated = getattr(self.config, "offload", None)
+        return stated.get("cache_size", "auto") if isinstance(stated, dict) else "auto"
 
     @property
     def dense_bytes(self) -> int:
@@ -404,7 +404,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 @readable
 def load_config(path: Path) -> PretrainedConfig:
-    """Read transformers' configuration in this file, of any model that this transformers knows."""
+    """Read transformers' configuration in this file, of any model that this version supports."""
     from transformers import AutoConfig
 
     check_file(path)

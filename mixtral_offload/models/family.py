@@ -187,7 +187,7 @@ def check_routers(layers: Sequence[MoELayer]) -> None:
     for layer in layers:
         if layer.router is None:
             raise OptionError(
-                "speculative loading does not know this family's router",
+                "experts cannot be predicted: this family's router is not known",
                 found=f"{layer.name} without one",
                 expected=f"a router `{GENERIC.routers[0]}` and a norm `{GENERIC.norm}`",
                 hint="use prefetch=0",

@@ -63,8 +63,7 @@ class KeyMap:
     """The places of a model for stored keys.
 
     An expert is identified by the name of its module in the model and its number there:
-        `mtp.layers.0.mlp.experts.3` is
-    not expert 3 of layer 0.
+    `mtp.layers.0.mlp.experts.3` is not expert 3 of layer 0.
 
     Args:
         model: On the meta device, with its experts' parameters.

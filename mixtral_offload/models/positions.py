@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 #: types whose frequencies, and so all keys, follow from the largest position of a pass. Those of "dynamic" do
-#: so only
-#: beyond max_position_embeddings, which no context of this package exceeds
+#: so only beyond max_position_embeddings, which no context of this package exceeds
 BY_LENGTH = frozenset(("longrope",))
 
 

@@ -36,13 +36,13 @@ def build_meta(
     config = plain_config(config)
     if hasattr(config, "quantization_config"):  # says how the weights are stored, not what the model is
         del config.quantization_config
-    asked = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **asked)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     except Exception as error:  # transformers raises many kinds for numbers that make no model
         text = " ".join(str(error).split())[:300]
-        if asked:
+        if options:
             raise OptionError(
                 "this attention cannot be used",
                 key="attn_implementation",

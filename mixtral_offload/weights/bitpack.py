@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py), of which
-#: we
-#: use those of 2 bits and 1 for 3 bits in two parts
+#: we use those of 2 bits and 1 for 3 bits in two parts
 WORDS = {
     8: (1, torch.uint8),
     4: (2, torch.uint8),

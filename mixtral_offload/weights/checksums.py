@@ -25,10 +25,9 @@ from mixtral_offload.weights.safetensors_io import (
 )
 
 #: XXH3-128 over the digest of the header and the digests of the tensors in the order of their bytes. So it
-#: follows from
-#: tensors that were read one by one, in any order, by any thread, without a second pass over the file. It
-#: finds damage;
-#: it is no signature against a forger. The index states this text; another text means another rule.
+#: follows from tensors that were read one by one, in any order, by any thread, without a second pass over the
+#: file. It finds damage; it is no signature against a forger. The index states this text; another text means
+#: another rule.
 ALGORITHM = "xxh3-128 of header and tensors, 1"
 
 

@@ -54,7 +54,7 @@ class Quantization:
             raise OptionError(
                 "this cannot be split", expected="3 bits in groups of a multiple of 8", found=found
             )
-        # smaller groups would not fill a word: larger than 16 bits, and not to be told from another width
+        # smaller groups would not fill a word: larger than 16 bits, and ambiguous
         least = {16: 0, 8: 1, 4: 2, 3: 1, 2: 4}[self.bits]
         if self.group_size < least:
             raise OptionError("group size is too small", expected=f"{least} or more", found=self.group_size)
@@ -135,8 +135,7 @@ def field_specs(shape: tuple[int, int], quantization: Quantization) -> FieldSpec
 #: parts of a key that belong to a packed matrix
 PACKED_MARKS = (".W_q", ".W_high", ".meta.")
 #: (bits, group size) of published checkpoints. Counts of elements fit two of them for no matrix: the words of
-#: a group
-#: (16 / 4, 64 / 2, 64 / 1; another dtype or another field for 3 bits) differ
+#: a group (16 / 4, 64 / 2, 64 / 1; another dtype or another field for 3 bits) differ
 PUBLISHED = frozenset((of.bits, of.group_size) for of in PAPER.values())
 
 
@@ -155,9 +154,8 @@ def infer(
     """Find the `Quantization` of a stored matrix from its fields' dtypes and element counts alone.
 
     With a wrong shape the answer may be wrong: 4-bit groups of 64 look like 2-bit groups of 128 of a matrix
-        twice as
-        twice as large. So the result has to be compared with what the checkpoint states, or `PUBLISHED`: see
-        `manifest.recognise`.
+    twice as large. So the result has to be compared with what the checkpoint states, or with `PUBLISHED`, as
+    `manifest.recognise` does.
 
     Args:
         shape: (N, K).

@@ -61,7 +61,7 @@ CAUSES = (  # the first match counts: kind of error, what happened, what to do
     (401, "{hub} does not accept the token for {repo}", TOKEN),
     (403, "{hub} refuses access to {repo}", TOKEN),
     (hf.HfHubHTTPError, "{hub} answered with error {code}", "wait a few minutes, then " + AGAIN),
-    (hf.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids asking the hub", "unset it in a new process, " + AGAIN),
+    (hf.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids connections to the hub", "unset it in a new process, " + AGAIN),
     (HTTP, "no connection to {hub}, or it broke", "check the network, then " + AGAIN),
     (errno.ENOSPC, "the disk became full while fetching {repo}", "make room there, then " + AGAIN),
     (errno.EDQUOT, "the quota ran out while fetching {repo}", "make room there, then " + AGAIN),
@@ -147,7 +147,9 @@ def download(
         try:
             if local_files_only:
                 hint = "leave local_files_only out to fetch what is not here"
-                raise DownloadError(f"{repo_id}: the hub is not asked (local_files_only)", hint=hint)
+                raise DownloadError(
+                    f"{repo_id}: there is no connection to the hub (local_files_only)", hint=hint
+                )
             job = _ask(repo_id, revision, endpoint, token, local_dir, cache_dir)
         except DownloadError as error:
             return _without_hub(Record(repo_id, revision, local_dir, cache_dir), verify, error)
@@ -469,7 +471,7 @@ def _shards(index: Path) -> list[str]:
         names, found = [None], f"{type(error).__name__}: {error}"
     if all(map(is_safe, names)):
         return names
-    what = "the copy in the hub's cache has a damaged index, and the hub cannot be asked for another"
+    what = "the copy in the hub's cache has a damaged index, and the hub does not answer"
     expected, hint = "JSON with weight_map: key to file name", f"when the hub answers, {AGAIN}"
     raise DownloadError(what, path=index, expected=expected, found=found, hint=hint)
 

@@ -23,8 +23,7 @@ from mixtral_offload.weights.hqq import Fields, Quantization, matmul, parts
 from mixtral_offload.weights.layout import MATRICES, ExpertLayout, expert_forward
 
 #: for more tokens, a matrix is dequantized, part by part, for a library product: the packed one costs the
-#: same for
-#: each token, dequantizing about as much as ten tokens (LOG.md)
+#: same for each token, dequantizing about as much as ten tokens (LOG.md)
 PACKED_TOKENS = 8
 #: running sums that one loop keeps in registers
 SUMS = 16
@@ -38,16 +37,15 @@ def packed_product(x: Tensor, fields: Fields, shape: tuple[int, int], quantizati
     """Compute `x [1, K] @ W.T` -> `[1, N]` in x's dtype, internally in fp32, if the group size divides N.
 
     In HQQ's layout (axis 0), row r of the unpacked view `[group_size, G * K]` holds rows r * G ... of the
-    matrix, where G = N / group_size. So a scale and a zero belong to one g and one k, and to all rows g, g +
+    matrix, with G = N / group_size. So a scale and a zero belong to one g and one k, and to all rows g, g +
     G, g + 2G, ... Hence
 
         y[r * G + g] = sum_k q[r, g, k] * (scale * x)[g, k]  -  sum_k (zero * scale * x)[g, k]
 
     where the group's rows share the last sum. A value is masked in its word, not shifted; the power of two
-    that this
-    costs is taken back from the finished sum: one product and one sum per weight. (If 3 bits are split, the
-        high one is
-    moved above the low ones first.) torch.compile makes one loop of each expression, in C++ or Triton.
+    that this costs is taken back from the finished sum: one product and one sum per weight. If 3 bits are
+    split, the high one is moved above the low ones first. torch.compile makes one loop of each expression, in
+    C++ or Triton.
     """
     scale, zero = _scale_and_zero(fields, shape, quantization)  # [G, K/c, c]
     scaled = scale * x.float().view(scale.shape[1:])
@@ -218,9 +216,8 @@ def _widened(fields: Fields, quantization: Quantization) -> Fields:
     """Convert fp16 fields to fp32 where that is faster: on the CPU.
 
     There, fp16 in a loop makes it handle 32 values at a time although 16 fill a register: half as fast, and
-        seven times
-        seven times slower with the int32 words of hqq's 3 bits. The scales of scales are few and fp32
-        already; with int32, convert all.
+    seven times slower with the int32 words of hqq's 3 bits. The scales of scales are few and stay; with
+    int32, convert all.
     """
     if (
         quantization.bits == 16

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 METHOD = "mixtral_offload"
 FORMAT = 1
 #: transformers fills a model with random weights after an unknown `quant_method`. An impossible name of a
-#: file to load
-#: (`transformers_weights`) stops it, and it shows that name
+#: file to load (`transformers_weights`) stops it, and it shows that name
 REFUSAL = (
     "none, for this folder is of mixtral_offload's format, which transformers cannot read. Load it with "
     "mixtral_offload.from_pretrained(folder)"

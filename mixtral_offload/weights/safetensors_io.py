@@ -27,9 +27,8 @@ N_READERS = 4
 PART_BYTES = 4 << 20
 MOST_HEADER_BYTES = 32 << 20  # of one file: about 200,000 tensors (the format allows 100 MB)
 #: of all files of a checkpoint together. DeepSeek-V3 has 91,991 tensors in 163 files, Kimi-K2 some 200,000
-#: before it is
-#: packed; packed, a matrix has up to eight. An entry takes 100 to 180 bytes there, and some 700 in memory: 2
-#: GB at most.
+#: before it is packed; packed, a matrix has up to eight. An entry takes 100 to 180 bytes there, and some 700
+#: in memory: 2 GB at most.
 MOST_TENSORS = 3_000_000
 MOST_HEADERS_BYTES = 512 << 20
 #: read and checked at a time: small enough to be still in the second-level cache when it is hashed
@@ -127,7 +126,7 @@ class StoredTensor:
                         key=self.key,
                         expected="at most 65504",
                         found=f"{piece.view(self.dtype).abs().max():g}",
-                        hint='ask for dtype="bfloat16" or "float32"',
+                        hint='use dtype="bfloat16" or "float32"',
                     )
         return value
 
@@ -252,7 +251,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             "not a whole safetensors file",
             path=path,
-            expected="a header, then as many bytes as it says",
+            expected="a header, then the bytes that it states",
             found=f"{size} bytes; {type(error).__name__}: {error}",
             hint=AGAIN,
         ) from None
@@ -273,7 +272,7 @@ def read_headers(paths: Iterable[Path]) -> dict[Path, dict[str, StoredTensor]]:
                 path=path.parent,
                 expected=f"at most {MOST_TENSORS:,} tensors, and {MOST_HEADERS_BYTES >> 20} MiB of headers",
                 found=f"{n_tensors:,} tensors and {n_bytes:,} bytes in the first {len(headers):,} files",
-                hint="check where these files come from: no model has so many tensors",
+                hint="check where these files come from: they are larger than those of any model",
             )
     return headers
 
@@ -327,7 +326,7 @@ def _stored(path: Path, key: str, entry: dict, data_begin: int) -> StoredTensor:
             key=key,
             expected=", ".join(DTYPES),
             found=entry["dtype"],
-            hint="convert the file with a program that knows it",
+            hint="convert the file to one of these dtypes",
         )
     begin, end = entry["data_offsets"]
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])

@@ -68,17 +68,15 @@ def finish_renamed(target: Path, settings: dict) -> bool:
 
 
 class WorkFolder:
-    """A context manager: the folder is locked until the end; then it is removed, renamed, or left for the
+    """A context manager for the folder, locked until the end; then it is removed, renamed, or left for the
     next run.
 
     For `target` it is `target.converting`. Its journal states the settings, and the finished files with their
     checksums. A killed process leaves it; the next one with the same settings keeps what is finished and
-    verified, whatever the moment
-    of the kill. So the journal is the first file to be made and the last to be removed: nothing in it is
-        overwritten while
-        overwritten while there are files, and it is renamed with the folder. A target whose journal ends with
-        WHOLE is finished; `finish_renamed`
-    removes the rest. Without file locks (Windows), nothing keeps two processes apart.
+    verified, whatever the moment of the kill. So the journal is the first file to be made and the last to be
+    removed. Nothing in it is overwritten while there are files, and it is renamed with the folder. A target
+    whose journal ends with WHOLE is finished; `finish_renamed` removes the rest. Without file locks
+    (Windows), nothing keeps two processes apart.
 
     Args:
         settings: Everything that the files depend on, in JSON's types.
@@ -86,7 +84,7 @@ class WorkFolder:
 
     Attributes:
         finished: Name -> checksum of the files that are there, verified or written in this run.
-        n_kept: How many of them an earlier run has left.
+        n_kept: Number of those that an earlier run has left.
 
     Raises:
         OSError: If files cannot be written.
@@ -160,7 +158,7 @@ class WorkFolder:
                 f"the checkpoint is finished, but its name is taken; it is kept in {self.path}",
                 path=self.target,
                 expected="no such file or folder until the conversion is done",
-                found="one that came meanwhile",
+                found="one that was made during the conversion",
                 hint=f"move away what has this name; {hint}",
             )
         try:
@@ -215,7 +213,7 @@ class WorkFolder:
     def _append(self, line: object) -> None:
         """Write one line into the journal, all of it or an error."""
         rest = memoryview(f"{json.dumps(line)}\n".encode())
-        while rest:  # a raw file writes less than asked where the disk is full
+        while rest:  # a raw file may write less than all if the disk is full
             rest = rest[self._open_journal.write(rest) :]
 
     def _remove(self) -> None:
