@@ -1,4 +1,4 @@
-"""Plans on the sizes of real cards and hosts."""
+"""Plans on the sizes of real GPUs and hosts."""
 
 import pytest
 from hypothesis import given
@@ -32,12 +32,12 @@ def test_too_little_of_both_goes_to_disk_with_the_reason():
     assert any("are on disk" in reason for reason in plan.reasons)
 
 
-def test_a_large_card_needs_no_home():
+def test_a_large_device_needs_no_store():
     plan = make_plan(MIXTRAL, 300 * EXPERT, 0)
     assert plan.store is None and plan.n_resident == 256 and sum(plan.slots.values()) == 0
 
 
-def test_as_many_as_asked():
+def test_a_given_cache_size():
     plan = make_plan(MIXTRAL, 190 * EXPERT, int(20e9), cache_size=4)
     assert set(plan.slots.values()) == {4} and plan.n_resident == 0
 

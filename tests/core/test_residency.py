@@ -1,4 +1,4 @@
-"""The decisions alone: any calls, predictions and interrupts, with copies that arrive, stop and end in any order."""
+"""Decisions alone: any calls, predictions and interrupts, with copies that arrive and stop in any order."""
 
 from collections import OrderedDict
 
@@ -30,7 +30,7 @@ class Interrupted(Exception):
 
 
 class Driver:
-    """Carries actions out, and stops at the n-th one, before it or after it, where a test asks for that."""
+    """Carries actions out; with `stop_at`, it stops at the n-th one, before or after it."""
 
     def __init__(self, n_staging=N_STAGING):
         n_rows = N_LAYERS * N_SLOTS + n_staging

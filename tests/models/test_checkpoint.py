@@ -1,4 +1,4 @@
-"""Bad input: one clear error that names file, key, what was expected and found, and the next step; nothing half-made."""
+"""Bad input: one error that names file, key, what was expected and found, and the next step."""
 
 import json
 import os
@@ -149,7 +149,7 @@ def test_headers_that_are_too_large_together(folder, monkeypatch, bound):
 
 
 def test_the_bounds_of_headers_admit_every_known_checkpoint():
-    """Kimi-K2 at 3 bits: 60 layers of 384 experts of three matrices of up to 8 fields, by keys of 90 characters."""
+    """Kimi-K2 at 3 bits: 60 layers, 384 experts, three matrices, up to 8 fields, keys of 90 characters."""
     n_tensors = 60 * 384 * 3 * 8
     assert n_tensors * 4 < headers.MOST_TENSORS and n_tensors * 200 * 4 < headers.MOST_HEADERS_BYTES
 
@@ -183,7 +183,7 @@ def test_a_whole_layer_missing_from_the_index(folder):
     has(error_of(folder), "expert layers are not the model's", "[0, 1, 2]", "[0, 1]")
 
 
-def test_missing_index_entry_of_the_trunk(folder):
+def test_missing_index_entry_of_the_dense_part(folder):
     change_index(folder, lambda weights: weights.pop("model.norm.weight"))
     has(error_of(folder), "1 parameters have no value", "model.norm.weight")
 
@@ -195,12 +195,12 @@ def test_an_index_that_names_what_the_file_does_not_hold(folder):
     has(error_of(folder), "next step:")
 
 
-def test_wrong_shape_in_the_trunk(folder):
+def test_wrong_shape_in_the_dense_part(folder):
     change(folder / DENSE, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7).half()}))
     has(error_of(folder), DENSE, "model.norm.weight", "(256,)", "(7,)")
 
 
-def test_wrong_attention_in_the_trunk(folder):
+def test_wrong_attention_in_the_dense_part(folder):
     name = "model.layers.0.self_attn.q_proj.W_q"
     change(folder / DENSE, lambda tensors: tensors.update({name: tensors[name][:1].contiguous()}))
     has(error_of(folder), DENSE, "self_attn.q_proj", "W_q")
@@ -435,7 +435,7 @@ def test_weights_that_are_not_finite(tmp_path):
         save_file(good, path, metadata={"format": "pt"})
 
 
-def test_the_trunk_is_kept_as_stored(published, tmp_path):
+def test_the_dense_part_is_kept_as_stored(published, tmp_path):
     rewritten = convert_checkpoint(published, tmp_path / "ours", PAPER[8])
     before, after = open_checkpoint(published).dense, open_checkpoint(rewritten).dense
     assert before.keys() == after.keys()

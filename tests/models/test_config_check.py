@@ -1,4 +1,4 @@
-"""Configurations, indexes and headers that no model has: one message each, before anything is built or filled."""
+"""Impossible configurations, indexes and headers: one message each, before anything is built."""
 
 import json
 import shutil
@@ -113,8 +113,8 @@ def test_values_that_do_not_go_together(folder, key, value):
         assert len(str(error)) < 2000
     else:
         assert key in ("head_dim", "num_key_value_heads", "anything", "layer_types", "pad_token_id", "dtype")
-    card = ["--vram", "1GB", "--ram", "1GB", "--link", "12GB"]
-    for command in (["info", "--model", str(folder), "--device", "cpu"], ["plan", str(folder), *card]):
+    device = ["--vram", "1GB", "--ram", "1GB", "--link", "12GB"]
+    for command in (["info", "--model", str(folder), "--device", "cpu"], ["plan", str(folder), *device]):
         assert main(command) in (0, 1)
 
 
@@ -138,7 +138,7 @@ def test_values_that_are_missing(folder, key):
 
 
 def test_no_family_s_own_values_are_refused():
-    """The default configuration of every family with experts that this transformers knows."""
+    """The default configuration of every family with experts in this version of transformers."""
     n_checked = 0
     for name in sorted(set(CONFIG_MAPPING.keys())):
         try:

@@ -1,4 +1,4 @@
-"""Other families on transformers' experts interface: tiny random models against transformers' own eager experts."""
+"""Other families on transformers' experts interface: tiny random models against transformers' own experts."""
 
 import copy
 import json
@@ -92,7 +92,7 @@ FAMILIES = {
 
 @torch.no_grad()
 def randomized(config) -> torch.nn.Module:
-    """A random model in which every bias, norm and correction counts, as in a trained one: new ones are 0 or 1."""
+    """A random model in which every bias, norm and correction has an effect: new ones are 0 or 1."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(config)

@@ -1,4 +1,4 @@
-"""What the keys of a checkpoint mean: experts by their module's name, extra tensors ignored or refused, foreign formats."""
+"""Keys of checkpoints: experts by their module's name, extra tensors ignored or refused, foreign formats."""
 
 import json
 import shutil
@@ -104,7 +104,7 @@ def change(folder, edit, **config):
 
 @torch.no_grad()
 def check_same_answers(folder, offloaded, n_ignored: int | None) -> None:
-    """The checkpoint, and what `convert` makes of it, answer as transformers does; n_ignored: in one notice, None: in none."""
+    """The checkpoint and its conversion give transformers' logits; n_ignored: tensors in the notice."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     wanted = model(IDS).logits
     with warnings.catch_warnings(record=True) as caught:
@@ -265,10 +265,11 @@ def test_a_wrong_shape_of_as_many_elements(key, shape, save):
 
 
 def test_two_tensors_for_one_place(save):
+    w1 = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     twice = {
         "model.layers.0.mlp.gate.weight": "model.layers.0.block_sparse_moe.gate.weight",
-        "model.layers.0.mlp.experts.1.w1.weight": "model.layers.0.block_sparse_moe.experts.1.w1.weight",
-        "model.layers.0.mlp.experts.1.gate_proj.weight": "model.layers.0.block_sparse_moe.experts.1.w1.weight",
+        "model.layers.0.mlp.experts.1.w1.weight": w1,
+        "model.layers.0.mlp.experts.1.gate_proj.weight": w1,
         "model.layers.0.self_attn.q_proj.W_q": "model.layers.0.self_attn.q_proj.weight",
     }
     for other, key in twice.items():

@@ -64,7 +64,7 @@ def test_our_writer_keeps_every_byte_under_whole_keys(published, tmp_path):
 @pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 @torch.no_grad()
 def test_our_own_widths_run_and_get_worse_in_order(published, tmp_path, expected, offloaded, bits):
-    """16 bits keep the fixture's logits, fewer bits cost more and more; 2 bits again find the fixture's own grid."""
+    """16 bits keep the fixture's logits, fewer bits cost more; 2 bits find the fixture's own grid."""
     least, most = {16: (0, 1e-5), 8: (1e-3, 0.03), 4: (0.05, 0.3), 3: (0.1, 0.6), 2: (1e-4, 0.02)}[bits]
     attention = Quantization(16) if bits == 16 else Quantization(8, 64)
     model = offloaded(convert_checkpoint(published, tmp_path / "ours", PAPER[bits], attention), cache_size=3)

@@ -87,7 +87,7 @@ def test_a_checkpoint_s_own_sizes(which, published):
 
 
 def test_every_parameter_is_counted_once_in_every_family():
-    """The parts together are transformers' own count; one part is what is left over, so the others are looked at too."""
+    """The parts add up to transformers' own count. One part is the rest, so the others are tested too."""
     small = {
         "hidden_size": 64,
         "num_hidden_layers": 4,
@@ -216,7 +216,7 @@ def test_hundreds_of_layers_take_no_time():
 
 
 def test_the_attention_of_an_image_encoder_has_no_kv_cache():
-    """Beside the layers (aria's projector), or in layers of its own."""
+    """Outside the layers (aria's projector), or in separate layers."""
     text = {
         "num_hidden_layers": 2,
         "hidden_size": 64,
