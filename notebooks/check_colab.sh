@@ -25,7 +25,7 @@ fi
 echo "installing the package added: $(comm -13 "$folder/before.txt" "$folder/after.txt" | tr '\n' ' ')"
 python notebooks/run.py --check
 python -m pytest -q tests/runtime/test_drift.py tests/apps/test_widget.py tests/generation/test_chat.py tests/models/test_published_format.py \
-    tests/runtime/test_prefetch.py tests/models/test_families.py tests/weights/test_hub.py tests/models/test_checkpoint.py tests/analysis/test_replay.py tests/apps/test_notebooks.py
+    tests/runtime/test_prefetch.py tests/models/test_families.py tests/weights/test_hub*.py tests/weights/test_source.py tests/models/test_checkpoint.py tests/analysis/test_replay.py tests/apps/test_notebooks.py
 
 # the widget in a browser, in a JupyterLab of ipywidgets 7's time
 pip install -q 'jupyterlab<4' 'jupyterlab-widgets<2' playwright

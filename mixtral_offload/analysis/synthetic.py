@@ -104,7 +104,11 @@ def _with_predictions(trace: RoutingTrace, predicted: np.ndarray) -> RoutingTrac
     """The trace with these predictions as its own, but for those that are none (-1)."""
     run = trace.settings
     trace = RoutingTrace.from_routing(
-        trace.experts, trace.weights, run["n_experts"], run["expert_bytes"], np.maximum(predicted, 0)
+        trace.experts,
+        trace.weights,
+        run["n_experts"],
+        run["expert_bytes"],
+        predictions=np.maximum(predicted, 0),
     )
     distance = trace.predicted_layer - trace.predicted_from
     kept = predicted[trace.predicted_pass, trace.predicted_layer, distance - 1, trace.predicted_rank] >= 0

@@ -1,7 +1,6 @@
-"""Which copy goes next, in what chunks, and how long that takes on a simulated link.
+"""Which copy goes next, in what chunks, and how long that takes on a simulated link. No experts.
 
-The copy thread (`runtime/engines.py`) and the simulated link take the same next copy: `most_urgent`. The link serves the
-timed replay and the throttled engine. Knows nothing of experts.
+The copy thread and the simulated link (of timed replays and of the throttled engine) share `most_urgent`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Protocol, TypeVar
 
 NOW = -1  # due before every prediction
 CHUNKS = 16  # of one expert
-#: bounds in bytes: smaller chunks cost more than they save, larger ones make an urgent copy wait
+#: bounds: smaller chunks cost more than they save, larger ones make an urgent copy wait
 CHUNK_BYTES = (256 << 10, 4 << 20)
 
 NEEDED, RIGHT, WRONG, OPEN = range(4)
@@ -22,7 +21,11 @@ SLACK = 1e-9  # of a chunk: rounding error of sums of times that should meet at 
 
 
 class Due(Protocol):
-    """A copy with an urgency: `due` is NOW where a layer waits, else the number of the layer call that may need it."""
+    """A copy with an urgency.
+
+    Attributes:
+        due: NOW if a layer waits for it, else the number of the layer call that may need it.
+    """
 
     due: int
 
@@ -31,11 +34,7 @@ Copy = TypeVar("Copy", bound=Due)
 
 
 def most_urgent(copies: Iterable[Copy]) -> Copy | None:
-    """Return the copy that moves its next chunk now: the first one due; of equals, the one asked for first.
-
-    Args:
-        copies: In the order in which they were asked for.
-    """
+    """Return the copy that moves its next chunk now: the first one due; of equals, the first of `copies`."""
     return min(copies, key=lambda copy: copy.due, default=None)
 
 
@@ -51,11 +50,11 @@ class Transfer:
     Attributes:
         key: What is copied.
         due: See `Due`.
-        kind: What it was for, as known by now; an OPEN prediction is neither right nor wrong yet.
-        asked_s: When it was asked for.
-        chunks: Across the link, the one under way included.
+        kind: NEEDED, RIGHT, WRONG or OPEN: a prediction that is neither right nor wrong yet.
+        asked_s: When it was queued.
+        chunks: Number of chunks moved, including one under way.
         begin_s: Begin of its first chunk.
-        end_s: End of its last chunk, known as soon as that has begun.
+        end_s: End of its last chunk; known as soon as that has begun.
         free_s: When nothing writes its target any more; known once it is cancelled.
     """
 
@@ -88,14 +87,14 @@ class Link:
 
     Args:
         chunk_s: Duration of a chunk.
-        n_chunks: Of each copy.
+        n_chunks: Chunks of each copy.
         clock: Returns the time, in the same unit.
-        keep: Keep `stretches`.
+        keep: Whether to keep `stretches`.
 
     Attributes:
         free_s: End of the chunk under way; nothing is under way if that is not after now.
-        moved: Chunks.
-        stretches: Of uninterrupted carrying: (transfer, begin, end).
+        moved: Chunks moved by all copies.
+        stretches: Uninterrupted parts of copies: (transfer, begin, end); None if they are not kept.
     """
 
     def __init__(self, chunk_s: float, n_chunks: int, clock: Callable[[], float], keep: bool = False):
@@ -111,12 +110,15 @@ class Link:
         return transfer
 
     def promote(self, transfer: Transfer) -> None:
-        """Make a predicted copy a needed one; asked for earlier than other needed ones, it goes before them."""
+        """Make a predicted copy a needed one. It goes before needed ones that were queued later."""
         self.run()
         transfer.due, transfer.kind = NOW, RIGHT
 
     def cancel(self, transfer: Transfer) -> None:
-        """Move no more chunks of it. A transfer that has begun stops when the chunk under way, of any transfer, ends."""
+        """Move no more chunks of it.
+
+        A transfer that has begun stops when the chunk under way, of any transfer, ends.
+        """
         self.run()
         transfer.kind = WRONG
         if transfer.end_s is not None:
@@ -134,13 +136,15 @@ class Link:
         return until
 
     def land(self, transfer: Transfer) -> float:
-        """Return when a transfer ends, if nothing new comes meanwhile."""
+        """Advance until a transfer ends, with no new requests; return when that is."""
         while transfer.end_s is None:
             self._carry(self._n_chunks)
         return transfer.end_s
 
     def _carry(self, most: int) -> None:
+        """Move at most `most` chunks of the most urgent transfer."""
         transfer = most_urgent(self._waiting)
+        assert transfer is not None
         n, begin = min(most, self._n_chunks - transfer.chunks), self.free_s
         if transfer.chunks == 0:
             transfer.begin_s = begin

@@ -21,13 +21,16 @@ class DeviceCosts:
         copy_s: One expert over the link, in `chunks` equal parts.
         attention_s: A layer, for one token, until its routing is known.
         expert_s: One expert for one token.
-        token_s: Everything outside the layers, for each pass: head and sampling of the token before, the host's own
-            work, embedding. It comes before layer 0 and before any prediction.
-        prompt_attention_s, prompt_expert_s: What each token after the first one of a pass (or of an expert) adds. 0: a
-            prompt's pass costs as much as one token's, as where reading weights is the limit and not arithmetic.
+        token_s: Everything outside the layers, for each pass: head and sampling of the token before, the
+            host's own work, embedding. It comes before layer 0 and before any prediction.
+        prompt_attention_s: What each token after the first one of a pass adds to attention. 0: a prompt's
+            pass costs as much as one token's, because reading weights is the limit and not arithmetic.
+        prompt_expert_s: The same for an expert.
         chunks: Parts of a copy.
-        host_s: The host's own time for a layer. A layer's compute takes no less; the difference is before its routing.
-        latency_s: From a copy's last byte to when the device may use the expert; costs nothing where nothing waits.
+        host_s: The host's own time for a layer. A layer's compute takes no less; the difference is before its
+            routing.
+        latency_s: From a copy's last byte to when the device may use the expert; costs nothing where nothing
+            waits.
         predict_s: Predicting after a layer, or from the embedding.
 
     Raises:
@@ -46,15 +49,11 @@ class DeviceCosts:
     predict_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
+        check_whole("chunks", self.chunks)
+        for name in (field.name for field in fields(self) if field.name != "chunks"):
             value = getattr(self, name)
-            if name == "chunks":
-                check_whole(name, value)
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-            if name in ("copy_s", "attention_s", "expert_s"):
-                good, expected = number and value > 0, "seconds, more than 0"
-            else:
-                good, expected = number and value >= 0, "seconds, 0 or more"
-            if not good:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+            must_last = name in ("copy_s", "attention_s", "expert_s")
+            if not is_number or value < 0 or (must_last and value == 0):
+                expected = f"seconds, {'more than 0' if must_last else '0 or more'}"
                 raise OptionError(f"impossible {name}", expected=expected, found=value)

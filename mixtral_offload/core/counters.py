@@ -60,4 +60,4 @@ class CacheStats(Counters):
 
     def reset(self) -> None:
         """Set every counter to zero."""
-        self.__init__()
+        vars(self).update(vars(type(self)()))

@@ -1,7 +1,5 @@
-"""The options of `from_pretrained`, declared once.
-
-The declaration makes the dataclass, the command line (`apps/parser.py`), and, through `docs/options.py`, the signature and
-the `Args` of `from_pretrained` and the README's table. Needs no torch, so that `--help` is quick.
+"""The options of `from_pretrained`, declared once: for the dataclass, the command line (`apps/parser.py`)
+and, through `docs/options.py`, the signature and `Args` of `from_pretrained` and the README's table.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ class OffloadOptions:
     )
     dtype: torch.dtype | str | None = _option(
         None,
-        "Of activations and of the dense part: float16, bfloat16, float32, or "
+        "Type of activations and of the dense part: float16, bfloat16, float32, or "
         '"auto" for the checkpoint\'s own. Default: float16 on CUDA, float32 on the CPU.',
         flag={"choices": ("float16", "bfloat16", "float32", "auto")},
     )
@@ -67,41 +65,42 @@ class OffloadOptions:
     )
     vram: int | str | None = _option(
         None,
-        'Device memory to use, in bytes or like "15GB". Default: what is free. On the CPU, vram and ram are one memory '
-        "and the smaller of those given counts.",
+        'Device memory to use, in bytes or like "15GB". Default: what is free. On the CPU, vram and ram are '
+        "one memory, and the smaller of those given counts.",
         flag={},
     )
     ram: int | str | None = _option(
         None, 'Host memory to use, in bytes or like "12GB". Default: what is free.', flag={}
     )
     context_length: int = _option(
-        4096, "Tokens to reserve memory for; a chat goes no further.", flag={"type": int, "metavar": "N"}
+        4096, "Tokens to reserve memory for; the limit of a chat.", flag={"type": int, "metavar": "N"}
     )
     batch_size: int = _option(
-        1, "How many such contexts to reserve memory for; `generate_batch` shares them among its sequences."
+        1, "Number of contexts to reserve memory for; `generate_batch` shares them among its sequences."
     )
     prefetch: int | None = _option(
         None,
-        "Experts of each coming layer to predict and copy ahead. Default: 2 on CUDA or with `throttle`, else 0.",
+        "Number of experts to predict and copy early for each coming layer. Default: 2 on CUDA or with "
+        "`throttle`, else 0.",
         flag={"type": int, "metavar": "N"},
     )
-    look_ahead: int = _option(1, "How many layers ahead to predict.", flag={"type": int, "metavar": "N"})
+    look_ahead: int = _option(1, "Number of layers to predict ahead.", flag={"type": int, "metavar": "N"})
     policy: str = _option(
         "lru",
-        'Which expert is evicted: "lru" (least recently used), "lfu" (least often used) or "lrfu" (between the two).',
+        'Expert to evict: "lru" (least recently used), "lfu" (least often used) or "lrfu" (between the two).',
         flag={"choices": tuple(POLICIES)},
     )
     shared_slots: bool = _option(False, "One pool of slots for all layers in place of one for each.", flag={})
     compile: bool | str = _option(
         "auto",
-        'Compute from packed weights with torch.compile: True, False, or "auto" where experts are large enough and '
-        "there is a compiler.",
+        'Compute from packed weights with torch.compile: True, False, or "auto": if experts are large enough '
+        "and there is a compiler.",
         flag={},
     )
     dequantize_on_load: bool = _option(
         False,
-        "Dequantize all experts once at load time: as fast as a model that never was quantized, and as large. "
-        "Requires that they all fit on the device.",
+        "Dequantize all experts once at load time: the speed and size of an unquantized model. All experts "
+        "must fit on the device.",
         flag={},
     )
     throttle: float | str | None = _option(
@@ -113,11 +112,15 @@ class OffloadOptions:
 
     @property
     def n_staging(self) -> int:
-        """Rows for predicted experts."""
+        """Number of rows for predicted experts."""
         return staging_rows(self.prefetch or 0, self.look_ahead)
 
     def with_prefetch(self, possible: bool = True) -> Self:
-        """With the default prefetch where none was asked for; 0 where the model's routing cannot be predicted."""
+        """Return options with a number for `prefetch`.
+
+        Args:
+            possible: Whether the model's routing can be predicted.
+        """
         if self.prefetch is not None:
             return self
         worth = possible and (getattr(self.device, "type", None) == "cuda" or self.throttle is not None)
@@ -125,5 +128,5 @@ class OffloadOptions:
 
 
 def declared() -> dict[str, dataclasses.Field]:
-    """The options by name; `field.metadata` has "help" and "flag", `field.type` the annotation's text."""
+    """Return the options by name; their metadata has "help" and "flag", their type is a text."""
     return {field.name: field for field in dataclasses.fields(OffloadOptions)}

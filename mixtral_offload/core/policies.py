@@ -1,7 +1,7 @@
 """Eviction policies: which cached expert makes room for another one.
 
-A key is any hashable that names an expert of a layer. A policy gives every key a score at each use; the cached key with
-the lowest score is evicted first.
+A key is any hashable that names an expert of a layer. A policy gives every key a score at each use; the
+cached key with the lowest score is evicted first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Key = Hashable
 class LRU:
     """The least recently used goes first (2312.17238, section 3.1)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.score: dict[Key, float] = {}
         self._now = 0
 
@@ -30,8 +30,8 @@ class LRU:
 class LFU:
     """The least often used goes first; of equals, the least recently used."""
 
-    def __init__(self):
-        self.score: dict[Key, float] = {}
+    def __init__(self) -> None:
+        self.score: dict[Key, int] = {}
         self._now = 0
 
     def use(self, key: Key) -> None:
@@ -41,9 +41,10 @@ class LFU:
 
 
 class LRFU:
-    """Between the two: every use counts, and counts half after `half_life` uses of the pool (Lee et al. 2001, LRFU).
+    """Between the two: a use counts half after `half_life` further uses of the pool (Lee et al. 2001).
 
-    The score is the logarithm of the decayed count, carried to time 0: its order does not change between uses.
+    The score is the logarithm of the decayed count, carried to time 0: its order does not change between
+        uses.
     """
 
     def __init__(self, half_life: float = 32.0):
@@ -57,9 +58,10 @@ class LRFU:
 
 
 class Belady:
-    """The one used farthest in the future goes first: the bound that no policy without foresight can beat.
+    """The one used farthest in the future goes first: no policy has more hits (Belady 1966).
 
-    future: the keys of all uses to come, in the order in which they will be used (Belady 1966).
+    Args:
+        future: The keys of all uses to come, in their order.
     """
 
     def __init__(self, future: Iterable[Key]):
@@ -75,10 +77,11 @@ class Belady:
 
 
 Policy = LRU | LFU | LRFU | Belady
-POLICIES = {"lru": LRU, "lfu": LFU, "lrfu": LRFU}
+POLICIES: dict[str, type[LRU | LFU | LRFU]] = {"lru": LRU, "lfu": LFU, "lrfu": LRFU}
 
 
 def make_policy(name: str) -> Policy:
+    """Make the policy of this name; raise OptionError if there is none."""
     if name not in POLICIES:
         raise OptionError("unknown policy", expected=", ".join(POLICIES), found=name)
     return POLICIES[name]()
@@ -87,7 +90,7 @@ def make_policy(name: str) -> Policy:
 def staging_rows(prefetch: int, look_ahead: int) -> int:
     """Return the number of staging rows for these options.
 
-    Most predicted experts are in a slot already, so 4 rows do (2312.17238, section 3.2); one more is for a copy that
-    is being stopped.
+    Most predicted experts are in a slot already, so 4 rows do (2312.17238, section 3.2); one more is for a
+    copy that is being stopped.
     """
     return min(prefetch * look_ahead, 4) + 1 if prefetch else 0

@@ -1,12 +1,7 @@
-"""Which expert is where on one device, and what to do next: slots, staging rows, predictions.
+"""Which expert is where on one device, and what to do next: slots, staging rows, predictions. Only decisions.
 
-Pure decisions. The live cache (`runtime/cache.py`) and the replays (`analysis/replay.py`, `analysis/timed_replay.py`)
-carry out the same actions, so that they count the same hits and copy in the same order.
-
-A copy is recorded before it can write, and an expert is published after its copy has landed. Predicted experts arrive in
-staging rows; a prediction that comes true takes its row into the pool and leaves the evicted expert's row for the next
-prediction, so nothing is copied twice. Free rows are derived, never stored: an interrupt at any line leaves nothing to
-repair, and the next `begin` drops what was under way.
+The live cache and the replays carry out the same actions: they count the same hits and copy in the same
+order.
 """
 
 from __future__ import annotations
@@ -21,12 +16,12 @@ from mixtral_offload.core.policies import Key, Policy
 
 
 class CopyState(Protocol):
-    """What a decision needs to know of a copy under way.
+    """The state of a copy under way that decisions depend on.
 
     Attributes:
-        has_begun: Whether a chunk has moved or is moving.
-        is_good: Whether it can still arrive.
-        is_over: Of a cancelled copy: whether nothing writes its target any more.
+        has_begun: A chunk has moved or is moving.
+        is_good: It can still arrive.
+        is_over: It was cancelled, and nothing writes its target any more.
     """
 
     @property
@@ -41,7 +36,7 @@ class Load:
     """One expert on its way into a row.
 
     Args:
-        number: Counts the loads in the order in which they are asked for.
+        number: Position among all loads, in the order of their creation.
         due: NOW if its layer waits for it, else the number of the layer call that is predicted to use it.
 
     Attributes:
@@ -59,7 +54,7 @@ class Load:
 
 
 class Do(Enum):
-    """What the driver does with an action's load before it asks for the next action."""
+    """What the driver does with an action's load before it takes the next action."""
 
     START = "make a copy of it, set `load.copy`, then start that copy"
     PROMOTE = "the layer waits for it now"
@@ -97,7 +92,7 @@ class Pool:
         self.loading: dict[Key, Load] = {}
 
     def make_room(self, busy: Collection[Key]) -> bool:
-        """Whether one more can be loaded, after evicting the policy's choice of what is held and not `busy`."""
+        """Evict one that is not `busy` if all slots are full; return whether one more can be loaded."""
         if len(self.held) + len(self.loading) < self.n_slots:
             return True
         candidates = [key for key in self.held if key not in busy]
@@ -112,7 +107,7 @@ class Pool:
         del self.loading[load.key]
 
     def use_held(self, needed: Sequence[Key]) -> bool:
-        """Note a use of each, if all of them are held in slots: the whole pass of a layer where nothing is copied."""
+        """Note a use of each and return True if all are in slots: a call without copies needs no more."""
         if self.resident or not all(key in self.held for key in needed):
             return False
         for key in needed:
@@ -121,10 +116,16 @@ class Pool:
 
 
 class Residency:
-    """The experts on one device. A driver carries out the actions, one by one, before it asks for the next one.
+    """The experts on one device. A driver carries out each action before it takes the next one.
+
+    A copy is recorded before it can write, and an expert is published after its copy has landed. A right
+    prediction's staging row becomes a slot, and the evicted expert's slot a staging row: nothing is copied
+    twice. Free rows are
+    computed, never stored: an interrupt at any line leaves nothing to repair; the next `begin` drops what was
+        under way.
 
     Args:
-        make_pools: Returns layer -> pool, empty; one and the same for all layers if they share their slots.
+        make_pools: Returns layer -> empty pool; the same pool for all layers if they share their slots.
         n_staging: Rows for predicted experts.
         n_rows: Rows of device memory for slots and staging, together.
 
@@ -140,7 +141,7 @@ class Residency:
         self.forget()
 
     def forget(self) -> None:
-        """Begin empty. Only for a driver whose copies are all over, or cannot write here (a forked child)."""
+        """Start empty. Only for a driver whose copies are all over, or cannot write here (a forked child)."""
         self.staged: dict[Key, Load] = {}
         self.dropped: list[Load] = []
         self.pools = self._make_pools()
@@ -154,11 +155,11 @@ class Residency:
         self.pools = self._make_pools()
 
     def begin(self, layer: int, needed: Sequence[Key]) -> Iterator[Action]:
-        """One call of a layer that needs these experts, each once.
+        """Call a layer that needs these experts, each once.
 
-        All loads that the slots allow come first; then uses of what is held, then of what was loaded, in the order in
-        which it was asked for. More experts than slots go through in waves, whose order is fixed. The policy sees the
-        uses in the order of `needed`, whatever arrives first.
+        All loads that the slots allow come first; then the uses of what is held, then of what was loaded, in
+        the order of their loads. More experts than slots go through in waves, whose order is fixed. The
+        policy sees the uses in the order of `needed`, not of arrival.
         """
         pool = self.pools[layer]
         yield from self._abandon_loading(pool)
@@ -180,10 +181,12 @@ class Residency:
             yield from self._land(pool, min(pool.loading.values(), key=lambda load: load.number))
 
     def predict(self, layer: int, keys: Sequence[Key], distance: int) -> Iterator[Action]:
-        """Load experts that `layer`, `distance` layer calls from now, will probably need; the most probable first.
+        """Load experts that `layer`, `distance` layer calls from now, will probably need; the most probable
+        first.
 
-        One that is on the device or on its way is left alone. An earlier prediction for this layer whose copy has not
-        begun, and which is not among `keys`, makes room. Without a free staging row, nothing happens.
+        Experts that are on the device or on their way are skipped. Earlier predictions for this layer that
+        are not among `keys` and whose copies have not begun are dropped. Without a free staging row, nothing
+        is loaded.
         """
         pool = self.pools[layer]
         for load in [of for of in self.staged.values() if of.layer == layer and of.key not in keys]:
@@ -206,20 +209,20 @@ class Residency:
             yield Action(Do.FREE, load.key, load)
 
     def distinct_pools(self) -> list[Pool]:
-        """Each pool once, also where layers share one."""
+        """Return each pool once, even if layers share one."""
         return list({id(pool): pool for pool in self.pools.values()}.values())
 
     def rows_in_use(self) -> list[int]:
-        """Rows that hold an expert or that a copy may write."""
+        """Return the rows that hold an expert or that a copy may write."""
         loads = [*self.staged.values(), *self.dropped]
-        rows = []
+        rows: list[int] = []
         for pool in self.distinct_pools():
             rows += pool.held.values()
             loads += pool.loading.values()
         return rows + [load.row for load in loads if load.row >= 0]
 
     def free_row(self) -> int:
-        """A row that nothing is in or on its way to; there is one at each START."""
+        """Return a row that holds nothing and that no copy may write; there is one at each START."""
         used = set(self.rows_in_use())
         return next(row for row in self._rows if row not in used)
 
@@ -252,7 +255,7 @@ class Residency:
     def _load(self, pool: Pool, layer: int, key: Key) -> Iterator[Action]:
         """Start the copy of an expert that is needed, or take over the prediction that has started it."""
         load = self.staged.get(key)
-        if load is not None and load.is_predicted and load.copy.is_good:
+        if load is not None and load.is_predicted and load.copy is not None and load.copy.is_good:
             pool.loading[key] = load
             del self.staged[key]
             load.due = NOW
@@ -264,11 +267,13 @@ class Residency:
         yield Action(Do.START, key, load)
 
     def _land(self, pool: Pool, load: Load) -> Iterator[Action]:
+        """Wait for an expert and use it."""
         yield Action(Do.LAND, load.key, load)
         pool.publish(load)
         yield Action(Do.USE, load.key, load)
 
     def _drop(self, load: Load) -> Iterator[Action]:
+        """Cancel a prediction."""
         yield Action(Do.CANCEL, load.key, load)
         self.dropped.append(load)  # record it first: its row is free only when nothing writes it
         del self.staged[load.key]

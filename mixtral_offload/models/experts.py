@@ -1,7 +1,4 @@
-"""transformers' experts interface: modules that hold all experts of a layer, and what one expert is made of.
-
-Knows the attributes that transformers' decorator leaves on such a module, and the names of its parameters.
-"""
+"""transformers' experts interface: modules that hold all experts of a layer, and the shape of one expert."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -24,8 +22,8 @@ class ExpertsShape:
     """The experts of one module.
 
     Attributes:
-        n_experts: How many there are.
-        matrices: (N, K) of each matrix of one expert: gate, up, down where it is gated.
+        n_experts: Number of experts.
+        matrices: (N, K) of each matrix of one expert: gate, up, down if it is gated.
         vectors: Number of one expert's other parameters (biases).
     """
 
@@ -35,12 +33,13 @@ class ExpertsShape:
 
 
 def find_experts(model: nn.Module) -> list[str]:
-    """Names of the modules that hold all experts of a layer.
+    """Return the names of the modules that hold all experts of a layer.
 
-    Those on transformers' interface, beside which a layer may have stacked shared experts (inkling); of a model that
-    has none of them, those of stacked matrices `[E, N, K]`, which can be planned but not run.
+    These are the modules on transformers' interface; a layer may have stacked shared experts too (inkling).
+    In a model without any, modules of stacked matrices `[E, N, K]`, which can be planned but not run.
     """
-    on_interface, stacked = [], []
+    on_interface: list[str] = []
+    stacked: list[str] = []
     for name, module in model.named_modules():
         if hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate"):
             on_interface.append(name)
@@ -54,31 +53,31 @@ def _is_stacked(module: nn.Module) -> bool:
 
 
 def has_plain_experts(module: nn.Module) -> bool:
-    """Whether these are gated experts without bias or norm, in transformers' usual layout."""
+    """Return whether these are gated experts without bias or norm, in transformers' usual layout."""
     as_usual = all(getattr(module, name, None) is value for name, value in PLAIN.items())
     return as_usual and not getattr(module, "has_post_expert_norm", False)
 
 
 def experts_shape(module: nn.Module) -> ExpertsShape:
     """Read the sizes of a module of experts from its parameters, which may be on the meta device."""
-    matrices, vectors, n_experts = [], 0, 0
+    matrices: list[Shape] = []
+    vectors = n_experts = 0
     for name, parameter in module.named_parameters(recurse=False):
         n_experts, *dims = parameter.shape
         if len(dims) != 2:
             vectors += prod(dims)
             continue
         is_pair = "gate_up" in name
-        if getattr(
-            module, "is_transposed", is_pair and dims[1] >= 2 * dims[0]
-        ):  # a guess where it does not say
+        probably = is_pair and dims[1] >= 2 * dims[0]
+        if getattr(module, "is_transposed", probably):
             dims.reverse()
         matrices += [(dims[0] // 2, dims[1])] * 2 if is_pair else [(dims[0], dims[1])]
     return ExpertsShape(n_experts, tuple(matrices), vectors)
 
 
 def activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The family's own activation: gate beside up, `[T, 2 * intermediate]` -> `[T, intermediate]`.
+    """Return the family's own activation of gate and up: `[T, 2 * intermediate]` -> `[T, intermediate]`.
 
-    It belongs to a copy of the module, so that whoever keeps it does not keep the model.
+    It belongs to a copy of the module, so that keeping it does not keep the model.
     """
-    return copy.copy(module)._apply_gate
+    return cast(Callable[[Tensor], Tensor], copy.copy(module)._apply_gate)  # set by transformers' decorator

@@ -1,8 +1,7 @@
-"""What a family of models calls things, and where its layers have their experts and routers.
+"""A family's names, and where its layers have their experts and routers: `Family`, for most families.
 
-`Family` describes what most families of transformers share. The rest follows from transformers' own renamings
-(`keys.py`) and from the model on the meta device. A file per family states how it differs (`registry.py`).
-Names of transformers' modules, parameters and settings are in this folder and nowhere else.
+A file per family states how it differs (`registry.py`). Names of transformers' modules, parameters and
+settings are in this folder and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from mixtral_offload.models.experts import find_experts
 
 #: `model.layers.3.mlp.experts` -> the list of layers, and the layer's number
 LAYER = re.compile(r"^(?P<list>.+?)\.(?P<number>\d+)\.")
-#: what checkpoints call the matrices of an expert
+#: names of an expert's matrices in checkpoints
 MATRIX_NAMES = {
     "w1": "gate",
     "gate_proj": "gate",
@@ -54,18 +53,23 @@ class ExpertPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class Router:
-    """From the residual stream to logits of experts: a norm, then the matrix `weight [E, H]` of a module."""
+    """From the residual stream to logits of experts.
+
+    Attributes:
+        norm: Applied first.
+        module: Has the matrix `weight [E, H]`.
+    """
 
     norm: nn.Module
     module: nn.Module
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits `[T, E]` of hidden states `[T, H]` before the norm."""
+        """Compute logits `[T, E]` of hidden states `[T, H]` before the norm."""
         return nn.functional.linear(self.norm(hidden), self.weight)
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight
+        return cast(Tensor, self.module.weight)  # a module's attributes are untyped
 
     @property
     def epsilon(self) -> float | None:
@@ -75,14 +79,14 @@ class Router:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One layer with experts, found once on the meta model.
+    """One MoE layer, found once on the meta model.
 
     Attributes:
-        index: Its place among the layers with experts, from 0.
-        number: Its number in the model's list of layers: the `layer` of an ExpertId.
-        name: Of its module of experts in the model.
-        router: None where its choice cannot be predicted.
-        block: The decoder layer (held weakly: it holds the experts, which hold the cache).
+        index: Position among the MoE layers, from 0.
+        number: Number in the model's list of layers: the `layer` of an ExpertId.
+        name: Name of its module of experts in the model.
+        router: None if its choice cannot be predicted.
+        block: The decoder layer (a weak reference: it holds the experts, which hold the cache).
     """
 
     index: int
@@ -93,31 +97,36 @@ class MoELayer:
 
     @property
     def in_list(self) -> str:
-        """Name of the model's list of layers; empty where the layer is in none."""
+        """Name of the model's list of layers; empty if the layer is in none."""
         match = LAYER.match(self.name)
         return match["list"] if match else ""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a family calls things. The defaults hold for every family without a file of its own.
+    """A family's names. The defaults hold for every family without a file of its own.
 
     Attributes:
-        model_types: Of its configurations.
-        expert_counts: Settings with the number of experts in a layer; the first one that is there counts.
+        model_types: `model_type` of its configurations.
+        expert_counts: Settings with the number of experts in a layer; the first one that exists counts.
         top_ks: The same for experts per token. "top_k" comes last: in old files it may be one of sampling.
-        matrices: Stored name of a matrix of an expert -> "gate", "up" or "down".
-        written: What `convert` calls the matrices where the source has all experts in one tensor.
+        matrices: Stored name of an expert's matrix -> "gate", "up" or "down".
+        written: Names that `convert` gives the matrices if the source has all experts in one tensor.
         attention: Ends of the stored keys of the attention's projections, which `convert` can quantize.
-        routers: Names that the router may have, beside the experts.
+        routers: Possible names of the router, in the module that holds the experts' module.
         norm: Name of the norm before the router, in the decoder layer.
     """
 
     model_types: tuple[str, ...] = ()
     expert_counts: tuple[str, ...] = ("num_local_experts", "num_experts", "n_routed_experts")
     top_ks: tuple[str, ...] = (
-        "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k",
-    )  # fmt: skip
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_k",
+        "top_k_experts",
+        "top_k",
+    )
     matrices: Mapping[str, str] = field(default_factory=lambda: MATRIX_NAMES)
     written: Mapping[str, str] = field(
         default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -127,15 +136,15 @@ class Family:
     norm: str = "post_attention_layernorm"
 
     def n_experts(self, config: Any) -> int | None:
-        """Experts of a layer, as a configuration says it; None of a dense model."""
+        """Return the experts of a layer, as a configuration states them; None for a dense model."""
         return first_attribute(config, *self.expert_counts)
 
     def top_k(self, config: Any) -> int | None:
-        """Experts that each token uses, as a configuration says it."""
+        """Return the experts per token, as a configuration states them."""
         return first_attribute(config, *self.top_ks)
 
     def tokenizers(self, config: Any) -> tuple[str, ...]:
-        """Hub repositories of the tokenizer, for a checkpoint that comes without one."""
+        """Return hub repositories of the tokenizer, for a checkpoint that comes without one."""
         return ()
 
     @cached_property
@@ -144,7 +153,7 @@ class Family:
         return re.compile(rf"^(?P<module>.+)\.(?P<expert>\d{{1,6}})\.(?P<matrix>{names})\.(?P<field>.+)$")
 
     def expert_place(self, key: str) -> ExpertPlace | None:
-        """What a stored key says about an expert, its module by its stored name; None of any other tensor."""
+        """Parse the stored key of an expert's tensor (its module by its stored name); None for any other."""
         if not (match := self._expert_key.match(key)):
             return None
         module, expert, matrix, of = match.groups()
@@ -153,7 +162,7 @@ class Family:
         )
 
     def layers(self, model: nn.Module) -> list[MoELayer]:
-        """Find the layers with experts of a model on any device, the meta device too."""
+        """Find the MoE layers of a model on any device, including meta."""
         found = []
         for index, name in enumerate(find_experts(model)):
             match = LAYER.match(name)
@@ -163,13 +172,14 @@ class Family:
         return found
 
     def _router(self, model: nn.Module, experts: str) -> tuple[Router | None, nn.Module]:
-        """(router, decoder layer) of a module of experts."""
+        """Router and decoder layer of a module of experts."""
         of = experts.rpartition(".")[0]
-        beside, block = model.get_submodule(of), model.get_submodule(of.rpartition(".")[0])
-        module = next((found for name in self.routers if (found := getattr(beside, name, None))), None)
+        parent, block = model.get_submodule(of), model.get_submodule(of.rpartition(".")[0])
+        module = next((found for name in self.routers if (found := getattr(parent, name, None))), None)
         norm, weight = getattr(block, self.norm, None), getattr(module, "weight", None)
-        known = norm is not None and weight is not None and weight.ndim == 2
-        return Router(norm, module) if known else None, block
+        if norm is None or module is None or weight is None or weight.ndim != 2:
+            return None, block
+        return Router(norm, module), block
 
 
 def check_routers(layers: Sequence[MoELayer]) -> None:
@@ -177,14 +187,15 @@ def check_routers(layers: Sequence[MoELayer]) -> None:
     for layer in layers:
         if layer.router is None:
             raise OptionError(
-                "speculative loading does not know this family's router", found=f"{layer.name} without one",
+                "experts cannot be predicted: this family's router is not known",
+                found=f"{layer.name} without one",
                 expected=f"a router `{GENERIC.routers[0]}` and a norm `{GENERIC.norm}`",
                 hint="use prefetch=0",
-            )  # fmt: skip
+            )
 
 
 def first_attribute(config: Any, *names: str) -> Any:
-    """The first of these settings that a configuration has; None if it has none."""
+    """Return the first of these settings that a configuration has; None if it has none."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 

@@ -1,11 +1,9 @@
-"""The one formula for the size of the KV cache, for planning and for loading.
-
-Knows transformers' attention modules and its `DynamicCache`. Knows nothing of experts.
-"""
+"""The size of the KV cache, for planning and for loading."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
@@ -15,7 +13,12 @@ from mixtral_offload.models.family import LAYER, MoELayer, first_attribute
 
 
 def kv_bytes(kv: Iterable[tuple[int, int | None]], context: int, item: int) -> int:
-    """Bytes of the KV cache for `context` tokens. kv: of `kv_layout`. item: bytes of one element."""
+    """Compute the bytes of the KV cache for `context` tokens.
+
+    Args:
+        kv: From `kv_layout`.
+        item: Bytes of one element.
+    """
     return item * sum(n * min(context, window or context) for n, window in kv)
 
 
@@ -25,17 +28,18 @@ def kv_layout(
     """Find what the layers of a model keep of each token.
 
     Args:
-        model: On any device, the meta device too.
+        model: On any device, including meta.
         config: Of its text model.
-        moe: Its layers with experts.
+        moe: Its MoE layers.
 
     Returns:
-        For each layer of transformers' own cache that grows (elements per token, sliding window or None); and what is
-        not exact, one sentence each.
+        For each layer of transformers' own cache that grows (elements per token, sliding window or None); and
+        what is not exact, one sentence each.
     """
     layers = DynamicCache(config=config).layers
     configs = layer_configs(config)
-    kv, notes = [], []
+    kv: list[tuple[int, int | None]] = []
+    notes: list[str] = []
     lists = tuple({f"{layer.in_list}." for layer in moe})  # not an image encoder's
     elements = {
         int(match["number"]): n
@@ -55,13 +59,12 @@ def kv_layout(
     return tuple(kv), tuple(dict.fromkeys(notes))
 
 
-def _kv_elements(module: nn.Module) -> int | None:
-    """What one token leaves in the KV cache of this attention, or None for any other module."""
+def _kv_elements(module: Any) -> int | None:  # torch types a module's attributes as modules
+    """Elements that one token adds to the KV cache of this attention; None for any other module."""
     if hasattr(module, "kv_lora_rank") and hasattr(module, "v_head_dim"):  # multi-head latent attention
         if hasattr(module, "expand_kv"):  # kept compressed
             return module.kv_lora_rank + module.qk_rope_head_dim
         return module.num_heads * (module.qk_head_dim + module.v_head_dim)
     projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
-    if all(isinstance(projection, nn.Linear) for projection in projections):
-        return sum(projection.out_features for projection in projections)
-    return None
+    linears = [projection for projection in projections if isinstance(projection, nn.Linear)]
+    return sum(linear.out_features for linear in linears) if len(linears) == 2 else None

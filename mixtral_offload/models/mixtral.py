@@ -1,4 +1,4 @@
-"""Mixtral. transformers renames `block_sparse_moe` of its stored keys by itself."""
+"""Mixtral. transformers itself renames `block_sparse_moe` in stored keys."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 from mixtral_offload.models.family import Family
 
-#: the published Mixtral-8x7B checkpoint holds no tokenizer. Its own page is gated; the second is an open copy
+#: repositories with its tokenizer: the first one is gated, the second is an open copy
 MIXTRAL_8X7B = ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Xenova/mistral-tokenizer-v1")
 
 
 class Mixtral(Family):
+    """The family of the published Mixtral-8x7B checkpoint, which has no tokenizer."""
+
     def tokenizers(self, config: Any) -> tuple[str, ...]:
         return MIXTRAL_8X7B if config.vocab_size == 32000 else ()
 

@@ -1,6 +1,6 @@
-"""What any MoE model weighs, from its configuration alone: experts, dense, KV cache, at any bit width.
+"""Sizes of any MoE model from its configuration alone: experts, dense part, KV cache, at any bit width.
 
-Knows transformers' modules on the meta device, where they hold shapes and no weights. Knows no cards, plans or speeds.
+transformers' modules on the meta device only: no devices, plans or speeds.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import copy
 from collections import Counter
 from dataclasses import dataclass, replace
 from math import gcd, prod
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from mixtral_offload.core.placement import Sizes
 from mixtral_offload.errors import OptionError
@@ -28,12 +29,22 @@ from mixtral_offload.weights.layout import ALIGNMENT
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Shapes and counts of a model; its bytes at `bits` (experts) and `attention_bits`, in the published format.
+    """Shapes and counts of a model; its bytes at given bit widths, in the published format.
 
-    layers: the numbers of those with experts, of n_layers. expert_matrices: [N, K] of each matrix of one expert;
-    expert_vectors: its other parameters (biases). attention, linear: shape -> how many of the dense part's projections
-    (attention; shared experts and dense MLPs). embedding, head, rest: numbers of parameters; head 0 where tied.
-    kv: for each layer with a KV cache (elements per token, sliding window or None). notes: what is only nearly right.
+    Attributes:
+        layers: Numbers of the MoE layers, of `n_layers`.
+        expert_matrices: (N, K) of each matrix of one expert.
+        expert_vectors: Number of its other parameters (biases).
+        attention: Shape -> number of the dense part's attention projections.
+        linear: The same for shared experts and dense MLPs.
+        embedding: Number of parameters.
+        head: Number of parameters; 0 if tied.
+        rest: Number of all other parameters.
+        kv: For each layer with a KV cache (elements per token, sliding window or None).
+        notes: What is only approximate.
+        bits: Of the experts.
+        attention_bits: Of the attention projections.
+        item: Bytes of an activation and of an unquantized weight.
     """
 
     model_type: str
@@ -54,10 +65,10 @@ class ModelSizes:
     notes: tuple[str, ...] = ()
     bits: int = 2
     attention_bits: int = 4
-    item: int = 2  # bytes of an activation and of an unquantized weight
+    item: int = 2
 
     def at(self, bits: int | None = None, attention_bits: int | None = None) -> ModelSizes:
-        """The same model at other bit widths: 16, 8, 4, 3 or 2; None keeps them."""
+        """Return the same model at other bit widths: 16, 8, 4, 3 or 2; None keeps them."""
         bits, attention_bits = bits or self.bits, attention_bits or self.attention_bits
         for found in (bits, attention_bits):
             if found not in PAPER:
@@ -70,41 +81,42 @@ class ModelSizes:
 
     @property
     def n_parameters(self) -> int:
-        return self._trunk_parameters + len(self.layers) * self.n_experts * self.expert_parameters
+        return self._dense_parameters + len(self.layers) * self.n_experts * self.expert_parameters
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token uses, embeddings among them."""
-        return self._trunk_parameters + len(self.layers) * self.top_k * self.expert_parameters
+        """Parameters that one token uses, including embeddings."""
+        return self._dense_parameters + len(self.layers) * self.top_k * self.expert_parameters
 
     @property
-    def _trunk_parameters(self) -> int:
+    def _dense_parameters(self) -> int:
         packed = sum(prod(shape) * n for of in (self.attention, self.linear) for shape, n in of.items())
         return packed + self.embedding + self.head + self.rest
 
     @property
     def expert_bytes(self) -> int:
-        """One expert's buffer, as `ExpertLayout` lays it out."""
+        """Size of one expert's buffer in the layout of `ExpertLayout`."""
         matrices = sum(matrix_bytes(shape, self.bits, ALIGNMENT) for shape in self.expert_matrices)
         return matrices + -(-self.expert_vectors * 2 // ALIGNMENT) * ALIGNMENT
 
     @property
     def layer_bytes(self) -> int:
-        """The dense part's layers together: attention packed, as `convert` does; shared experts, dense MLPs, routers and norms in
-        16 bits."""
+        """Size of the dense part's layers: attention packed, as `convert` does; all others in 16 bits."""
         attention = sum(matrix_bytes(shape, self.attention_bits) * n for shape, n in self.attention.items())
         return attention + self.item * (sum(prod(shape) * n for shape, n in self.linear.items()) + self.rest)
 
     @property
     def dense_bytes(self) -> int:
+        """Size of the dense part."""
         return self.layer_bytes + self.item * (self.embedding + self.head)
 
     def kv_bytes(self, context: int) -> int:
+        """Compute the bytes of the KV cache for `context` tokens."""
         return kv_bytes(self.kv, context, self.item)
 
     @property
     def dequantized_bytes(self) -> int:
-        """Beside an expert that many tokens use, by compiled products."""
+        """Memory that compiled products need in addition to an expert that many tokens use."""
         return max(
             dequantized_bytes(shape, PAPER[self.bits], self.item, True) for shape in self.expert_matrices
         )
@@ -117,11 +129,12 @@ class ModelSizes:
 
     @property
     def for_plan(self) -> Sizes:
+        """The sizes that a plan depends on."""
         return Sizes(self.layers, self.n_experts, self.top_k, self.expert_bytes)
 
 
 def fitting(shape: Shape, bits: int) -> Quantization:
-    """The published settings for a bit width, with smaller groups where this matrix does not divide into theirs."""
+    """Return the published settings for a bit width, with smaller groups if theirs do not fit the matrix."""
     wanted = PAPER[bits]
     if bits == 16:
         return wanted
@@ -131,31 +144,26 @@ def fitting(shape: Shape, bits: int) -> Quantization:
 
 
 def matrix_bytes(shape: Shape, bits: int, alignment: int = 1) -> int:
-    """All tensors of one quantized matrix, each rounded up to a multiple of `alignment`."""
+    """Add up the tensors of one quantized matrix, each rounded up to a multiple of `alignment`."""
     sizes = (prod(dims) * dtype.itemsize for dtype, dims in field_specs(shape, fitting(shape, bits)).values())
     return sum(-(-size // alignment) * alignment for size in sizes)
 
 
 def model_sizes(config: PreTrainedConfig) -> ModelSizes:
-    """From transformers' configuration. Raises OptionError for a dense model, or for one without a module for experts."""
+    """Compute the sizes from transformers' configuration.
+
+    Raises:
+        OptionError: For a dense model, or for one without a module of experts.
+    """
     model = _on_meta(config)
     text = config.get_text_config()
     layers = family_of(text).layers(model)
     if not layers:
-        if stated := stated_experts(config.to_dict()):
-            raise OptionError(
-                f"{config.model_type} is a mixture of experts of a family that is not supported: it keeps its experts where"
-                " transformers' experts interface does not reach", key=stated[0], found=stated[1],
-                expected="a configuration such as Mixtral's, Qwen3-MoE's or gpt-oss's",
-            )  # fmt: skip
-        raise OptionError(
-            f"{config.model_type} is a dense model, or keeps its experts where transformers' experts interface does not"
-            " reach", expected="a Mixture-of-Experts configuration, such as Mixtral's, Qwen3-MoE's or gpt-oss's",
-            found="no layer with experts", hint="a dense model has nothing to offload: load it with transformers as it is",
-        )  # fmt: skip
+        raise _no_experts(config)
     shape = _one_shape(config, model, layers)
     attention, linear = _linears(model, layers, shape.n_experts)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = cast(nn.Embedding, model.get_input_embeddings())  # transformers states a module only
+    head = cast("nn.Linear | None", model.get_output_embeddings())
     n_embedding, n_head = embedding.weight.numel(), 0
     if head is not None and head.weight is not embedding.weight:
         n_head = head.weight.numel()
@@ -164,15 +172,45 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
     total = sum(parameter.numel() for parameter in model.parameters())
     kv, kv_notes = kv_layout(model, text, layers)
     return ModelSizes(
-        config.model_type, text.num_hidden_layers, tuple(layer.number for layer in layers), shape.n_experts,
-        _top_k(text, shape.n_experts), text.hidden_size, first_attribute(text, "max_position_embeddings") or 2**31,
-        shape.matrices, shape.vectors, attention, linear, n_embedding, n_head,
-        total - in_experts - packed - n_embedding - n_head, kv,
-        (*_runs(config, model.get_submodule(layers[0].name)), *kv_notes),
-    )  # fmt: skip
+        model_type=config.model_type,
+        n_layers=text.num_hidden_layers,
+        layers=tuple(layer.number for layer in layers),
+        n_experts=shape.n_experts,
+        top_k=_top_k(text, shape.n_experts),
+        hidden=text.hidden_size,
+        max_context=first_attribute(text, "max_position_embeddings") or 2**31,
+        expert_matrices=shape.matrices,
+        expert_vectors=shape.vectors,
+        attention=attention,
+        linear=linear,
+        embedding=n_embedding,
+        head=n_head,
+        rest=total - in_experts - packed - n_embedding - n_head,
+        kv=kv,
+        notes=(*_runs(config, model.get_submodule(layers[0].name)), *kv_notes),
+    )
 
 
-def _on_meta(config: PreTrainedConfig) -> nn.Module:
+def _no_experts(config: PreTrainedConfig) -> OptionError:
+    place = "its experts where transformers' experts interface does not reach"
+    expected = "configuration such as Mixtral's, Qwen3-MoE's or gpt-oss's"
+    if stated := stated_experts(config.to_dict()):
+        mixture = f"{config.model_type} is a mixture of experts of a family that is not supported"
+        return OptionError(
+            f"{mixture}: it keeps {place}",
+            key=stated[0],
+            found=stated[1],
+            expected=f"a {expected}",
+        )
+    return OptionError(
+        f"{config.model_type} is a dense model, or keeps {place}",
+        expected=f"a Mixture-of-Experts {expected}",
+        found="no layer with experts",
+        hint="a dense model has nothing to offload: load it with transformers as it is",
+    )
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.quantization_config = None  # the shapes of the plain weights count
     try:
@@ -186,26 +224,28 @@ def _on_meta(config: PreTrainedConfig) -> nn.Module:
             f"transformers cannot build a {config.model_type} language model of this configuration",
             found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
             hint="check config.json, or install a newer transformers",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _one_shape(config: PreTrainedConfig, model: nn.Module, layers: list[MoELayer]) -> ExpertsShape:
-    """The shape of the experts of all layers; refuses mixed layers."""
-    first, *others = ((layer.name, experts_shape(model.get_submodule(layer.name))) for layer in layers)
+    """The shape of the experts of all layers; refuse mixed layers."""
+    first, *others = ((of.name, experts_shape(model.get_submodule(of.name))) for of in layers)
     for name, shape in others:
         if shape != first[1]:
             raise OptionError(
                 f"{config.model_type}: the layers have different experts, which one plan cannot hold",
-                expected=f"{first[1]} as in {first[0]}", found=f"{shape} in {name}",
-            )  # fmt: skip
+                expected=f"{first[1]} as in {first[0]}",
+                found=f"{shape} in {name}",
+            )
     return first[1]
 
 
 def _linears(
-    model: nn.Module, layers: list[MoELayer], n_experts: int
+    model: PreTrainedModel, layers: list[MoELayer], n_experts: int
 ) -> tuple[dict[Shape, int], dict[Shape, int]]:
-    """Shapes of the dense part's projections: (attention, shared experts and dense MLPs); no routers, no head."""
-    attention, linear = Counter(), Counter()
+    """Shapes of the dense part's projections, by kind: attention; shared experts and dense MLPs."""
+    attention: Counter[Shape] = Counter()
+    linear: Counter[Shape] = Counter()
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{of.name}.") for of in layers) if "experts" in name else False
@@ -214,7 +254,8 @@ def _linears(
         if module.out_features in (1, n_experts) and name.rpartition(".")[2].endswith(("gate", "router")):
             continue
         of_attention = any(part.endswith(("attn", "attention")) for part in name.split("."))
-        (attention if of_attention else linear)[tuple(module.weight.shape)] += 1
+        n, k = module.weight.shape
+        (attention if of_attention else linear)[n, k] += 1
     return dict(attention), dict(linear)
 
 
@@ -223,20 +264,20 @@ def _top_k(config: PreTrainedConfig, n_experts: int) -> int:
     top_k = family.top_k(config)
     if type(top_k) is not int or not 1 <= top_k <= n_experts:
         raise OptionError(
-            f"{config.model_type} does not say how many experts a token uses", key=" or ".join(family.top_ks),
-            expected=f"1 to {n_experts}", found=top_k,
-        )  # fmt: skip
+            f"{config.model_type} does not say how many experts a token uses",
+            key=" or ".join(family.top_ks),
+            expected=f"1 to {n_experts}",
+            found=top_k,
+        )
     return top_k
 
 
 def _runs(config: PreTrainedConfig, experts: nn.Module) -> list[str]:
-    """What stands between this plan and `from_pretrained`."""
+    """What prevents `from_pretrained` from running this model, in sentences."""
     if not has_plain_experts(experts):
-        return [
-            f"a plan only: from_pretrained does not run {config.model_type}'s experts yet (biases or another layout)"
-        ]
+        why = "biases or another layout"
+        return [f"a plan only: from_pretrained does not run {config.model_type}'s experts yet ({why})"]
     if config.model_type not in FAMILIES:
-        return [
-            f"from_pretrained has not been tried with {config.model_type} (only with {', '.join(FAMILIES)})"
-        ]
+        known = ", ".join(FAMILIES)
+        return [f"from_pretrained has not been tried with {config.model_type} (only with {known})"]
     return []

@@ -1,7 +1,4 @@
-"""A model without weights, on the meta device: its names, shapes and dtypes.
-
-Knows transformers' model classes. Knows no files.
-"""
+"""A model without weights, on the meta device: its names, shapes and dtypes. No files."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def build_meta(
 
     Args:
         config: transformers' configuration. It is not changed.
-        dtype: Of the parameters, except those that the model's class always keeps in another one.
+        dtype: Type of the parameters, except those that the model's class always keeps in another one.
         attn_implementation: As in transformers' `from_pretrained`; None: the class's default.
         path: The configuration's file, for errors.
 
@@ -39,25 +36,29 @@ def build_meta(
     config = plain_config(config)
     if hasattr(config, "quantization_config"):  # says how the weights are stored, not what the model is
         del config.quantization_config
-    asked = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **asked)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     except Exception as error:  # transformers raises many kinds for numbers that make no model
         text = " ".join(str(error).split())[:300]
-        if asked:
+        if options:
             raise OptionError(
-                "this attention cannot be used", key="attn_implementation", expected='"sdpa", "eager", or one that is installed',
+                "this attention cannot be used",
+                key="attn_implementation",
+                expected='"sdpa", "eager", or one that is installed',
                 found=f"{attn_implementation!r}: {text}",
-            ) from error  # fmt: skip
+            ) from error
         raise CheckpointError(
-            f"transformers cannot build a {config.model_type} language model of this configuration", path=path,
-            found=f"{type(error).__name__}: {text}", hint="check config.json, or install a newer transformers",
-        ) from error  # fmt: skip
+            f"transformers cannot build a {config.model_type} language model of this configuration",
+            path=path,
+            found=f"{type(error).__name__}: {text}",
+            hint="check config.json, or install a newer transformers",
+        ) from error
 
 
 def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[list[MoELayer], ExpertsShape]:
-    """The layers with experts of a model that holds their parameters.
+    """Find the MoE layers of a model that holds their parameters.
 
     Args:
         model: On the meta device.
@@ -78,10 +79,12 @@ def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[lis
         known = has_plain_experts(module) and parameters.keys() == FUSED.keys()
         if not known or not layer.in_list.endswith("layers"):
             raise CheckpointError(
-                unsupported, path=path, key=layer.name,
+                unsupported,
+                path=path,
+                key=layer.name,
                 expected="gated experts without bias or norm, as in Mixtral, Qwen-MoE or OLMoE",
                 found=", ".join(f"{name} {shape}" for name, shape in parameters.items()),
-            )  # fmt: skip
+            )
         shapes[layer.name] = experts_shape(module)
     if not layers:
         raise CheckpointError(
@@ -90,18 +93,18 @@ def check_experts(model: PreTrainedModel, path: Path | None = None) -> tuple[lis
     if len({layer.number for layer in layers}) < len(layers) or len(set(shapes.values())) > 1:
         raise CheckpointError(
             f"{model.config.model_type} has experts of several kinds, which is not supported yet",
-            path=path, expected="one module of experts in a layer, all of one shape",
+            path=path,
+            expected="one module of experts in a layer, all of one shape",
             found="; ".join(f"{name}: {shape}" for name, shape in list(shapes.items())[:4]),
-        )  # fmt: skip
+        )
     return layers, next(iter(shapes.values()))
 
 
 def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
-    """Names of the parameters and buffers that transformers keeps in fp32 when a model is loaded in `dtype`.
+    """Return the parameters and buffers that transformers keeps in fp32 when a model is loaded in `dtype`.
 
     Args:
-        model: Built in a 16-bit dtype: what is fp32 there is so in its class's own code.
-        dtype: The one to load in.
+        model: Built in a 16-bit dtype: what is fp32 there is so because of its class's own code.
     """
     held = model.state_dict(keep_vars=True)
     floating = {name: tensor.dtype for name, tensor in held.items() if tensor.dtype.is_floating_point}
@@ -110,5 +113,5 @@ def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
 
 
 def _as_pattern(name: str) -> re.Pattern:
-    """As transformers matches its lists of what to keep: anywhere in the name, `*` for anything."""
+    """Match as transformers matches its lists of what to keep: anywhere in the name, `*` for anything."""
     return re.compile(name.replace("*", r".*"))

@@ -80,7 +80,7 @@ def from_pretrained(
         source: A folder, a hub repository, or "demo" (also None) for the small model that ships with the
             package.
         device: Where experts run: "cpu", "cuda", "cuda:1", ... Default: cuda where there is one.
-        dtype: Of activations and of the dense part: float16, bfloat16, float32, or "auto" for the
+        dtype: Type of activations and of the dense part: float16, bfloat16, float32, or "auto" for the
             checkpoint's own. Default: float16 on CUDA, float32 on the CPU.
         attn_implementation: As in transformers.
         cache_size: Experts of each layer on the device: one number, one for each layer, or "auto" for all
@@ -88,21 +88,21 @@ def from_pretrained(
         store: Where the other experts are: "ram", "disk", or "auto" for RAM where it is large enough.
             Default: auto.
         vram: Device memory to use, in bytes or like "15GB". Default: what is free. On the CPU, vram and ram
-            are one memory and the smaller of those given counts.
+            are one memory, and the smaller of those given counts.
         ram: Host memory to use, in bytes or like "12GB". Default: what is free.
-        context_length: Tokens to reserve memory for; a chat goes no further. Default: 4096.
-        batch_size: How many such contexts to reserve memory for; `generate_batch` shares them among its
+        context_length: Tokens to reserve memory for; the limit of a chat. Default: 4096.
+        batch_size: Number of contexts to reserve memory for; `generate_batch` shares them among its
             sequences. Default: 1.
-        prefetch: Experts of each coming layer to predict and copy ahead. Default: 2 on CUDA or with
-            `throttle`, else 0.
-        look_ahead: How many layers ahead to predict. Default: 1.
-        policy: Which expert is evicted: "lru" (least recently used), "lfu" (least often used) or "lrfu"
-            (between the two). Default: lru.
+        prefetch: Number of experts to predict and copy early for each coming layer. Default: 2 on CUDA or
+            with `throttle`, else 0.
+        look_ahead: Number of layers to predict ahead. Default: 1.
+        policy: Expert to evict: "lru" (least recently used), "lfu" (least often used) or "lrfu" (between the
+            two). Default: lru.
         shared_slots: One pool of slots for all layers in place of one for each.
-        compile: Compute from packed weights with torch.compile: True, False, or "auto" where experts are
-            large enough and there is a compiler. Default: auto.
-        dequantize_on_load: Dequantize all experts once at load time: as fast as a model that never was
-            quantized, and as large. Requires that they all fit on the device.
+        compile: Compute from packed weights with torch.compile: True, False, or "auto": if experts are large
+            enough and there is a compiler. Default: auto.
+        dequantize_on_load: Dequantize all experts once at load time: the speed and size of an unquantized
+            model. All experts must fit on the device.
         throttle: Limit copies to the device to this rate (bytes/s, or like "12GB"), to emulate a slower link.
         progress: Show progress bars.
         hub: Arguments for `mixtral_offload.weights.hub.download` (revision, endpoint, token, local_dir,

@@ -1,7 +1,4 @@
-"""Small integers packed into words, in hqq's order.
-
-Knows bits and words. Knows nothing of scales or matrices.
-"""
+"""Pack small integers into words, in hqq's order. Bits and words only: no scales, no matrices."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py), of which we
-#: use those of 2 bits and 1 for 3 bits in two parts
+#: bits -> (values packed into one word, dtype of the word); hqq's own packing (hqq/core/bitpack.py), of which
+#: we use those of 2 bits and 1 for 3 bits in two parts
 WORDS = {
     8: (1, torch.uint8),
     4: (2, torch.uint8),
@@ -25,8 +22,10 @@ WORDS = {
 def pack(q: Tensor, bits: int) -> Tensor:
     """Pack integers `q [rows, M]` (0 .. 2**bits - 1) along dim 0, the first rows in the highest bits.
 
-    Returns `[ceil(rows / per_word), M]`, uint8 (int32 at 3 bits). Equal to hqq's `BitPack`, and defined for every
-    number of rows (the last word is padded with zeros).
+    Returns:
+        `[ceil(rows / per_word), M]`, uint8 (int32 at 3 bits). Equal to hqq's `BitPack`, but defined for every
+        number of
+        rows: the last words are padded with zeros.
     """
     per_word, word = WORDS[bits]
     n_words = math.ceil(q.shape[0] / per_word)
@@ -38,7 +37,7 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, rows: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Inverse of `pack`: `[n_words, M]` -> `[rows, M]` of `dtype`."""
+    """Invert `pack`: `[n_words, M]` -> `[rows, M]` of `dtype`."""
     per_word, _ = WORDS[bits]
     n_words, mask = packed.shape[0], 2**bits - 1
     q = torch.empty(per_word * n_words, packed.shape[1], dtype=dtype, device=packed.device)

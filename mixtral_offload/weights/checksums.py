@@ -1,13 +1,6 @@
-"""One checksum per weight file: made by `convert`, kept in the index, proven while the file is read.
+"""One checksum per weight file: made by `convert`, kept in the index, verified while the file is read.
 
-The checksum of a file is XXH3-128 over the digest of its header and the digests of its tensors in the order of their
-bytes. So it follows from tensors that were read one by one, in any order, by any thread: no second pass over the file.
-It finds damage (disks, memory, networks, files of another conversion); it is no signature against a forger.
-
-The small files beside the weights (configurations, tokenizer, chat template) have a checksum of their bytes. People edit them
-on purpose: only `verify` compares it.
-
-Knows bytes of safetensors files and the index. Knows nothing of models.
+Bytes of safetensors files and the index only: no models.
 """
 
 from __future__ import annotations
@@ -31,12 +24,15 @@ from mixtral_offload.weights.safetensors_io import (
     read_header,
 )
 
-#: said in the index beside the checksums; another text means another rule
+#: XXH3-128 over the digest of the header and the digests of the tensors in the order of their bytes. So it
+#: follows from tensors that were read one by one, in any order, by any thread, without a second pass over the
+#: file. It finds damage; it is no signature against a forger. The index states this text; another text means
+#: another rule.
 ALGORITHM = "xxh3-128 of header and tensors, 1"
 
 
 def combine(header: bytes, digests: Iterable[bytes]) -> str:
-    """Make a file's checksum of its raw header and its tensors' digests, in the order of their bytes."""
+    """Compute a file's checksum from its raw header and its tensors' digests, in the order of their bytes."""
     whole = xxh3_128(xxh3_128(header).digest())
     for digest in digests:
         whole.update(digest)
@@ -44,15 +40,20 @@ def combine(header: bytes, digests: Iterable[bytes]) -> str:
 
 
 class Ledger(FileCheck):
-    """What one file must be, until all of its tensors have been read once.
+    """The state of one file's verification, until all of its tensors have been read once.
 
-    Takes no lock (two threads that finish a file both compare it), so that a checkpoint can be copied and pickled.
+    It has no lock (two threads that finish a file both compare it), so that a checkpoint can be copied and
+    pickled.
+
+    Attributes:
+        tensors: Byte offset -> number of bytes, in order. Tensors without bytes belong to the header alone.
+        digests: Byte offset -> digest of what was read.
+        error: What is wrong with the file; None so far.
     """
 
     def __init__(self, path: Path, expected: str, tensors: Iterable[StoredTensor], finite: bool = False):
         self.path, self.expected, self.finite = path, expected, finite
         self.header = header_bytes(path)
-        # byte offset -> number of bytes; tensors without any are part of the header alone
         self.tensors = {
             of.offset: of.n_bytes for of in sorted(tensors, key=lambda of: of.offset) if of.n_bytes
         }
@@ -63,14 +64,14 @@ class Ledger(FileCheck):
     def is_done(self) -> bool:
         return self.error is None and len(self.digests) == len(self.tensors)
 
-    def begin(self):
-        """A hash for one tensor's bytes, None where the file has been proven already."""
+    def begin(self) -> xxh3_128 | None:
+        """Return a hash for one tensor's bytes; None if the file has been verified already."""
         if self.error is not None:
             raise self.error
         return None if self.is_done else xxh3_128()
 
     def add(self, offset: int, digest: bytes) -> None:
-        """Take the digest of the tensor at this offset; raises CheckpointError if it was the last and the file is wrong."""
+        """Add the digest of the tensor at this offset; raise CheckpointError if the whole file is wrong."""
         self.digests[offset] = digest
         if len(self.digests) < len(self.tensors):
             return
@@ -80,26 +81,34 @@ class Ledger(FileCheck):
             raise self.error
 
     def finish(self) -> None:
-        """Read what nobody has read yet, so that the whole file is proven; raises CheckpointError if it is wrong."""
+        """Read what has not been read yet, to verify the whole file; raise CheckpointError if it is wrong."""
         left = [(offset, n) for offset, n in self.tensors.items() if offset not in self.digests]
         for offset, n_bytes in left:
             StoredTensor(self.path, torch.uint8, (n_bytes,), offset, n_bytes, check=self).read()
 
 
 def damaged(path: Path, expected: str, found: str) -> CheckpointError:
+    """Make the error for a file with another checksum."""
     return CheckpointError(
-        "a file is damaged: its checksum is not the one in the index", path=path, expected=expected, found=found,
+        "a file is damaged: its checksum is not the one in the index",
+        path=path,
+        expected=expected,
+        found=found,
         hint="copy or download this file again, or convert again",
-    )  # fmt: skip
+    )
 
 
 def stated(index: Path) -> dict[str, str]:
-    """file name -> checksum, as the index says; empty where it says nothing or there is no index."""
+    """Return file name -> checksum, as the index states it; empty if it states none or does not exist."""
     return _read(index)[0]
 
 
 def stated_small(index: Path) -> dict[str, str]:
-    """Name of a small file -> checksum, as the index says; empty for folders of earlier versions, which say nothing."""
+    """Return the checksums of small files (configuration, tokenizer, template) by name, as the index states
+    them.
+
+    Users edit these files on purpose: only `verify` compares them. Folders of earlier versions state none.
+    """
     entry = _entry(index)
     files = entry.get("small_files", {}) if entry is not None else {}
     if not _is_checksums(files) or any(Path(name).name != name for name in files):
@@ -108,7 +117,7 @@ def stated_small(index: Path) -> dict[str, str]:
 
 
 def checksum_of_bytes(data: bytes | str) -> str:
-    """The checksum of a small file with this content."""
+    """Compute the checksum of a small file with this content."""
     return xxh3_128(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
@@ -118,13 +127,13 @@ def checksum_of_small(path: Path) -> str:
 
 
 def _read(index: Path) -> tuple[dict[str, str], bool]:
-    """(`stated`, whether whoever made the checksums had found all numbers finite)."""
+    """`stated`, and whether all numbers were finite when the checksums were made."""
     entry = _entry(index)
     return (entry["files"], entry.get("finite") is True) if entry is not None else ({}, False)
 
 
 def _entry(index: Path) -> dict | None:
-    """What the index keeps, see `as_metadata`; None where it keeps nothing or there is no index."""
+    """What the index keeps, see `as_metadata`; None if it keeps nothing or does not exist."""
     if not index.is_file():
         return None
     try:
@@ -152,37 +161,43 @@ def _is_checksums(files: object) -> bool:
 
 def _unreadable(index: Path, key: str, expected: str, found: object) -> CheckpointError:
     return CheckpointError(
-        "cannot read the index's checksums", path=index, key=key, expected=expected, found=repr(found)[:80],
+        "cannot read the index's checksums",
+        path=index,
+        key=key,
+        expected=expected,
+        found=repr(found)[:80],
         hint="use the version of mixtral_offload that made this folder, or convert again",
-    )  # fmt: skip
+    )
 
 
 def as_metadata(files: dict[str, str], finite: bool, small: Mapping[str, bytes | str]) -> dict:
-    """What the index keeps.
+    """Make the index's entry.
 
     Args:
-        files: name -> checksum, of the weights.
-        finite: whether all numbers in them were found to be finite: a reader that proves a file's checksum then need not
-            look at each number again.
-        small: name -> content, of the files beside them. Earlier versions read over their checksums.
+        files: Name -> checksum, of the weights.
+        finite: Whether all numbers in them are known to be finite: a reader that verifies the checksum of a
+            file then need not test its numbers.
+        small: Name -> content, of the other files. Earlier versions ignore their checksums.
     """
     return {
-        "algorithm": ALGORITHM, "finite": finite, "files": dict(sorted(files.items())),
+        "algorithm": ALGORITHM,
+        "finite": finite,
+        "files": dict(sorted(files.items())),
         "small_files": {name: checksum_of_bytes(data) for name, data in sorted(small.items())},
-    }  # fmt: skip
+    }
 
 
 Headers = dict[Path, dict[str, StoredTensor]]
 
 
 def with_checks(index: Path, headers: Headers) -> Headers:
-    """The same headers, their tensors proven against the index's checksums as they are read.
+    """Return the same headers, their tensors verified against the index's checksums as they are read.
 
     Args:
-        headers: file -> key -> tensor, all files of the checkpoint.
+        headers: File -> key -> tensor, for all files of the checkpoint.
 
     Raises:
-        CheckpointError: the index has checksums, but none for one of these files.
+        CheckpointError: If the index has checksums, but none for one of these files.
     """
     files, finite = _read(index)
     if not files:
@@ -191,16 +206,18 @@ def with_checks(index: Path, headers: Headers) -> Headers:
     for path, header in headers.items():
         if path.name not in files:
             raise CheckpointError(
-                "the index has no checksum for this file", path=path, found=f"checksums of {len(files)} other files",
+                "the index has no checksum for this file",
+                path=path,
+                found=f"checksums of {len(files)} other files",
                 hint="copy the whole folder again: index and files belong together",
-            )  # fmt: skip
+            )
         ledger = Ledger(path, files[path.name], header.values(), finite)
         checked[path] = {key: replace(of, check=ledger) for key, of in header.items()}
     return checked
 
 
 def finish_checks(tensors: Iterable[StoredTensor]) -> None:
-    """Prove the files of these tensors to the end, also of what has not been read."""
+    """Verify the files of these tensors completely, including what has not been read."""
     for ledger in {id(of.check): of.check for of in tensors if of.check is not None}.values():
         ledger.finish()
 
@@ -211,26 +228,26 @@ def checksum_of(path: Path) -> str:
     for tensor in in_order(read_header(path)):
         digest = xxh3_128()
         for piece in pieces_of(tensor):
-            digest.update(piece.numpy())
+            digest.update(piece.numpy().data)
         digests.append(digest.digest())
     return combine(header_bytes(path), digests)
 
 
 def checksum_of_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """The checksum that the file must have which these tensors (on the CPU) were written to; reads only its header."""
+    """Compute the checksum of a file that holds these tensors (on the CPU); read only its header."""
     header = read_header(path)
     keys = {of.offset: key for key, of in header.items() if of.n_bytes}
     flat = (tensors[keys[offset]].contiguous().reshape(-1).view(torch.uint8) for offset in sorted(keys))
-    return combine(header_bytes(path), (xxh3_128(data.numpy()).digest() for data in flat))
+    return combine(header_bytes(path), (xxh3_128(data.numpy().data).digest() for data in flat))
 
 
 def in_order(header: dict[str, StoredTensor]) -> list[StoredTensor]:
-    """The tensors that have bytes, in the order of their bytes."""
+    """Return the tensors that have bytes, in the order of their bytes."""
     return sorted((of for of in header.values() if of.n_bytes), key=lambda of: of.offset)
 
 
 def pieces_of(tensor: StoredTensor) -> Iterator[Tensor]:
-    """The tensor's bytes (uint8), some at a time, in one buffer that is used again."""
+    """Yield the tensor's bytes (uint8) in pieces, all in the same buffer."""
     buffer = torch.empty(min(tensor.n_bytes, STEP_BYTES), dtype=torch.uint8)
     with open(tensor.path, "rb", buffering=0) as file:
         for start in range(0, tensor.n_bytes, STEP_BYTES):

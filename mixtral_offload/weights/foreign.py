@@ -1,7 +1,4 @@
-"""Quantized checkpoints of other formats, which are refused by their name.
-
-Knows how the formats that the hub has say what they are. Knows nothing of models.
-"""
+"""Refuse quantized checkpoints of other formats, by name. No models."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from transformers import PretrainedConfig
 
 from mixtral_offload.errors import CheckpointError
 
-#: what `quantization_config.quant_method` says in checkpoints that this package writes
+#: `quantization_config.quant_method` of checkpoints that this package writes
 OUR_METHOD = "mixtral_offload"
-#: what the keys of a format look like, for checkpoints whose config.json does not say it; the first match counts
+#: keys that identify a format, for checkpoints whose config.json does not name it; the first match counts
 FOREIGN_KEYS = (
     (re.compile(r"\.g_idx$"), "gptq"),
     (re.compile(r"\.(qweight|qzeros)$"), "awq or gptq"),
@@ -28,19 +25,14 @@ FOREIGN_KEYS = (
 
 
 def refuse_method(folder: Path, config: PretrainedConfig) -> None:
-    """Raise a CheckpointError that names the format if config.json says that it is one that this package does not read.
-
-    Args:
-        folder: Of the checkpoint.
-        config: Its configuration.
-    """
+    """Raise a CheckpointError if config.json names a format that this package does not read."""
     method = quant_method(config)
     if method not in (None, OUR_METHOD, "hqq"):  # of hqq, one form is read: see `refuse_keys`
         raise _refused(folder, method, "quantization_config.quant_method")
 
 
 def refuse_keys(folder: Path, config: PretrainedConfig, keys: Iterable[str]) -> None:
-    """The same for what the keys of the checkpoint's tensors say, where config.json says nothing."""
+    """Raise a CheckpointError if the keys of the tensors are those of another format."""
     keys = list(keys)
     if quant_method(config) == "hqq" and not any(
         ".meta." in key for key in keys
@@ -52,7 +44,7 @@ def refuse_keys(folder: Path, config: PretrainedConfig, keys: Iterable[str]) -> 
 
 
 def quant_method(config: PretrainedConfig) -> str | None:
-    """The `quant_method` of a configuration, or None where it has no `quantization_config`."""
+    """Return the `quant_method` of a configuration; None if it has no `quantization_config`."""
     of = getattr(config, "quantization_config", None)
     if of is None:
         return None
@@ -62,7 +54,10 @@ def quant_method(config: PretrainedConfig) -> str | None:
 
 def _refused(folder: Path, method: str, key: str) -> CheckpointError:
     return CheckpointError(
-        f"the weights are quantized in another format ({method[:60]}), which is not supported", path=folder / "config.json",
-        key=key, expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote", found=method[:60],
+        f"the weights are quantized in another format ({method[:60]}), which is not supported",
+        path=folder / "config.json",
+        key=key,
+        expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote",
+        found=method[:60],
         hint="take the model's unquantized checkpoint; mixtral-offload convert makes any bit width of it",
-    )  # fmt: skip
+    )

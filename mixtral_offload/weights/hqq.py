@@ -1,10 +1,9 @@
-"""HQQ-quantized matrices: solve, store, recognise, dequantize, multiply.
+"""HQQ-quantized matrices: solve, store, recognise, dequantize, multiply. One matrix at a time: no experts, no
+files.
 
-Knows one matrix at a time, as a dict of tensors. Knows nothing of experts, files or caches.
-
-A matrix `W [N, K]` is seen as `[group_size, G]` with `G = N * K / group_size` (HQQ with `axis=0`): each column of that
-view shares one scale and one zero, `W = (q - zero) * scale`. The tensors ("fields") carry the names of the published
-Mixtral-8x7B checkpoint (dvmazur/mixtral-offloading): `W_q`, `meta.scale_q`, `meta.meta_scale.scale`, and so on.
+A matrix `W [N, K]` is seen as `[group_size, G]`, G = N * K / group_size (HQQ's axis 0): each column has a
+scale and a zero, W = (q - zero) * scale. The tensors ("fields") have the names of the published Mixtral-8x7B
+checkpoint.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from mixtral_offload.weights.bitpack import WORDS, pack, unpack
 
 Fields = dict[str, Tensor]
 FieldSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Linear = Callable[[Tensor, Fields, tuple[int, int], "Quantization"], Tensor]  # see `matmul`
 Sizes = dict[str, tuple[torch.dtype, int]]  # field -> dtype, number of elements
 
 
@@ -31,11 +31,13 @@ Sizes = dict[str, tuple[torch.dtype, int]]  # field -> dtype, number of elements
 class Quantization:
     """How a matrix is stored.
 
-    bits: 16 (plain weights: fp16, or bf16 or fp32 as they are stored), 8, 4, 3 or 2. group_size: weights that share a scale and a zero.
-    scale_group_size: scales that share an 8-bit quantization of their own, or None for fp16 scales.
-    quantize_zero: zeros in 8 bits with one scale and zero for the matrix, or fp16 zeros.
-    split: of 3 bits only: the two lower ones in W_q and the highest in W_high, 3 bits a weight; else ten values in 32 bits
-    as hqq packs them, groups of 64 padded to 70, 3.5 bits a weight.
+    Attributes:
+        bits: 8, 4, 3 or 2; 16: plain weights, fp16 (or bf16 or fp32, as they are stored).
+        group_size: Weights that share a scale and a zero.
+        scale_group_size: Scales that share an 8-bit quantization of their own; None: fp16 scales.
+        quantize_zero: Zeros in 8 bits with one scale and zero for the matrix; else fp16 zeros.
+        split: 3 bits only: the two lower bits in W_q and the highest in W_high, 3 bits a weight. Else 10
+            values in 32 bits as hqq packs them, groups of 64 padded to 70: 3.5 bits a weight.
     """
 
     bits: int
@@ -44,7 +46,7 @@ class Quantization:
     quantize_zero: bool = False
     split: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bits not in (16, 8, 4, 3, 2):
             raise OptionError("unknown bit width", expected="16, 8, 4, 3 or 2", found=self.bits)
         if self.split and (self.bits != 3 or self.group_size % 8):
@@ -52,14 +54,14 @@ class Quantization:
             raise OptionError(
                 "this cannot be split", expected="3 bits in groups of a multiple of 8", found=found
             )
-        # smaller groups would not fill a word: larger than 16 bits, and not to be told from another width
+        # smaller groups would not fill a word: larger than 16 bits, and ambiguous
         least = {16: 0, 8: 1, 4: 2, 3: 1, 2: 4}[self.bits]
         if self.group_size < least:
             raise OptionError("group size is too small", expected=f"{least} or more", found=self.group_size)
         if self.scale_group_size is not None and self.scale_group_size < 1:
             raise OptionError("scale group size must be positive", found=self.scale_group_size)
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.bits == 16:
             return "16-bit"
         scale = (
@@ -71,7 +73,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Part:
-    """Some bits of every value, packed into words of their own: the value is the sum of `weight` times each part."""
+    """Some bits of every value, packed into separate words. A value is the sum of weight times part."""
 
     name: str
     bits: int
@@ -79,11 +81,11 @@ class Part:
 
 
 def parts(quantization: Quantization) -> tuple[Part, ...]:
-    """What the values of a packed matrix are the sum of, the lowest bits first."""
+    """Return the parts of a packed matrix, the lowest bits first."""
     return (Part("W_q", 2), Part("W_high", 1, 4)) if quantization.split else (Part("W_q", quantization.bits),)
 
 
-#: the settings of the published checkpoint (2312.17238, section 4.2); 3 bits are stored as our own checkpoints have them
+#: settings of the published checkpoint (2312.17238, section 4.2); 3 bits as in checkpoints of this package
 PAPER = {
     2: Quantization(2, 16, 128, True),
     3: Quantization(3, 64, 128, True, split=True),
@@ -94,7 +96,7 @@ PAPER = {
 
 
 def field_specs(shape: tuple[int, int], quantization: Quantization) -> FieldSpecs:
-    """Names, dtypes and shapes of the tensors that hold a matrix of `shape` = (N, K), in storage order."""
+    """Return names, dtypes and shapes of the tensors that hold a matrix of shape (N, K), in storage order."""
     n, k = shape
     if quantization.bits == 16:
         return {"weight": (torch.float16, (n, k))}
@@ -132,13 +134,13 @@ def field_specs(shape: tuple[int, int], quantization: Quantization) -> FieldSpec
 
 #: parts of a key that belong to a packed matrix
 PACKED_MARKS = (".W_q", ".W_high", ".meta.")
-#: (bits, group size) of published checkpoints. Counts of elements fit two of them for no matrix: the words of a group
-#: (16 / 4, 64 / 2, 64 / 1; another dtype or another field for 3 bits) differ
+#: (bits, group size) of published checkpoints. Counts of elements fit two of them for no matrix: the words of
+#: a group (16 / 4, 64 / 2, 64 / 1; another dtype or another field for 3 bits) differ
 PUBLISHED = frozenset((of.bits, of.group_size) for of in PAPER.values())
 
 
 def split_quantized(key: str) -> tuple[str, str] | None:
-    """`layer.meta.scale_q` -> (`layer`, `meta.scale_q`); None for the key of a plain tensor."""
+    """Split the key of a packed tensor: `layer.meta.scale_q` -> (`layer`, `meta.scale_q`); else None."""
     for mark in PACKED_MARKS:
         if mark in key:
             module, _, rest = key.partition(mark)
@@ -151,17 +153,18 @@ def infer(
 ) -> Quantization:
     """Find the `Quantization` of a stored matrix from its fields' dtypes and element counts alone.
 
-    With a wrong shape the answer may be wrong too: 4-bit groups of 64 look like 2-bit groups of 128 of a matrix twice as
-    large. So what it finds must be what the checkpoint states, or `PUBLISHED`: see `manifest.recognise`.
+    With a wrong shape the answer may be wrong: 4-bit groups of 64 look like 2-bit groups of 128 of a matrix
+    twice as large. So the result has to be compared with what the checkpoint states, or with `PUBLISHED`, as
+    `manifest.recognise` does.
 
     Args:
         shape: (N, K).
-        sizes: field name -> (dtype, number of elements).
-        path: the file, for errors.
-        matrix: its name, for errors.
+        sizes: Field name -> (dtype, number of elements).
+        path: The file, for errors.
+        matrix: Its name, for errors.
 
     Raises:
-        CheckpointError: nothing fits.
+        CheckpointError: If nothing fits.
     """
     prefix = f"{matrix}." if matrix else ""
     found = Quantization(16) if "weight" in sizes else _infer_packed(shape, sizes, path, prefix)
@@ -180,7 +183,7 @@ def infer(
     return found
 
 
-def _infer_packed(shape, sizes, path: Path | None, prefix: str) -> Quantization:
+def _infer_packed(shape: tuple[int, int], sizes: Sizes, path: Path | None, prefix: str) -> Quantization:
     n_weights = shape[0] * shape[1]
     groups = next((sizes[name][1] for name in ("meta.zero_q", "meta.zero") if name in sizes), 0)
     if "W_q" not in sizes or groups == 0 or n_weights % groups:
@@ -208,16 +211,16 @@ def _infer_packed(shape, sizes, path: Path | None, prefix: str) -> Quantization:
     return Quantization(3 if split else bits, group, scale_group, "meta.zero_q" in sizes, split)
 
 
-def _describe(size) -> str:
+def _describe(size: tuple[torch.dtype, int] | None) -> str:
     return (
         "no such tensor" if size is None else f"{size[1]} elements of {str(size[0]).removeprefix('torch.')}"
     )
 
 
 def dequantize(
-    fields: Fields, shape: tuple[int, int], quantization: Quantization, dtype=torch.float16
+    fields: Fields, shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype = torch.float16
 ) -> Tensor:
-    """The matrix `[N, K]` in `dtype`. The arithmetic is fp16, as in hqq, and bit-identical to it."""
+    """Compute the matrix `[N, K]` in `dtype`. The arithmetic is fp16, bit-identical to hqq's."""
     if quantization.bits == 16:
         return fields["weight"].view(shape).to(dtype)
     q = values(fields, quantization, torch.float16)
@@ -227,7 +230,7 @@ def dequantize(
 
 
 def values(fields: Fields, quantization: Quantization, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """The unpacked integers `[group_size, G]`, from 0 to 2**bits - 1."""
+    """Unpack the integers `[group_size, G]`, from 0 to 2**bits - 1."""
     first, *rest = parts(quantization)
     q = unpack(fields[first.name], first.bits, quantization.group_size, torch.uint8 if rest else dtype)
     for part in rest:  # in bytes: half the memory of fp16, and faster
@@ -236,7 +239,7 @@ def values(fields: Fields, quantization: Quantization, dtype: torch.dtype = torc
 
 
 def scale_of(fields: Fields) -> Tensor:
-    """fp16 `[1, G]`"""
+    """Return the scales, fp16 `[1, G]`."""
     if "meta.scale" in fields:
         return fields["meta.scale"]
     scale = fields["meta.scale_q"].half() - fields["meta.meta_scale.zero"]
@@ -244,20 +247,21 @@ def scale_of(fields: Fields) -> Tensor:
 
 
 def zero_of(fields: Fields) -> Tensor:
-    """fp16 `[1, G]`"""
+    """Return the zeros, fp16 `[1, G]`."""
     if "meta.zero" in fields:
         return fields["meta.zero"]
     return (fields["meta.zero_q"].half() - fields["meta.meta_zero.zero"]) * fields["meta.meta_zero.scale"]
 
 
 def matmul(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
-    """`x [T, K] @ W.T` -> `[T, N]` in x's dtype."""
+    """Compute `x [T, K] @ W.T` -> `[T, N]` in x's dtype."""
     return F.linear(x, dequantize(fields, shape, quantization, x.dtype))
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> Fields:
     """Quantize `weight [N, K]` (any float dtype) with hqq's solver, on the weight's device."""
-    specs = field_specs(tuple(weight.shape), quantization)
+    n, k = weight.shape
+    specs = field_specs((n, k), quantization)
     if quantization.bits == 16:
         return {"weight": weight.to(torch.float16).contiguous()}
     from hqq.core.quantize import Quantizer
@@ -275,12 +279,17 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
     if quantization.scale_group_size is None:
         fields["meta.scale"] = meta["scale"]
     else:
-        # hqq's solver treats ranges below 1e-4 as constant: bring the scales near 1 first, exactly (a power of two)
+        # hqq's solver treats ranges below 1e-4 as constant: bring the scales near 1 first, exactly (a power
+        # of two)
         factor = 2.0 ** -math.floor(math.log2(meta["scale"].abs().max().item()))
         fields["meta.scale_q"], m = Quantizer.quantize(
             meta["scale"] * factor,
-            nbits=8, group_size=quantization.scale_group_size, axis=0, optimize=False, device=device,
-        )  # fmt: skip
+            nbits=8,
+            group_size=quantization.scale_group_size,
+            axis=0,
+            optimize=False,
+            device=device,
+        )
         fields["meta.meta_scale.scale"], fields["meta.meta_scale.zero"] = m["scale"] / factor, m["zero"]
     if quantization.quantize_zero:
         fields["meta.zero_q"], m = Quantizer.quantize(
@@ -295,8 +304,11 @@ def quantize(weight: Tensor, quantization: Quantization) -> Fields:
 
 
 def _nearly_equal(zeros: Tensor) -> tuple[Tensor, Fields]:
-    """Zeros in 8 bits, as (bytes, scale and zero), where their range is so small that hqq's own zero overflows fp16: they
-    are all of one sign then."""
+    """Quantize zeros whose range is so small that hqq's own zero overflows fp16: they all have one sign.
+
+    Returns:
+        Their bytes; scale and zero.
+    """
     largest = zeros.abs().max().float()
     scale = (largest / 255).to(torch.float16)
     zero = torch.tensor(255.0 if zeros.flatten()[0] < 0 else 0.0, device=zeros.device)
@@ -304,7 +316,7 @@ def _nearly_equal(zeros: Tensor) -> tuple[Tensor, Fields]:
 
 
 def repack(fields: Fields, stored: Quantization, wanted: Quantization) -> Fields:
-    """The same weights in the layout of `wanted`, which differs from `stored` in `split` alone."""
+    """Convert fields to the layout of `wanted`, which differs from `stored` in `split` alone."""
     meta = {name: value for name, value in fields.items() if name.startswith("meta.")}
     return _packed(values(fields, stored), wanted) | meta
 
@@ -319,9 +331,8 @@ def check_replaceable(linear: torch.nn.Module, path: Path | None = None, name: s
     """Raise a CheckpointError unless a `QuantizedLinear` can keep all that this module holds and does.
 
     Args:
-        linear: the module.
-        path: where its weight is stored, for errors.
-        name: the module's, for errors.
+        path: Where its weight is stored, for errors.
+        name: The module's name, for errors.
     """
     if not isinstance(linear, torch.nn.Linear):
         raise CheckpointError(
@@ -333,23 +344,33 @@ def check_replaceable(linear: torch.nn.Module, path: Path | None = None, name: s
         )
     state = linear.__dict__.keys() - torch.nn.Linear(1, 1, device="meta").__dict__.keys()
     lost = [
-        *(name for name in linear._parameters if name not in ("weight", "bias")), *linear._buffers, *linear._modules,
+        *(name for name in linear._parameters if name not in ("weight", "bias")),
+        *linear._buffers,
+        *linear._modules,
         *(name for name in state if not name.startswith("_")),
-        *(name for name in ("_forward_hooks", "_forward_pre_hooks", "_parametrizations") if getattr(linear, name, None)),
-    ]  # fmt: skip
+        *(
+            name
+            for name in ("_forward_hooks", "_forward_pre_hooks", "_parametrizations")
+            if getattr(linear, name, None)
+        ),
+    ]
     if type(linear).forward is not torch.nn.Linear.forward:
         lost.append(f"the forward of {type(linear).__name__}")
     if lost:
         raise CheckpointError(
-            "a linear layer has more than its quantized form can keep", path=path, key=name,
-            expected="a weight and a bias", found=", ".join(lost), hint="convert the checkpoint again, with this layer in 16 bits",
-        )  # fmt: skip
+            "a linear layer has more than its quantized form can keep",
+            path=path,
+            key=name,
+            expected="a weight and a bias",
+            found=", ".join(lost),
+            hint="convert the checkpoint again, with this layer in 16 bits",
+        )
 
 
 class QuantizedWeight:
-    """Stands for the weight that a `QuantizedLinear` has no tensor of: says where and of which dtype it would be.
+    """Stands for the weight of a `QuantizedLinear`, which has no tensor: states its device, dtype and shape.
 
-    Programs that put something beside a linear layer (peft's LoRA) ask for that. Whatever asks for values is refused.
+    Libraries that adapt linear layers (peft's LoRA) read these. Access to values is refused.
     """
 
     def __init__(self, layer: QuantizedLinear):
@@ -363,7 +384,7 @@ class QuantizedWeight:
         self.__torch_function__(name)
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") or not hasattr(Tensor, name):  # who asks goes on without it
+        if name.startswith("__") or not hasattr(Tensor, name):  # tests for optional attributes go on
             raise AttributeError(name)
         self.__torch_function__(name)
 
@@ -372,29 +393,29 @@ class QuantizedWeight:
         raise OptionError(
             "this layer's weight is quantized: its values cannot be read or changed as a tensor",
             found=getattr(args[0], "__name__", args[0]) if args else None,
-            hint="keep changes beside it (an adapter that is not merged), or load the model with dequantize_on_load=True",
+            hint="use an adapter that is not merged, or load the model with dequantize_on_load=True",
         )
 
 
 class QuantizedLinear(torch.nn.Linear):
     """A linear layer whose weight stays quantized; buffers are named as in the checkpoint.
 
-    It is a `torch.nn.Linear`, so that what looks for those finds it (peft's LoRA). Its `weight` is no tensor, see
-    `QuantizedWeight`.
+    It is a `torch.nn.Linear`, so that libraries that search for those find it (peft's LoRA). Its `weight` is
+    no tensor, see `QuantizedWeight`.
 
     Args:
         shape: (N, K) of the weight.
         quantization: How it is stored.
-        product: Multiplies with the quantized matrix, with `matmul`'s arguments.
-        bias: [N], or None.
-        dtype: What the layer computes with, as its model is loaded; for those who ask (`weight.dtype`).
+        product: Product with a quantized matrix.
+        bias: `[N]`, or None.
+        dtype: What the layer computes with, reported as `weight.dtype`.
     """
 
     def __init__(
         self,
         shape: tuple[int, int],
         quantization: Quantization,
-        product: Callable[..., Tensor] = matmul,
+        product: Linear = matmul,
         bias: torch.nn.Parameter | None = None,
         dtype: torch.dtype = torch.float32,
     ):
@@ -406,7 +427,7 @@ class QuantizedLinear(torch.nn.Linear):
             self.register_buffer(self._names[name], torch.empty(dims, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
 
-    @property
+    @property  # type: ignore[override]  # torch declares a tensor; other access is refused
     def weight(self) -> QuantizedWeight:
         """No tensor; see `QuantizedWeight`."""
         return QuantizedWeight(self)
@@ -416,31 +437,31 @@ class QuantizedLinear(torch.nn.Linear):
         self.weight.copy_()
 
     def requires_grad_(self, requires_grad: bool = True) -> QuantizedLinear:
-        """As torch's; training the weight is refused."""
+        """Behave as torch's; refuse to train the weight."""
         if requires_grad:
             self.weight.requires_grad_()
         return super().requires_grad_(requires_grad)
 
     def dequantize(self) -> Tensor:
-        """The weight `[N, K]` in the layer's dtype, made anew; peft asks for it by this name where an adapter needs values."""
+        """Compute the weight `[N, K]` in the layer's dtype. peft calls this if an adapter needs values."""
         shape = self.out_features, self.in_features
         return dequantize(self.fields, shape, self.quantization, self.dtype)
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
-        """As torch's; a new weight is refused."""
+        """Behave as torch's; refuse a new weight."""
         if name == "weight":
             self.weight.copy_()
         super().register_parameter(name, param)
 
     def reset_parameters(self) -> NoReturn:
-        """Refused: there is no weight to fill with random values."""
+        """Refuse: there is no weight to fill with random values."""
         self.weight.uniform_()
 
     @classmethod
     def replacing(
-        cls, linear: torch.nn.Linear, quantization: Quantization, product: Callable[..., Tensor] = matmul
+        cls, linear: torch.nn.Linear, quantization: Quantization, product: Linear = matmul
     ) -> QuantizedLinear:
-        """What stands in for a linear layer and keeps all of it but the weight, which is still to be set.
+        """Make the replacement of a linear layer: all of it but the weight, which is still to be set.
 
         Raises:
             CheckpointError: If something of the layer would be lost.
@@ -456,7 +477,7 @@ class QuantizedLinear(torch.nn.Linear):
         setattr(self, buffer, value.view(getattr(self, buffer).shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Move to another device; `model.to(dtype)` converts the bias alone: other scales would be other weights."""
+        """Move the layer. `model.to(dtype)` converts only the bias: other scales are other weights."""
         stored = self.fields
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         super()._apply(fn, recurse)
@@ -472,7 +493,7 @@ class QuantizedLinear(torch.nn.Linear):
         return {name: getattr(self, buffer) for name, buffer in self._names.items()}
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """`rows [T, K] @ W.T` -> `[T, N]`."""
+        """Compute `rows [T, K] @ W.T` -> `[T, N]`."""
         return self.product(rows, self.fields, (self.out_features, self.in_features), self.quantization)
 
     @torch.compiler.disable  # or a compiled model would round differently from an eager one
@@ -489,31 +510,32 @@ class QuantizedLinear(torch.nn.Linear):
 
 
 def refuse_second_order() -> None:
-    """Called in backward: raises OptionError where its own graph is asked for, which would lack what it computes here.
+    """Raise OptionError if backward has to build a graph of its own, which would lack what is computed here.
 
-    torch's `once_differentiable` does not notice where only some gradients are asked for: they would be silently wrong.
+    torch's `once_differentiable` does not notice if only some gradients are requested: they would be silently
+    wrong.
     """
     if torch.is_grad_enabled():
         raise OptionError(
-            "second-order gradients need the experts' weights as parameters of the model", found="create_graph=True",
-            hint="from_pretrained(..., dequantize_on_load=True) has them, where all of them fit on the device",
-        )  # fmt: skip
+            "second-order gradients need the experts' weights as parameters of the model",
+            found="create_graph=True",
+            hint="from_pretrained(..., dequantize_on_load=True) has them, if all of them fit on the device",
+        )
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """`QuantizedLinear.multiply` for autograd. The matrix is dequantized again in backward: kept, it would be as large as a
-    model that never was quantized."""
+    """`QuantizedLinear.multiply` for autograd. Backward dequantizes the matrix again, to save memory."""
 
     @staticmethod
     def forward(rows: Tensor, layer: QuantizedLinear) -> Tensor:
         return layer.multiply(rows)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QuantizedLinear], output: Tensor) -> None:
         _, ctx.layer = inputs
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         refuse_second_order()
         layer = ctx.layer
         shape = layer.out_features, layer.in_features

@@ -1,9 +1,8 @@
-"""Download a model's files: plan, check the free space, fetch, verify every file by its hash.
+"""Download a model's files with huggingface_hub: plan, check the free space, fetch, verify every file by its
+hash.
 
-Knows which files of a repository a model needs, where the hub's cache keeps them, their sizes and hashes
-(sha256 of large files, git's sha1 of small ones), what was verified before, and what a failure means for the
-reader. huggingface_hub does the transfers: a file complete before an interruption is not fetched again, a
-partial one starts over. Knows nothing of what the files hold, of devices, or of torch.
+No devices, no torch, and nothing of what the files hold. Complete files are not fetched again after an
+interrupt.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
@@ -41,11 +41,11 @@ LEAVE = [
     "*/consolidated*",
     "original/*",  # the same weights once more, in other layouts
     ".cache/*",
-]  # the libraries' notes about somebody else's download: ours are kept there
+]  # the libraries' notes about a download; the records are there too
 KEEP = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
-RULES = {"allow_patterns": KEEP, "ignore_patterns": LEAVE}
+RULES: dict[str, Any] = {"allow_patterns": KEEP, "ignore_patterns": LEAVE}
 WORKERS = 8
-LONGEST = 1 << 26  # bytes of a record: more is none of ours
+LONGEST = 1 << 26  # bytes of a record: a larger file is no record
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 AGAIN = "call again: complete files are kept, only the rest is fetched"
@@ -61,7 +61,11 @@ CAUSES = (  # the first match counts: kind of error, what happened, what to do
     (401, "{hub} does not accept the token for {repo}", TOKEN),
     (403, "{hub} refuses access to {repo}", TOKEN),
     (hf.HfHubHTTPError, "{hub} answered with error {code}", "wait a few minutes, then " + AGAIN),
-    (hf.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids asking the hub", "unset it in a new process, " + AGAIN),
+    (
+        hf.OfflineModeIsEnabled,
+        "HF_HUB_OFFLINE forbids connections to the hub",
+        "unset it in a new process, " + AGAIN,
+    ),
     (HTTP, "no connection to {hub}, or it broke", "check the network, then " + AGAIN),
     (errno.ENOSPC, "the disk became full while fetching {repo}", "make room there, then " + AGAIN),
     (errno.EDQUOT, "the quota ran out while fetching {repo}", "make room there, then " + AGAIN),
@@ -74,12 +78,12 @@ Folder = str | Path | None
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a download would fetch, before it starts.
+    """What a download would fetch.
 
     Attributes:
         revision: The commit.
         files: (name, bytes, present) of each file.
-        free_bytes: On the disk of `folder`.
+        free_bytes: Free on the disk of `folder`.
         folder: Where the files will be.
     """
 
@@ -93,35 +97,48 @@ class DownloadPlan:
 
 
 def plan_download(
-    repo_id: str, *, revision: str | None = None, endpoint: str | None = None, token: Token = None,
-    local_dir: Folder = None, cache_dir: Folder = None,
-) -> DownloadPlan:  # fmt: skip
-    """Ask the hub what a download needs; fetch nothing.
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: Token = None,
+    local_dir: Folder = None,
+    cache_dir: Folder = None,
+) -> DownloadPlan:
+    """List what a download needs; fetch nothing.
 
     Args:
-        local_dir, cache_dir: As `download` takes them.
+        local_dir: As in `download`.
+        cache_dir: As in `download`.
 
     Raises:
-        DownloadError: The hub cannot be asked, or does not have a model there.
+        DownloadError: If the hub does not answer, or has no model there.
     """
     with _explained(repo_id, endpoint):
         return _plan(_ask(repo_id, revision, endpoint, hub_token(token), local_dir, cache_dir))
 
 
 def download(
-    repo_id: str, *, revision: str | None = None, endpoint: str | None = None, token: Token = None,
-    local_dir: Folder = None, cache_dir: Folder = None, local_files_only: bool = False,
-    progress: bool = True, verify: bool = True,
-) -> Path:  # fmt: skip
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: Token = None,
+    local_dir: Folder = None,
+    cache_dir: Folder = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+    verify: bool = True,
+) -> Path:
     """Fetch what is missing of a repository and verify it by its hashes.
 
-    Without a connection a complete earlier download is used as it is.
+    Without a connection, a complete earlier download is used as it is.
 
     Args:
         endpoint: URL of the hub. Default: huggingface_hub's own.
         local_dir: A folder for the files, in place of the hub's cache.
         cache_dir: Another folder for the hub's cache.
-        local_files_only: Do not ask the hub.
+        local_files_only: Do not connect to the hub.
 
     Returns:
         The folder that holds the files.
@@ -134,7 +151,9 @@ def download(
         try:
             if local_files_only:
                 hint = "leave local_files_only out to fetch what is not here"
-                raise DownloadError(f"{repo_id}: the hub is not asked (local_files_only)", hint=hint)
+                raise DownloadError(
+                    f"{repo_id}: there is no connection to the hub (local_files_only)", hint=hint
+                )
             job = _ask(repo_id, revision, endpoint, token, local_dir, cache_dir)
         except DownloadError as error:
             return _without_hub(Record(repo_id, revision, local_dir, cache_dir), verify, error)
@@ -150,29 +169,29 @@ def download(
 
 def fetch_file(
     repo_id: str, name: str, *, revision: str | None = None, endpoint: str | None = None, token: Token = None
-) -> Path:  # fmt: skip
+) -> Path:
     """Fetch one small file of a repository into the hub's cache.
 
     Returns:
-        Its path; that of an earlier copy where the hub does not answer.
+        Its path; that of an earlier copy if the hub does not answer.
 
     Raises:
-        DownloadError: There is no such file, or it cannot be fetched.
+        DownloadError: If there is no such file, or it cannot be fetched.
     """
     with _explained(repo_id, endpoint):
-        where = {"revision": revision, "endpoint": endpoint, "token": hub_token(token)}
-        return Path(hf_hub_download(repo_id, name, **where))
+        token = hub_token(token)
+        return Path(hf_hub_download(repo_id, name, revision=revision, endpoint=endpoint, token=token))
 
 
 def is_safe(name: object) -> bool:
-    """Whether this is a path inside a repository, in one plain spelling, to be shown and stored anywhere."""
+    """Return whether this is a path inside a repository, in one plain spelling, that is safe everywhere."""
     if not isinstance(name, str) or visible(name, one_line=True) != name or set(name) & set("\\:"):
         return False
     return all(part not in ("", ".", "..") and len(part.encode()) <= 200 for part in name.split("/"))
 
 
 def is_entry(entry: object) -> bool:
-    """Whether this is [bytes, hash] of a file."""
+    """Return whether this is [bytes, hash] of a file."""
     if not isinstance(entry, list) or len(entry) != 2:
         return False
     size, digest = entry
@@ -180,7 +199,7 @@ def is_entry(entry: object) -> bool:
 
 
 def hash_of(path: Path, like: str) -> str:
-    """Hash a file, in the way that made `like`: sha256 (64 digits), or git's sha1 of a blob (40)."""
+    """Hash a file like `like`: sha256 (64 digits), or git's sha1 of a blob (40)."""
     made = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -194,13 +213,11 @@ class Record:
     Kept as JSON in `mixtral_offload/<repository>@<revision>.json`, in the hub's cache or under `local_dir`.
 
     Attributes:
-        files: name -> [bytes, hash].
-        verified: name -> [bytes, hash, mtime_ns when it was hashed].
+        files: Name -> [bytes, hash]. Large files have sha256, small ones git's sha1.
+        verified: Name -> [bytes, hash, mtime_ns when it was hashed].
     """
 
-    def __init__(
-        self, repo_id: str, revision: str | None, local_dir: Folder, cache_dir: Folder = None
-    ):  # fmt: skip
+    def __init__(self, repo_id: str, revision: str | None, local_dir: Folder, cache_dir: Folder = None):
         self.repo_id, self.revision = repo_id, revision or "main"
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         self.store = cache / f"models--{str(repo_id).replace('/', '--')}"
@@ -223,20 +240,20 @@ class Record:
         return self.local_dir or self.store / "snapshots" / str(self.commit)
 
     def blob(self, name: str) -> Path:
-        """Where the hub's cache keeps a file's bytes."""
+        """Return where the hub's cache keeps a file's bytes."""
         return self.store / "blobs" / str(self.files[name][1])
 
     def intact(self, name: str, path: Path | None = None) -> bool:
-        """Whether the file is there (or at `path`) with its full size."""
+        """Return whether the file is there (or at `path`) with its full size."""
         path = path or self.folder / name
         return path.is_file() and path.stat().st_size == self.files[name][0]
 
     def proven(self, name: str) -> bool:
-        """Whether the file was hashed, and not changed since."""
+        """Return whether the file was hashed, and has not changed since."""
         return self.verified.get(name) == [*self.files[name], (self.folder / name).stat().st_mtime_ns]
 
     def save(self) -> None:
-        """Write the record and the hub cache's own note of the revision. A read-only disk is no error."""
+        """Write the record and the hub cache's own note of the revision; a read-only disk is no error."""
         texts = {self.record: json.dumps([self.commit, self.files, self.verified])}
         if not self.local_dir and self.revision != self.commit:
             texts[self.store / "refs" / self.revision] = str(self.commit)
@@ -248,7 +265,7 @@ class Record:
             log.debug("the record of %s was not written: %s", self.repo_id, error)
 
     def verify(self, name: str) -> None:
-        """Hash one file; delete it and refuse when it is not what the hub has."""
+        """Hash one file; if it is not the hub's, delete it and raise DownloadError."""
         path, (size, digest) = self.folder / name, self.files[name]
         found = hash_of(path, digest)
         if self.intact(name) and found == digest:
@@ -266,7 +283,7 @@ class Record:
 
 
 def _read(path: Path) -> tuple[str, dict[str, list], dict[str, list]]:
-    """(commit, files, verified) of a record; ValueError where it is not one in every part."""
+    """Commit, files and verified of a record; raise ValueError unless it is one in every part."""
     if path.stat().st_size > LONGEST or not path.is_file():
         raise ValueError("not a record")
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -283,9 +300,13 @@ def _read(path: Path) -> tuple[str, dict[str, list], dict[str, list]]:
 
 
 def _ask(
-    repo_id: str, revision: str | None, endpoint: str | None, token: Token,
-    local_dir: Folder, cache_dir: Folder = None,
-) -> Record:  # fmt: skip
+    repo_id: str,
+    revision: str | None,
+    endpoint: str | None,
+    token: Token,
+    local_dir: Folder,
+    cache_dir: Folder = None,
+) -> Record:
     """The files of a revision as the hub lists them, in one request."""
     with _explained(repo_id, endpoint):
         api = HfApi(endpoint=endpoint, token=token)
@@ -325,14 +346,15 @@ def _plan(job: Record) -> DownloadPlan:
 
 
 def _has_blob(job: Record, name: str) -> bool:
-    """Whether the hub's cache has the bytes, and the file only needs a link to them."""
+    """Whether the hub's cache has the bytes, so that the file only needs a link to them."""
     return job.local_dir is None and job.intact(name, job.blob(name))
 
 
 def _check_room(plan: DownloadPlan) -> None:
     if plan.remaining_bytes > plan.free_bytes:
-        lack = plan.remaining_bytes - plan.free_bytes
-        need, free, lack = map(gb, (plan.remaining_bytes, plan.free_bytes, lack))
+        need, free, lack = map(
+            gb, (plan.remaining_bytes, plan.free_bytes, plan.remaining_bytes - plan.free_bytes)
+        )
         what = f"the disk has too little room for {plan.repo_id}; nothing was fetched"
         hint = f"free {lack} there, or use another disk: local_dir=..., or HF_HOME for the hub's cache"
         raise DownloadError(what, path=plan.folder, expected=f"{need} free", found=f"{free} free", hint=hint)
@@ -343,12 +365,12 @@ class _Stopped(Exception):
 
 
 class _Meter:
-    """tqdm as huggingface_hub sees it: adds one file's bytes to the one bar, and can stop the transfer."""
+    """tqdm as huggingface_hub uses it: adds one file's bytes to the common bar, and can stop the transfer."""
 
     def __init__(self, bar: tqdm, lock: threading.Lock, stop: threading.Event):
         self.bar, self.lock, self.stop, self.seen = bar, lock, stop, 0
 
-    def __call__(self, *args, **kwargs) -> _Meter:
+    def __call__(self, *args: object, **kwargs: object) -> _Meter:
         return self
 
     def update(self, n: int = 1) -> None:
@@ -358,7 +380,7 @@ class _Meter:
             self.seen += n
             self.bar.update(n)
 
-    def close(self, *args, **kwargs) -> None:
+    def close(self, *args: object, **kwargs: object) -> None:
         pass
 
     __enter__ = __call__
@@ -366,12 +388,17 @@ class _Meter:
 
 
 def _fetch_all(
-    job: Record, todo: list[str], plan: DownloadPlan, source: dict, progress: bool, verify: bool
+    job: Record, todo: list[str], plan: DownloadPlan, source: dict[str, Any], progress: bool, verify: bool
 ) -> None:
     stop, lock, pool = threading.Event(), threading.Lock(), ThreadPoolExecutor(WORKERS)
-    sizes = {"total": plan.total_bytes, "initial": plan.total_bytes - plan.remaining_bytes}
-    name = visible(job.repo_id, one_line=True)
-    bar = tqdm(**sizes, desc=name, unit="B", unit_scale=True, disable=not progress)
+    bar = tqdm(
+        total=plan.total_bytes,
+        initial=plan.total_bytes - plan.remaining_bytes,
+        desc=visible(job.repo_id, one_line=True),
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
     try:
         tasks = [pool.submit(_fetch, job, n, _Meter(bar, lock, stop), source, verify) for n in todo]
         for task in as_completed(tasks):
@@ -384,22 +411,23 @@ def _fetch_all(
         bar.close()
 
 
-def _fetch(job: Record, name: str, meter: _Meter, source: dict, verify: bool) -> None:
+def _fetch(job: Record, name: str, meter: _Meter, source: dict[str, Any], verify: bool) -> None:
     path, blob, size = job.folder / name, job.blob(name), job.files[name][0]
     with _explained(job.repo_id, source["endpoint"], path):
         if not job.intact(name):
             counted = _has_blob(job, name)  # the bar began with it
             for wrong in (p for p in (path, blob) if not job.intact(name, p)):
                 wrong.unlink(missing_ok=True)
-            where = {"cache_dir": job.store.parent, "local_dir": job.local_dir, "revision": job.commit}
-            hf_hub_download(job.repo_id, name, tqdm_class=meter, **where, **source)
+            where: dict[str, Any] = {"cache_dir": job.store.parent, "local_dir": job.local_dir}
+            where |= {"revision": job.commit, "tqdm_class": meter}
+            hf_hub_download(job.repo_id, name, **where, **source)
             meter.update(0 if counted else size - meter.seen)
     if not job.intact(name) or (verify and not job.proven(name)):
         job.verify(name)
 
 
 def _without_hub(job: Record, verify: bool, error: DownloadError) -> Path:
-    """After `error` from the hub: a complete copy on this machine serves, anything less does not."""
+    """After `error` from the hub: use a complete copy on this machine, or raise."""
     reason, missing = str(error).splitlines()[0], [n for n in job.files if not job.intact(n)]
     where: Path | None = job.folder
     if not job.files and not job.local_dir:
@@ -420,9 +448,13 @@ def _without_hub(job: Record, verify: bool, error: DownloadError) -> Path:
 
 def _foreign_copy(job: Record) -> tuple[Path | None, list[str]]:
     """A snapshot that other programs left in the hub cache: (folder, missing names), hashes unknown."""
-    where = {"revision": job.revision, "cache_dir": job.store.parent, "local_files_only": True}
+    where = job.store.parent
     try:
-        found = Path(snapshot_download(job.repo_id, **where, **RULES))
+        found = Path(
+            snapshot_download(
+                job.repo_id, revision=job.revision, cache_dir=where, local_files_only=True, **RULES
+            )
+        )
     except INCOMPLETE as error:
         return job.store, [str(error).split(": ", 1)[-1]]
     except Exception:
@@ -435,7 +467,7 @@ def _foreign_copy(job: Record) -> tuple[Path | None, list[str]]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; raises DownloadError for one that is damaged."""
+    """The files that an index names; raise DownloadError for a damaged index."""
     found = "no weight_map of keys and file names"
     try:
         names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -443,14 +475,14 @@ def _shards(index: Path) -> list[str]:
         names, found = [None], f"{type(error).__name__}: {error}"
     if all(map(is_safe, names)):
         return names
-    what = "the copy in the hub's cache has a damaged index, and the hub cannot be asked for another"
+    what = "the copy in the hub's cache has a damaged index, and the hub does not answer"
     expected, hint = "JSON with weight_map: key to file name", f"when the hub answers, {AGAIN}"
     raise DownloadError(what, path=index, expected=expected, found=found, hint=hint)
 
 
 @contextmanager
 def _explained(repo_id: object, endpoint: str | None, path: Path | None = None) -> Iterator[None]:
-    """One DownloadError for whatever huggingface_hub, the network or the disk raises inside."""
+    """Turn whatever huggingface_hub, the network or the disk raises inside into one DownloadError."""
     try:
         yield
     except _Stopped:

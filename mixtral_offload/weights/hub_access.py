@@ -1,7 +1,6 @@
-"""Tokens for the hub: stripped, checked before they are used, and never shown.
+"""Tokens for the hub: stripped, checked before use, and never shown.
 
-Knows where huggingface_hub finds tokens. A token that cannot be sent is refused here, because the libraries that would
-send it print it when they fail.
+A token that cannot be sent is refused here: the libraries that would send it print it when they fail.
 """
 
 from __future__ import annotations
@@ -18,26 +17,29 @@ from mixtral_offload.errors import DownloadError
 from mixtral_offload.system.redaction import VARIABLES, redact_logs, remember_secret
 
 HINT = "set HF_TOKEN to a token that may read it, or pass token="
-#: what sends requests and what they log; those of a layer below are made when a library is imported, so all are named
+#: loggers of what sends requests; those of a lower layer are made when a library is imported, so all are
+#: named
 LOGGERS = (
-    "mixtral_offload", "huggingface_hub", "filelock",
-    *(f"{library}{version}{part}" for version in ("", "2") for library, part in (
-        ("httpx", ""), ("httpcore", ""), ("httpcore", ".connection"), ("httpcore", ".http11"), ("httpcore", ".http2"),
-        ("httpcore", ".proxy"), ("httpcore", ".socks"))),
-)  # fmt: skip
+    *("mixtral_offload", "huggingface_hub", "filelock", "httpx", "httpx2"),
+    *(
+        f"{library}{part}"
+        for library in ("httpcore", "httpcore2")
+        for part in ("", ".connection", ".http11", ".http2", ".proxy", ".socks")
+    ),
+)
 
 
 def hub_token(token: str | bool | None) -> str | bool | None:
     """Check the token that a request will use; from now on no message and no log shows it.
 
     Args:
-        token: a token, True or None for the one that huggingface_hub finds, False for none.
+        token: A token; True or None for the one that huggingface_hub finds; False for none.
 
     Returns:
-        What to give huggingface_hub: the token without white space around it, or `token` as it is.
+        The token for huggingface_hub, without white space around it, or `token` as it is.
 
     Raises:
-        DownloadError: the token cannot be part of a request. The message does not hold it.
+        DownloadError: If the token cannot be part of a request. The message does not contain it.
     """
     redact_logs(*LOGGERS)
     if isinstance(token, str) and token.strip():

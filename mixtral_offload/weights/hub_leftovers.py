@@ -1,7 +1,6 @@
-"""What a killed download leaves: partial files that no later one uses, and that nobody else removes.
+"""Remove what a killed download leaves: partial files that no later download uses.
 
-Knows how huggingface_hub names its partial files and locks, in its cache and in a folder of one's own. A partial file
-belongs to a download that runs while its lock is held: in this process, or in any other.
+huggingface_hub's names of partial files and locks. A partial file is in use while any process holds its lock.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
     from mixtral_offload.weights.hub import Record
 
 WAIT_S = 0.01
-OLD_S = 24 * 3600  # nobody still writes to a file of this age
-#: nor to a small one (the record, the note of a revision), which is written at once
+OLD_S = 24 * 3600  # a file of this age is not being written any more
+#: the same for small files (the record, the note of a revision), which are written at once
 SMALL_OLD_S = 60
 log = logging.getLogger(__name__)
 
 
 def remove_leftovers(job: Record) -> list[Path]:
-    """Remove partial files of this repository that belong to no running download; returns what was removed.
+    """Remove partial files of this repository that belong to no running download; return what was removed.
 
-    Never fails: what cannot be removed stays, and the log says so at the level of debugging.
+    It never fails: what cannot be removed stays, and the log says so at debug level.
     """
     removed: list[Path] = []
     try:
@@ -47,7 +46,7 @@ def remove_leftovers(job: Record) -> list[Path]:
 
 
 def _partial_files(job: Record) -> Iterator[tuple[Path, list[Path]]]:
-    """(lock, partial files that it protects)."""
+    """Each lock with the partial files that it protects."""
     if job.local_dir is None:
         by_hash: dict[str, list[Path]] = {}
         for path in (job.store / "blobs").glob("*.incomplete"):
@@ -57,14 +56,14 @@ def _partial_files(job: Record) -> Iterator[tuple[Path, list[Path]]]:
         return
     base = job.local_dir / ".cache" / "huggingface" / "download"
     for name in job.files:
-        beside = base / f"{name}.metadata"
-        short = base64.urlsafe_b64encode(hashlib.sha1(beside.name.encode()).digest()).decode()
-        if paths := list(beside.parent.glob(f"{short}.*.incomplete")):
+        metadata = base / f"{name}.metadata"
+        short = base64.urlsafe_b64encode(hashlib.sha1(metadata.name.encode()).digest()).decode()
+        if paths := list(metadata.parent.glob(f"{short}.*.incomplete")):
             yield base / f"{name}.lock", paths
 
 
 def _remove(lock: Path, paths: list[Path]) -> list[Path]:
-    removed = []
+    removed: list[Path] = []
     with contextlib.suppress(TimeoutError):  # held: that download will end by itself
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock, timeout=WAIT_S):
@@ -77,7 +76,7 @@ def _remove(lock: Path, paths: list[Path]) -> list[Path]:
 
 
 def _excludes(lock: Path) -> bool:
-    """Whether this lock, which is held, keeps others out: some network file systems grant it to everybody."""
+    """Whether this lock, which is held, excludes others: some network file systems grant it to all."""
     try:
         with WeakFileLock(lock, timeout=WAIT_S):
             return False

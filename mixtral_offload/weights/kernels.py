@@ -1,15 +1,6 @@
-"""Products straight from packed words, compiled: what dequantizing a whole matrix for a few tokens would waste.
+"""Products of packed matrices, compiled, without dequantizing a whole matrix for a few tokens.
 
-Knows the packed layout of `weights/hqq.py` and torch.compile. Knows nothing of caches or models.
-
-In HQQ's layout (axis 0), unpacked row r of the view [group_size, G * K] holds rows r * G ... of the matrix [N, K], G =
-N / group_size, so a scale and a zero belong to one g and one k, and to all rows g, g + G, g + 2G ... Hence
-
-    y[r * G + g] = sum_k q[r, g, k] * (scale * x)[g, k]  -  sum_k (zero * scale * x)[g, k]
-
-where the last sum is shared by the group's rows. A value stays where it lies in its word, `(word & mask)`, and the power
-of two that this costs is taken back from the finished sum: no shift, one product and one sum per weight. (Of 3 bits in two
-parts, the high one is moved above the low ones first.) The expressions are plain PyTorch, and torch.compile makes one loop of each, on the CPU (C++) as on CUDA (Triton).
+The packed layout of `weights/hqq.py` and torch.compile only: no caches, no models.
 """
 
 from __future__ import annotations
@@ -31,8 +22,8 @@ from mixtral_offload.weights.bitpack import WORDS
 from mixtral_offload.weights.hqq import Fields, Quantization, matmul, parts
 from mixtral_offload.weights.layout import MATRICES, ExpertLayout, expert_forward
 
-#: from more tokens on, a matrix is dequantized, part by part, for a library product: the packed one costs the same for
-#: each token, dequantizing about as much as ten tokens (LOG.md)
+#: for more tokens, a matrix is dequantized, part by part, for a library product: the packed one costs the
+#: same for each token, dequantizing about as much as ten tokens (LOG.md)
 PACKED_TOKENS = 8
 #: running sums that one loop keeps in registers
 SUMS = 16
@@ -43,7 +34,19 @@ Run = Callable[[Tensor, dict[str, Fields]], Tensor]  # (x [T, hidden], an expert
 
 
 def packed_product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
-    """`x [1, K] @ W.T` -> `[1, N]` in x's dtype, in fp32 within; for N divisible by the group size."""
+    """Compute `x [1, K] @ W.T` -> `[1, N]` in x's dtype, internally in fp32, if the group size divides N.
+
+    In HQQ's layout (axis 0), row r of the unpacked view `[group_size, G * K]` holds rows r * G ... of the
+    matrix, with G = N / group_size. So a scale and a zero belong to one g and one k, and to all rows g, g +
+    G, g + 2G, ... Hence
+
+        y[r * G + g] = sum_k q[r, g, k] * (scale * x)[g, k]  -  sum_k (zero * scale * x)[g, k]
+
+    where the group's rows share the last sum. A value is masked in its word, not shifted; the power of two
+    that this costs is taken back from the finished sum: one product and one sum per weight. If 3 bits are
+    split, the high one is moved above the low ones first. torch.compile makes one loop of each expression, in
+    C++ or Triton.
+    """
     scale, zero = _scale_and_zero(fields, shape, quantization)  # [G, K/c, c]
     scaled = scale * x.float().view(scale.shape[1:])
     steps, per_step = n_steps(quantization), _per_step(quantization)
@@ -63,12 +66,13 @@ def packed_product(x: Tensor, fields: Fields, shape: tuple[int, int], quantizati
 
 
 def _in_place(words: list[Tensor], quantization: Quantization) -> list[tuple[Tensor, int]]:
-    """The values of a step's words, in the order of their rows, each left where it lies: `(value << shift, shift)`."""
+    """The values of a step's words, in the order of their rows, as `(value << shift, shift)`."""
     if not quantization.split:
         (of_part,), bits = words, quantization.bits
         return [(word & ((2**bits - 1) << shift), shift) for shift in _shifts(bits) for word in of_part]
-    # one word of high bits serves two of low ones: moved up by one, it has its bits above the first one's values; moved
-    # by two, above the second's. 32 bits have room for that, and processors have shifts for them
+    # one word of high bits serves two of low ones: moved up by one, it has its bits above the first one's
+    # values; moved by two, above the second's. 32 bits have room for that, and processors have shifts for
+    # them
     low, (high,) = (of_part.to(torch.int32) for of_part in words)
     return [
         ((word & (3 << shift)) | ((high << up) & (4 << shift)), shift)
@@ -82,19 +86,26 @@ def _per_step(quantization: Quantization) -> int:
 
 
 def n_steps(quantization: Quantization) -> int:
-    """In how many steps a matrix is gone through; each takes one word of the part that has fewest."""
+    """Return the number of steps over a matrix; each takes one word of the part that has fewest."""
     return -(-quantization.group_size // _per_step(quantization))
 
 
 def step_words(fields: Fields, quantization: Quantization, step: int) -> list[Tensor]:
-    """The words `[n, G * K]` of each part that hold rows step, step + n_steps, ... of the view [group_size, G * K]."""
+    """Return the words `[n, G * K]` of each part for one step.
+
+    They hold rows step, step + n_steps, ... of the view `[group_size, G * K]`.
+    """
     return [fields[part.name][step :: n_steps(quantization)] for part in parts(quantization)]
 
 
 def planes(
-    words: list[Tensor], fields: Fields, shape, quantization: Quantization, dtype: torch.dtype
+    words: list[Tensor],
+    fields: Fields,
+    shape: tuple[int, int],
+    quantization: Quantization,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The rows that these words hold (see `step_words`), dequantized: a matrix `[G, K]` for each, in order."""
+    """Dequantize the rows that these words hold (see `step_words`): a matrix `[G, K]` for each, in order."""
     scale, zero = _scale_and_zero(fields, shape, quantization)
     values = _in_place([of_part.view(-1, *scale.shape) for of_part in words], quantization)
     return [
@@ -103,20 +114,23 @@ def planes(
 
 
 def _shifts(bits: int) -> list[int]:
-    """Where the values of a word begin, the first one highest."""
+    """The position of each value in a word, the highest first."""
     return [bits * i for i in reversed(range(WORDS[bits][0]))]
 
 
 def _scale_and_zero(
     fields: Fields, shape: tuple[int, int], quantization: Quantization
 ) -> tuple[Tensor, Tensor]:
-    """fp32 `[G, K/c, c]`, where scales in 8 bits repeat their own scale in whole pieces of c: no modulo in the loop."""
-    meta = fields.get("meta.meta_scale.scale")
+    """Scale and zero, fp32 `[G, K/c, c]`.
+
+    Quantized scales repeat their own scale after c, so that no loop needs a modulo.
+    """
+    meta, repeats = fields.get("meta.meta_scale.scale"), quantization.scale_group_size or 1
     c = shape[1] if meta is None else math.gcd(meta.numel(), shape[1])
     grid = (shape[0] // quantization.group_size, shape[1] // c, c)
 
     def spread(values: Tensor) -> Tensor:
-        repeated = values.view(1, -1, c).expand(quantization.scale_group_size, -1, c)
+        repeated = values.view(1, -1, c).expand(repeats, -1, c)
         return repeated.reshape(grid).float()
 
     if meta is None:
@@ -131,15 +145,18 @@ def _scale_and_zero(
 
 
 def can_pack(shape: tuple[int, int], quantization: Quantization) -> bool:
-    """Whether these products exist for a matrix; the other ones are dequantized whole."""
+    """Return whether packed products exist for a matrix; others are dequantized whole."""
     return quantization.bits == 16 or shape[0] % quantization.group_size == 0
 
 
 def dequantized_bytes(
     shape: tuple[int, int], quantization: Quantization, item_bytes: int, compiled: bool
 ) -> int:
-    """What multiplying many tokens needs beside the matrix: compiled, the planes of one step; else all of it dequantized,
-    and half-way there in fp16."""
+    """Return the memory for multiplying many tokens, in addition to the matrix.
+
+    Compiled, it holds the planes of one step; else the whole dequantized matrix, and an intermediate result
+    in fp16.
+    """
     n_weights = math.prod(shape)
     if not compiled or quantization.bits == 16 or not can_pack(shape, quantization):
         return (2 + item_bytes) * n_weights
@@ -147,7 +164,7 @@ def dequantized_bytes(
 
 
 def linear(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:
-    """`x [T, K] @ W.T` -> `[T, N]` by compiled products: token by token where there are few, from planes otherwise."""
+    """Compute `x [T, K] @ W.T` -> `[T, N]` by compiled products: token by token for few, else from planes."""
     if not can_pack(shape, quantization) or (quantization.bits == 16 and len(x) > PACKED_TOKENS):
         return matmul(x, fields, shape, quantization)
     fields = _widened(fields, quantization)
@@ -165,8 +182,11 @@ def linear(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quan
 
 
 def make_run(layout: ExpertLayout, apply_gate: Callable[[Tensor], Tensor], compiled: bool) -> Run:
-    """What runs an expert from its views: compiled, a token at decode sizes is one call. apply_gate: see
-    `expert_forward`, the plain twin."""
+    """Return the function that runs an expert from its views: compiled, a token at decode sizes is one call.
+
+    Args:
+        apply_gate: See `expert_forward`, the uncompiled equivalent.
+    """
     if not compiled or not all(can_pack(layout.shapes[m], layout.quantization[m]) for m in MATRICES):
         return functools.partial(expert_forward, layout=layout, apply_gate=apply_gate)
 
@@ -193,8 +213,12 @@ def _product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Qu
 
 
 def _widened(fields: Fields, quantization: Quantization) -> Fields:
-    """On the CPU, fp16 in a loop makes it handle 32 values at a time where 16 fill a register: half as fast, and with the
-    int32 words of hqq's 3 bits seven times slower. Scales' own scales are few: they come in fp32; with int32, all do."""
+    """Convert fp16 fields to fp32 where that is faster: on the CPU.
+
+    There, fp16 in a loop makes it handle 32 values at a time although 16 fill a register: half as fast, and
+    seven times slower with the int32 words of hqq's 3 bits. The scales of scales are few and stay; with
+    int32, convert all.
+    """
     if (
         quantization.bits == 16
         or fields["W_q"].device.type != "cpu"
@@ -205,18 +229,20 @@ def _widened(fields: Fields, quantization: Quantization) -> Fields:
 
 
 @functools.cache
-def _compiled_product(shape: tuple[int, int], quantization: Quantization):
+def _compiled_product(shape: tuple[int, int], quantization: Quantization) -> Callable[..., Tensor]:
     return _compile(lambda x, fields: _product(x, fields, shape, quantization))
 
 
 @functools.cache
-def _compiled_planes(shape: tuple[int, int], quantization: Quantization):
+def _compiled_planes(shape: tuple[int, int], quantization: Quantization) -> Callable[..., list[Tensor]]:
     return _compile(lambda words, fields, dtype: planes(words, fields, shape, quantization, dtype))
 
 
 def _compile(function: Callable) -> Callable:
-    """torch.compile for one set of shapes. A code object of its own: torch counts recompilations by code object, and
-    would give up on the ninth shape."""
+    """Compile for one set of shapes, as a separate code object.
+
+    torch counts recompilations by code object and would give up at the ninth shape.
+    """
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
@@ -224,7 +250,17 @@ def _compile(function: Callable) -> Callable:
 
 
 def choose(compile: bool | str, layout: ExpertLayout, device: torch.device) -> tuple[bool, str]:
-    """(whether to compile, why). compile: as in `OffloadOptions`. Raises OptionError for True where it cannot be done."""
+    """Decide whether to compile.
+
+    Args:
+        compile: As in `OffloadOptions`.
+
+    Returns:
+        Whether to compile, and why.
+
+    Raises:
+        OptionError: For True if it is impossible.
+    """
     if compile is False:
         return False, "as asked"
     if compile == "auto" and layout.n_bytes < WORTH_COMPILING_BYTES:
@@ -241,7 +277,7 @@ def choose(compile: bool | str, layout: ExpertLayout, device: torch.device) -> t
 
 
 def _missing(device: torch.device) -> str | None:
-    """What torch.compile needs for this device and does not find."""
+    """What torch.compile needs for this device and does not find; None: nothing."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 

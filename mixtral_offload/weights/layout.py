@@ -1,7 +1,6 @@
-"""One expert: where its tensors lie inside one contiguous buffer, and how to run it from there.
+"""One expert: the positions of its tensors in one contiguous buffer, and how to run it from there.
 
-Knows one expert of a gated MLP (gate, up, down). Knows nothing of routers, caches or where the buffer came from.
-One buffer per expert makes a copy to the device one transfer (2312.17238, section 3.3).
+A gated MLP (gate, up, down) only: no routers, no caches. One buffer makes one copy (2312.17238, section 3.3).
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixtral_offload.weights.hqq import Fields, Quantization, dequantize, field_specs, infer, matmul
+from mixtral_offload.weights.hqq import Fields, Linear, Quantization, dequantize, field_specs, infer, matmul
 
-#: every tensor starts at a multiple of this many bytes, so that kernels may load whole vectors
+#: bytes: every tensor starts at a multiple, so that kernels may load whole vectors
 ALIGNMENT = 64
 
-#: tokens that one expert computes at a time: bounds the memory of a long prompt, and fills any card
+#: tokens that one expert computes at a time: bounds the memory of a long prompt, and is enough for any GPU
 ROWS = 1024
 
 MATRICES = ("gate", "up", "down")
@@ -42,8 +41,11 @@ class Field:
 class ExpertLayout:
     """The byte layout that all experts of a model share.
 
-    shapes: matrix -> (N, K); gate and up are [intermediate, hidden], down is [hidden, intermediate].
-    n_bytes: size of one buffer, a multiple of ALIGNMENT. stored_bytes: the same without padding.
+    Attributes:
+        shapes: Matrix -> (N, K); gate and up are `[intermediate, hidden]`, down is `[hidden, intermediate]`.
+        quantization: Matrix -> how it is stored.
+        fields: All tensors, in the order of their offsets.
+        n_bytes: Size of one buffer, a multiple of ALIGNMENT.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -55,9 +57,14 @@ class ExpertLayout:
     def build(
         cls, hidden: int, intermediate: int, sizes: Sizes, path: Path | None = None, expert: str = "expert"
     ) -> ExpertLayout:
-        """From the stored tensors' dtypes and element counts; raises CheckpointError where they fit no format.
+        """Derive the layout from the stored tensors' dtypes and element counts.
 
-        path, expert: the file and the expert's name, for errors.
+        Args:
+            path: The expert's file, for errors.
+            expert: Its name, for errors.
+
+        Raises:
+            CheckpointError: If they fit no format.
         """
         shapes = {
             "gate": (intermediate, hidden),
@@ -76,7 +83,7 @@ class ExpertLayout:
         return cls(shapes, quantization, tuple(fields), offset)
 
     def dequantized(self, dtype: torch.dtype) -> ExpertLayout:
-        """The same expert with plain matrices of `dtype`, after each other as transformers has them."""
+        """Return the layout of the same expert with plain matrices of `dtype`, in transformers' order."""
         fields, offset = [], 0
         for matrix, shape in self.shapes.items():
             fields.append(Field(matrix, "weight", dtype, shape, offset, prod(shape) * dtype.itemsize))
@@ -86,18 +93,19 @@ class ExpertLayout:
 
     @property
     def stored_bytes(self) -> int:
+        """Size of the tensors, without padding."""
         return sum(field.n_bytes for field in self.fields)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """How the matrices are stored, in words: "32-bit", "2-bit, group 16, ..."."""
+        """How the matrices are stored, as text: "32-bit", "2-bit, group 16, ..."."""
         wide = {field.matrix for field in self.fields if field.dtype == torch.float32}
         return tuple(
             sorted({"32-bit" if matrix in wide else str(of) for matrix, of in self.quantization.items()})
         )
 
     def views(self, buffer: Tensor) -> dict[str, Fields]:
-        """matrix -> field -> tensor, as views of `buffer` (uint8 [n_bytes]); nothing is copied."""
+        """Return matrix -> field -> tensor, as views of `buffer` (uint8 `[n_bytes]`)."""
         views: dict[str, Fields] = {matrix: {} for matrix in MATRICES}
         for field in self.fields:
             flat = buffer[field.offset : field.offset + field.n_bytes]
@@ -106,7 +114,12 @@ class ExpertLayout:
 
 
 def dequantize_expert(source: Tensor, layout: ExpertLayout, target: Tensor, plain: ExpertLayout) -> None:
-    """Fill `target` (uint8 [plain.n_bytes], of the layout `plain`) with what `source` (uint8 [layout.n_bytes]) holds."""
+    """Dequantize an expert.
+
+    Args:
+        source: uint8 `[layout.n_bytes]`.
+        target: uint8 `[plain.n_bytes]`, to be filled.
+    """
     views = layout.views(source)
     for matrix, fields in plain.views(target).items():
         weight, shape = fields["weight"], layout.shapes[matrix]
@@ -118,12 +131,17 @@ def expert_forward(
     views: dict[str, Fields],
     layout: ExpertLayout,
     apply_gate: Callable[[Tensor], Tensor],
-    linear=matmul,
+    linear: Linear = matmul,
 ) -> Tensor:
-    """`down(apply_gate([gate(x), up(x)]))` for `x [T, hidden]` -> `[T, hidden]`, from the packed bytes.
+    """Compute `down(apply_gate([gate(x), up(x)]))` from the packed bytes.
 
-    apply_gate: `[T, 2 * intermediate]` -> `[T, intermediate]`, transformers' own for the model family. linear: the
-    product with a quantized matrix, with `hqq.matmul`'s arguments.
+    Args:
+        x: `[T, hidden]`.
+        apply_gate: `[T, 2 * intermediate]` -> `[T, intermediate]`, transformers' own for the model family.
+        linear: Product with a quantized matrix.
+
+    Returns:
+        `[T, hidden]`.
     """
     gate, up = (
         linear(x, views[matrix], layout.shapes[matrix], layout.quantization[matrix])

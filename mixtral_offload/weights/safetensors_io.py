@@ -1,7 +1,6 @@
-"""The tensors of one safetensors file: where their bytes lie, and reading them without a copy in between.
+"""The tensors of one safetensors file: where their bytes are, and how to read them directly into place.
 
-Knows the file format. Knows nothing of models. What is read is checked on the way, while it is in the processor's cache:
-floating-point numbers must be finite, and a file that has a checksum must be what it says.
+Bytes are checked while they are in the processor's cache: finite numbers, and the file's checksum. No models.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,13 +26,15 @@ DTYPES = {
 N_READERS = 4
 PART_BYTES = 4 << 20
 MOST_HEADER_BYTES = 32 << 20  # of one file: about 200,000 tensors (the format allows 100 MB)
-#: of all files of a checkpoint together. DeepSeek-V3 has 91,991 tensors in 163 files, Kimi-K2 some 200,000 before it is
-#: packed; packed, a matrix has up to eight. An entry takes 100 to 180 bytes there, and some 700 in memory: 2 GB at most.
+#: of all files of a checkpoint together. DeepSeek-V3 has 91,991 tensors in 163 files, Kimi-K2 some 200,000
+#: before it is packed; packed, a matrix has up to eight. An entry takes 100 to 180 bytes there, and some 700
+#: in memory: 2 GB at most.
 MOST_TENSORS = 3_000_000
 MOST_HEADERS_BYTES = 512 << 20
 #: read and checked at a time: small enough to be still in the second-level cache when it is hashed
 STEP_BYTES = 256 << 10
-#: dtype -> integers of the same size, all bits but the sign, and what those bits are at least where a value is not finite
+#: dtype -> integers of the same size, all bits but the sign, and what those bits are at least where a value
+#: is not finite
 NOT_FINITE = {
     torch.float16: (torch.int16, 0x7FFF, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
@@ -41,16 +43,26 @@ NOT_FINITE = {
 AGAIN = "delete this file and download it again"
 
 
-class FileCheck(Protocol):
-    """Proves one file while its tensors are read: see `checksums.Ledger`.
+class Hash(Protocol):
+    """A hash under way, as of hashlib or xxhash."""
 
-    error: what is wrong with it. finite: whether a file of this checksum is known to have finite numbers only.
+    def update(self, data: memoryview, /) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+
+class FileCheck(Protocol):
+    """Verifies one file while its tensors are read: see `checksums.Ledger`.
+
+    Attributes:
+        error: What is wrong with the file.
+        finite: Whether a file of this checksum is known to have finite numbers only.
     """
 
     error: CheckpointError | None
     finite: bool
 
-    def begin(self): ...
+    def begin(self) -> Hash | None: ...
 
     def add(self, offset: int, digest: bytes) -> None: ...
 
@@ -59,9 +71,12 @@ class FileCheck(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie: file, absolute byte offset, number of bytes.
+    """Where a tensor's bytes are.
 
-    key: as the file has it. check: proves the file as its tensors are read, where it has a checksum.
+    Attributes:
+        offset: Absolute position in the file, in bytes.
+        key: The tensor's name in the file.
+        check: Verifies the file as its tensors are read, if it has a checksum.
     """
 
     path: Path
@@ -77,15 +92,20 @@ class StoredTensor:
         return self.n_bytes // self.dtype.itemsize
 
     def rows(self, start: int, n: int, columns: int) -> StoredTensor:
-        """`n` of the tensor's rows from `start` on, seen as a matrix of rows of `columns` elements; [n, columns]."""
+        """Return `n` rows from `start` on, as a tensor `[n, columns]`.
+
+        The whole tensor is seen as a matrix of `columns` columns.
+        """
         row = columns * self.dtype.itemsize
         return StoredTensor(self.path, self.dtype, (n, columns), self.offset + start * row, n * row, self.key)
 
     def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor, in memory of its own; converted and moved a few MB at a time, so that it is never there twice.
+        """Read the tensor into new memory; convert and move a few MB at a time, so that it is never there
+        twice.
 
         Raises:
-            CheckpointError: the file is damaged, or a value is not finite (also: not within the range of `dtype`).
+            CheckpointError: If the file is damaged, or a value is not finite or not within the range of
+                `dtype`.
         """
         value = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
         with open(self.path, "rb", buffering=0) as file:
@@ -101,47 +121,58 @@ class StoredTensor:
                 target.copy_(piece.view(self.dtype))
                 if target.dtype == torch.float16 != self.dtype and not is_finite(target):
                     raise CheckpointError(
-                        "weights are beyond the range of float16", path=self.path, key=self.key,
-                        expected="at most 65504", found=f"{piece.view(self.dtype).abs().max():g}",
-                        hint='ask for dtype="bfloat16" or "float32"',
-                    )  # fmt: skip
+                        "weights are beyond the range of float16",
+                        path=self.path,
+                        key=self.key,
+                        expected="at most 65504",
+                        found=f"{piece.view(self.dtype).abs().max():g}",
+                        hint='use dtype="bfloat16" or "float32"',
+                    )
         return value
 
-    def read_into(self, file, data: Tensor, start: int = 0) -> None:
-        """Fill `data` (uint8, contiguous, CPU) with the tensor's bytes from `start` on, checked, without a copy in between."""
+    def read_into(self, file: FileIO, data: Tensor, start: int = 0) -> None:
+        """Fill `data` (uint8, contiguous, CPU) with the tensor's bytes from `start` on, checked."""
         self._read_part(file, data, start, Watch(self))
 
-    def _read_part(self, file, data: Tensor, start: int, watch: Watch) -> None:
+    def _read_part(self, file: FileIO, data: Tensor, start: int, watch: Watch) -> None:
         for at in range(0, len(data), STEP_BYTES):
             step = data[at : at + STEP_BYTES]
             self.fill(file, step, start + at)
             watch.see(start + at, step)
 
-    def fill(self, file, data: Tensor, start: int) -> None:
-        """Fill `data` (uint8, contiguous, CPU) with the tensor's bytes from `start` on; nothing is checked."""
+    def fill(self, file: FileIO, data: Tensor, start: int) -> None:
+        """Fill `data` (uint8, contiguous, CPU) with the tensor's bytes from `start` on, unchecked."""
         file.seek(self.offset + start)
-        rest = memoryview(data.numpy())
+        rest = data.numpy().data
         while rest:
             n_read = file.readinto(rest)  # one call reads 2 GiB at most
             if not n_read:
                 raise CheckpointError(
-                    "file ends too early", path=self.path, expected=f"{self.offset + self.n_bytes} bytes or more",
-                    found=f"{len(rest)} fewer", hint=AGAIN,
-                )  # fmt: skip
+                    "file ends too early",
+                    path=self.path,
+                    expected=f"{self.offset + self.n_bytes} bytes or more",
+                    found=f"{len(rest)} fewer",
+                    hint=AGAIN,
+                )
             rest = rest[n_read:]
 
 
 class Watch:
-    """Checks a tensor's bytes as they come, in order: finite values, and the digest for the file's checksum."""
+    """Checks a tensor's bytes as they arrive, in order: finite values, and the digest for the checksum."""
 
     def __init__(self, stored: StoredTensor):
-        self._stored, self._next, self._hash = stored, -1, None
+        self._stored, self._next = stored, -1
+        self._hash: Hash | None = None
 
     def see(self, start: int, data: Tensor) -> bool:
-        """Check bytes `data` (uint8, CPU) of the tensor, from `start` on; whether the tensor has now been seen whole.
+        """Check bytes `data` (uint8, CPU) of the tensor, from `start` on.
+
+        Returns:
+            Whether the tensor has now been seen whole.
 
         Raises:
-            CheckpointError: a value is not finite, or this was the last of the file and its checksum is wrong.
+            CheckpointError: If a value is not finite, or if this completes the file and its checksum is
+                wrong.
         """
         stored = self._stored
         if stored.dtype.is_floating_point and not (stored.check and stored.check.finite):
@@ -152,17 +183,17 @@ class Watch:
             self._next = -1
             return False
         if self._hash is not None:
-            self._hash.update(data.numpy())
+            self._hash.update(data.numpy().data)
         self._next += len(data)
         if self._next < stored.n_bytes:
             return False
-        if self._hash is not None:
+        if self._hash is not None and stored.check is not None:
             stored.check.add(stored.offset, self._hash.digest())
         return True
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; ten times as fast as `isfinite` on half precision."""
+    """Return whether no value is NaN or infinite; 10 times as fast as `isfinite` on half precision."""
     if values.dtype not in NOT_FINITE or not values.numel():
         return bool(values.isfinite().all())
     integers, mask, least = NOT_FINITE[values.dtype]
@@ -170,18 +201,21 @@ def is_finite(values: Tensor) -> bool:
 
 
 def check_finite(stored: StoredTensor, values: Tensor) -> None:
-    """Raises CheckpointError, naming file and tensor, if one of its values is NaN or infinite."""
+    """Raise a CheckpointError, naming file and tensor, if a value is NaN or infinite."""
     if not is_finite(values):
         n_wrong = int((~values.isfinite()).sum())
         raise CheckpointError(
-            "weights are not finite", path=stored.path, key=stored.key, expected="finite numbers",
+            "weights are not finite",
+            path=stored.path,
+            key=stored.key,
+            expected="finite numbers",
             found=f"{n_wrong} NaN or infinite in a piece of {values.numel()} values",
-            hint="download or convert this checkpoint again; if its makers' own file is so, it cannot be used",
-        )  # fmt: skip
+            hint="download or convert this checkpoint again; if its original file is so, it cannot be used",
+        )
 
 
-def in_threads(tasks: Iterable[tuple]) -> Iterator:
-    """Call each (function, *arguments), several at a time; yields their results, in order."""
+def in_threads(tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """Call each (function, *arguments), several at a time; yield their results, in order."""
     pool = ThreadPoolExecutor(N_READERS)
     try:
         for task in [pool.submit(*task) for task in tasks]:
@@ -191,7 +225,11 @@ def in_threads(tasks: Iterable[tuple]) -> Iterator:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, by key; refuses a file that is missing, truncated or of another format."""
+    """Return the tensors of one safetensors file by key.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated or of another format.
+    """
     try:
         size = path.stat().st_size
         header, begin = _parse(path)
@@ -211,14 +249,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            "not a whole safetensors file", path=path, expected="a header, then as many bytes as it says",
-            found=f"{size} bytes; {type(error).__name__}: {error}", hint=AGAIN,
-        ) from None  # fmt: skip
+            "not a whole safetensors file",
+            path=path,
+            expected="a header, then the bytes that it states",
+            found=f"{size} bytes; {type(error).__name__}: {error}",
+            hint=AGAIN,
+        ) from None
     return {key: _stored(path, key, entry, begin) for key, entry in header.items()}
 
 
 def read_headers(paths: Iterable[Path]) -> dict[Path, dict[str, StoredTensor]]:
-    """`read_header` of each file of a checkpoint; refuses files that together have more than any checkpoint has."""
+    """Read the header of each file of a checkpoint; refuse files that together exceed any checkpoint."""
     headers: dict[Path, dict[str, StoredTensor]] = {}
     n_tensors = n_bytes = 0
     for path in paths:
@@ -227,38 +268,42 @@ def read_headers(paths: Iterable[Path]) -> dict[Path, dict[str, StoredTensor]]:
         n_bytes += header_length(path)
         if n_tensors > MOST_TENSORS or n_bytes > MOST_HEADERS_BYTES:
             raise CheckpointError(
-                "the headers of this checkpoint's files are too large together", path=path.parent,
+                "the headers of this checkpoint's files are too large together",
+                path=path.parent,
                 expected=f"at most {MOST_TENSORS:,} tensors, and {MOST_HEADERS_BYTES >> 20} MiB of headers",
                 found=f"{n_tensors:,} tensors and {n_bytes:,} bytes in the first {len(headers):,} files",
-                hint="check where these files come from: no model has so many tensors",
-            )  # fmt: skip
+                hint="check where these files come from: they are larger than those of any model",
+            )
     return headers
 
 
 def header_length(path: Path) -> int:
-    """Bytes of the header, as the file says."""
+    """Return the bytes of the header, as the file states them."""
     with open(path, "rb") as file:
         return int.from_bytes(file.read(8), "little")
 
 
 def header_bytes(path: Path) -> bytes:
-    """The raw header: everything in front of the data. Of a file that `read_header` accepts."""
+    """Return the raw header, everything in front of the data, of a file that `read_header` accepts."""
     with open(path, "rb") as file:
         n_header = file.read(8)
         return n_header + file.read(int.from_bytes(n_header, "little"))
 
 
 def _parse(path: Path) -> tuple[dict[str, dict], int]:
-    """(key -> entry, where the data begins)."""
+    """Key -> entry; where the data begins."""
     with open(path, "rb") as file:
         n_header = int.from_bytes(file.read(8), "little")
         if (
             MOST_HEADER_BYTES < n_header < path.stat().st_size
         ):  # as objects, a header takes about ten times its bytes
             raise CheckpointError(
-                "the header is too large", path=path, expected=f"at most {MOST_HEADER_BYTES >> 20} MiB",
-                found=f"{n_header:,} bytes", hint=AGAIN,
-            )  # fmt: skip
+                "the header is too large",
+                path=path,
+                expected=f"at most {MOST_HEADER_BYTES >> 20} MiB",
+                found=f"{n_header:,} bytes",
+                hint=AGAIN,
+            )
         header = json.loads(file.read(min(n_header, MOST_HEADER_BYTES)))
     header.pop("__metadata__", None)
     return header, 8 + n_header
@@ -267,15 +312,22 @@ def _parse(path: Path) -> tuple[dict[str, dict], int]:
 def _stored(path: Path, key: str, entry: dict, data_begin: int) -> StoredTensor:
     if str(entry["dtype"]).startswith(("F8", "F6", "F4")):
         raise CheckpointError(
-            f"the weights are quantized in another format ({entry['dtype'][:20]}), which is not supported", path=path, key=key,
-            expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote", found=entry["dtype"][:20],
+            f"the weights are quantized in another format ({entry['dtype'][:20]}), which is not supported",
+            path=path,
+            key=key,
+            expected="weights in 16 or 32 bits, or a checkpoint that mixtral-offload convert wrote",
+            found=entry["dtype"][:20],
             hint="take the model's unquantized checkpoint; mixtral-offload convert makes any bit width of it",
-        )  # fmt: skip
+        )
     if entry["dtype"] not in DTYPES:
         raise CheckpointError(
-            "unknown dtype", path=path, key=key, expected=", ".join(DTYPES), found=entry["dtype"],
-            hint="convert the file with a program that knows it",
-        )  # fmt: skip
+            "unknown dtype",
+            path=path,
+            key=key,
+            expected=", ".join(DTYPES),
+            found=entry["dtype"],
+            hint="convert the file to one of these dtypes",
+        )
     begin, end = entry["data_offsets"]
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     return StoredTensor(path, dtype, shape, data_begin + begin, end - begin, key)

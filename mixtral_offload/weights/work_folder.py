@@ -1,14 +1,6 @@
-"""The folder in which a checkpoint is being written: locked, resumable, renamed when it is whole.
+"""The folder in which a checkpoint is being written: locked, resumable, renamed when it is complete.
 
-For `target` it is `target.converting`, beside it. Its journal says by which settings, and which files are finished with
-which checksum. A process that is killed leaves it; the next with the same settings keeps what is finished and proven.
-Where the system has no file locks (Windows), nothing keeps two processes apart.
-
-Whatever the moment of a kill, the next run goes on from what is there. So the journal is the first file to come and the
-last to go: nothing in it is ever overwritten while there are files, and it takes part in the renaming. A target with a
-journal that ends with WHOLE is finished; `finish_renamed` removes what is left of it.
-
-Knows files. Knows nothing of what a conversion does.
+Files only: nothing of what a conversion does.
 """
 
 from __future__ import annotations
@@ -20,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.system.files import CAN_LOCK, open_locked, own_folder
@@ -32,11 +25,12 @@ WHOLE = {"whole": True}
 
 
 def work_folder_of(target: Path) -> Path:
+    """Return the folder in which `target` is written."""
     return target.with_name(f"{target.name}.converting")
 
 
 def resume_hint(target: Path) -> str | None:
-    """What an interrupted conversion to `target` has left, in a sentence; None if there is nothing."""
+    """Describe in a sentence what an interrupted conversion to `target` has left; None: nothing."""
     folder = work_folder_of(target)
     try:
         n_files = len(_parsed((folder / JOURNAL).read_bytes())[1])
@@ -44,17 +38,18 @@ def resume_hint(target: Path) -> str | None:
         return None
     if not n_files:
         return None
-    return (
-        f"{n_files} finished files are kept in {folder}: the same command goes on from there; delete that folder to "
-        "give up"
-    )
+    kept = f"{n_files} finished files are kept in {folder}"
+    return f"{kept}: the same command goes on from there; delete that folder to give up"
 
 
 def finish_renamed(target: Path, settings: dict) -> bool:
-    """Whether `target` is a conversion by these settings that was killed just after it took its name; now it is done.
+    """Finish a conversion by these settings that was killed just after the renaming.
+
+    Returns:
+        Whether `target` was one.
 
     Raises:
-        CheckpointError: another process is about to do it.
+        CheckpointError: If another process is about to do it.
     """
     path = target / JOURNAL
     if path.is_symlink() or not path.is_file():
@@ -73,22 +68,34 @@ def finish_renamed(target: Path, settings: dict) -> bool:
 
 
 class WorkFolder:
-    """Use it in `with`: it is locked until the end, then gone, renamed, or left for the next run.
+    """A context manager for the folder, locked until the end; then it is removed, renamed, or left for the
+    next run.
 
-    finished: name -> checksum of the files that are there, proven in this run or written in it.
-    n_kept: how many of them an earlier run has left. Raises OSError where files cannot be written.
+    For `target` it is `target.converting`. Its journal states the settings, and the finished files with their
+    checksums. A killed process leaves it; the next one with the same settings keeps what is finished and
+    verified, whatever the moment of the kill. So the journal is the first file to be made and the last to be
+    removed. Nothing in it is overwritten while there are files, and it is renamed with the folder. A target
+    whose journal ends with WHOLE is finished; `finish_renamed` removes the rest. Without file locks
+    (Windows), nothing keeps two processes apart.
+
+    Args:
+        settings: Everything that the files depend on, in JSON's types.
+        report: Called with what is found in the folder, and with what an error leaves there.
+
+    Attributes:
+        finished: Name -> checksum of the files that are there, verified or written in this run.
+        n_kept: Number of those that an earlier run has left.
+
+    Raises:
+        OSError: If files cannot be written.
     """
 
     def __init__(self, target: Path, settings: dict, report: Callable[[str], None] = lambda text: None):
-        """Args:
-        settings: all that decides the files, in JSON's types.
-        report: called with what is found there, and with what an error leaves there.
-        """
         self.target, self.path = target, work_folder_of(target)
         self._header, self._report = _header(settings), report
         self.finished: dict[str, str] = {}
         self.n_kept = 0
-        self._journal = None
+        self._journal: BinaryIO | None = None
         self._is_given_up = self._is_renamed = self._is_told = False
 
     def __enter__(self) -> WorkFolder:
@@ -112,8 +119,8 @@ class WorkFolder:
             raise
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
-        """Leave what the same command can go on from: every finished file, unless `give_up` was called."""
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        """Keep every finished file for the same command, unless `give_up` was called."""
         if self._is_renamed:
             return
         try:
@@ -122,7 +129,12 @@ class WorkFolder:
             elif isinstance(error, CheckpointError) and not self._is_told:
                 self._report(resume_hint(self.target) or f"finished files are kept in {self.path}")
         finally:
-            self._journal.close()
+            self._open_journal.close()
+
+    @property
+    def _open_journal(self) -> BinaryIO:
+        assert self._journal is not None  # within `with`
+        return self._journal
 
     def keep(self, name: str, checksum: str) -> None:
         """Note that a file is finished."""
@@ -130,48 +142,54 @@ class WorkFolder:
         self.finished[name] = checksum
 
     def give_up(self) -> None:
-        """Let the folder go at the end: the same command would come to the same fault again."""
+        """Remove the folder at the end: the same command would fail again."""
         self._is_given_up = True
 
     def finish(self) -> None:
-        """Give the folder its name: it is whole.
+        """Give the complete folder its name.
 
         Raises:
-            CheckpointError: The name is taken, or cannot be given. The folder stays, for the same command.
+            CheckpointError: If the name is taken or impossible. The folder stays, for the same command.
         """
         hint = "the same command then ends within minutes; or use that folder as it is, under any name"
         if os.path.lexists(self.target):
             self._is_told = True
             raise CheckpointError(
-                f"the checkpoint is finished, but its name is taken; it is kept in {self.path}", path=self.target,
-                expected="no such file or folder until the conversion is done", found="one that came meanwhile",
+                f"the checkpoint is finished, but its name is taken; it is kept in {self.path}",
+                path=self.target,
+                expected="no such file or folder until the conversion is done",
+                found="one that was made during the conversion",
                 hint=f"move away what has this name; {hint}",
-            )  # fmt: skip
+            )
         try:
             self._append(WHOLE)
             if not CAN_LOCK:
-                self._journal.close()  # Windows renames no folder of open files
+                self._open_journal.close()  # Windows renames no folder of open files
             os.rename(self.path, self.target)
         except OSError as error:
             self._is_told = True
             raise CheckpointError(
                 f"the checkpoint is finished, but cannot be given its name; it is kept in {self.path}",
-                path=self.target, found=error.strerror or error, hint=f"make this name possible; {hint}",
-            ) from error  # fmt: skip
+                path=self.target,
+                found=error.strerror or error,
+                hint=f"make this name possible; {hint}",
+            ) from error
         self._is_renamed = True
         _unlink(self.target / JOURNAL)
-        self._journal.close()
+        self._open_journal.close()
 
     def _resume(self) -> None:
-        """Read the journal; keep the files that are what it says, remove all others."""
-        header, stated, _, n_bytes = _parsed(self._journal.read())
+        """Read the journal; keep the files that are what it states, remove all others."""
+        header, stated, _, n_bytes = _parsed(self._open_journal.read())
         others = [path for path in self.path.iterdir() if path.name != JOURNAL]
         if others and not (isinstance(header, dict) and header.get("format") == FORMAT):
             raise CheckpointError(
-                "a folder of this name is in the way, and not left by an interrupted conversion", path=self.path,
-                expected=f"{JOURNAL} of {FORMAT}", found=f"{len(others)} other files",
+                "a folder of this name is in the way, and not left by an interrupted conversion",
+                path=self.path,
+                expected=f"{JOURNAL} of {FORMAT}",
+                found=f"{len(others)} other files",
                 hint="move it away, or choose another target",
-            )  # fmt: skip
+            )
         if header != self._header:
             if others:
                 self._report("what an interrupted conversion with other settings has left is removed")
@@ -185,18 +203,18 @@ class WorkFolder:
         if self.n_kept:
             self._report(f"resuming: {self.n_kept} files are there already, their checksums are right")
         if header != self._header:  # and there are no files
-            self._journal.truncate(0)
-            self._journal.seek(0)
+            self._open_journal.truncate(0)
+            self._open_journal.seek(0)
             self._append(self._header)
             return
-        self._journal.truncate(n_bytes)  # a line cut short, and WHOLE
-        self._journal.seek(n_bytes)
+        self._open_journal.truncate(n_bytes)  # a line cut short, and WHOLE
+        self._open_journal.seek(n_bytes)
 
     def _append(self, line: object) -> None:
         """Write one line into the journal, all of it or an error."""
         rest = memoryview(f"{json.dumps(line)}\n".encode())
-        while rest:  # a raw file writes less than asked where the disk is full
-            rest = rest[self._journal.write(rest) :]
+        while rest:  # a raw file may write less than all if the disk is full
+            rest = rest[self._open_journal.write(rest) :]
 
     def _remove(self) -> None:
         """Remove everything, the journal last; what cannot be removed keeps it."""
@@ -209,15 +227,17 @@ class WorkFolder:
 
 
 def target_exists(target: Path) -> CheckpointError:
+    """Make the error for a target that exists."""
     hint, left = "choose another folder or remove this one", resume_hint(target)
     return CheckpointError("target exists", path=target, hint=f"{hint}; {left}" if left else hint)
 
 
 def _busy(target: Path) -> CheckpointError:
     return CheckpointError(
-        "another process is converting to this target", path=target,
+        "another process is converting to this target",
+        path=target,
         hint="wait for it, or choose another target",
-    )  # fmt: skip
+    )
 
 
 def _header(settings: dict) -> dict:
@@ -225,7 +245,7 @@ def _header(settings: dict) -> dict:
 
 
 def _parsed(journal: bytes) -> tuple[object, dict[str, str], bool, int]:
-    """(first line, name -> checksum, whether the last line is WHOLE, bytes of all whole lines but that one)."""
+    """First line; name -> checksum; whether the last line is WHOLE; bytes of all whole lines but that one."""
     *whole, cut = journal.split(b"\n")
     lines = [_as_json(line) for line in whole]
     is_whole = len(lines) > 1 and lines[-1] == WHOLE
@@ -242,7 +262,7 @@ def _as_json(line: bytes) -> object:
 
 
 def _is_what_it_was(path: Path, checksum: str) -> bool:
-    """Whether this file can be read and has this checksum; raises where another attempt may read it."""
+    """Whether this file can be read and has this checksum; raise if another attempt may read it."""
     if path.is_symlink() or not path.is_file():
         return False
     try:
@@ -250,12 +270,12 @@ def _is_what_it_was(path: Path, checksum: str) -> bool:
     except (CheckpointError, OSError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if isinstance(cause, OSError) and cause.errno != errno.EIO:
-            raise  # too many open files, a network that is gone: nothing is said about the file
+            raise  # too many open files, a network that is gone: that says nothing about the file
         return False
 
 
 def _unlink(journal: Path) -> None:
-    """Remove the journal of what is finished, which is as good with it."""
+    """Remove the journal of a finished folder, which is valid with it too."""
     with suppress(OSError):
         journal.unlink()
 

@@ -1,4 +1,4 @@
-"""Plans on the sizes of real cards and hosts."""
+"""Plans on the sizes of real GPUs and hosts."""
 
 import pytest
 from hypothesis import given
@@ -32,12 +32,12 @@ def test_too_little_of_both_goes_to_disk_with_the_reason():
     assert any("are on disk" in reason for reason in plan.reasons)
 
 
-def test_a_large_card_needs_no_home():
+def test_a_large_device_needs_no_store():
     plan = make_plan(MIXTRAL, 300 * EXPERT, 0)
     assert plan.store is None and plan.n_resident == 256 and sum(plan.slots.values()) == 0
 
 
-def test_as_many_as_asked():
+def test_a_given_cache_size():
     plan = make_plan(MIXTRAL, 190 * EXPERT, int(20e9), cache_size=4)
     assert set(plan.slots.values()) == {4} and plan.n_resident == 0
 
@@ -67,9 +67,15 @@ def test_refusals_name_the_largest_cache_that_fits():
 
 
 @given(
-    layers=st.integers(1, 12), n_experts=st.integers(2, 16), top_k=st.integers(1, 4), room=st.integers(0, 200), ram=st.integers(0, 200),
-    asked=st.one_of(st.just("auto"), st.integers(1, 16)), store=st.sampled_from(["auto", "ram", "disk"]), shared=st.booleans(),
-)  # fmt: skip
+    layers=st.integers(1, 12),
+    n_experts=st.integers(2, 16),
+    top_k=st.integers(1, 4),
+    room=st.integers(0, 200),
+    ram=st.integers(0, 200),
+    asked=st.one_of(st.just("auto"), st.integers(1, 16)),
+    store=st.sampled_from(["auto", "ram", "disk"]),
+    shared=st.booleans(),
+)
 def test_every_plan_keeps_within_both_budgets(layers, n_experts, top_k, room, ram, asked, store, shared):
     sizes = Sizes(range(layers), n_experts, min(top_k, n_experts), 10)
     try:

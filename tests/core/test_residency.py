@@ -1,4 +1,4 @@
-"""The decisions alone: any calls, predictions and interrupts, with copies that arrive, stop and end in any order."""
+"""Decisions alone: any calls, predictions and interrupts, with copies that arrive and stop in any order."""
 
 from collections import OrderedDict
 
@@ -30,7 +30,7 @@ class Interrupted(Exception):
 
 
 class Driver:
-    """Carries actions out, and stops at the n-th one, before it or after it, where a test asks for that."""
+    """Carries actions out; with `stop_at`, it stops at the n-th one, before or after it."""
 
     def __init__(self, n_staging=N_STAGING):
         n_rows = N_LAYERS * N_SLOTS + n_staging
@@ -118,9 +118,12 @@ class Calls(RuleBasedStateMachine):
         self.driver.carry_out(self.residency.predict(layer, keys, distance))
 
     @rule(
-        layer=st.integers(0, N_LAYERS - 1), experts=experts_of_a_call, at=st.integers(0, 12), after=st.booleans(),
+        layer=st.integers(0, N_LAYERS - 1),
+        experts=experts_of_a_call,
+        at=st.integers(0, 12),
+        after=st.booleans(),
         predicts=st.booleans(),
-    )  # fmt: skip
+    )
     def interrupted(self, layer, experts, at, after, predicts):
         """An exception in the middle of a call leaves no wrong expert and no lost row."""
         keys = [(layer, expert) for expert in experts]

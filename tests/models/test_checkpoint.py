@@ -1,4 +1,4 @@
-"""Bad input: one clear error that names file, key, what was expected and found, and the next step; nothing half-made."""
+"""Bad input: one error that names file, key, what was expected and found, and the next step."""
 
 import json
 import os
@@ -111,8 +111,12 @@ def test_first_expert_that_fits_no_format(folder):
 
 @pytest.mark.parametrize(
     "lost, key",
-    [("W_q", "W_q and meta.*"), ("meta.zero_q", "W_q and meta.*"), ("meta.meta_zero.scale", "meta.meta_zero.scale")],
-)  # fmt: skip
+    [
+        ("W_q", "W_q and meta.*"),
+        ("meta.zero_q", "W_q and meta.*"),
+        ("meta.meta_zero.scale", "meta.meta_zero.scale"),
+    ],
+)
 def test_packed_matrices_that_fit_no_format_are_one_message(folder, lost, key):
     name = "model.layers.1.self_attn.o_proj"
     change(folder / DENSE, lambda tensors: tensors.pop(f"{name}.{lost}"))
@@ -135,13 +139,17 @@ def test_headers_that_are_too_large_together(folder, monkeypatch, bound):
     for name, value in bound.items():
         monkeypatch.setattr(headers, name, value, raising=False)
     has(
-        error_of(folder), "headers of this checkpoint's files are too large together", str(folder), "expected: at most",
-        "found: ", "next step:",
-    )  # fmt: skip
+        error_of(folder),
+        "headers of this checkpoint's files are too large together",
+        str(folder),
+        "expected: at most",
+        "found: ",
+        "next step:",
+    )
 
 
 def test_the_bounds_of_headers_admit_every_known_checkpoint():
-    """Kimi-K2 at 3 bits: 60 layers of 384 experts of three matrices of up to 8 fields, by keys of 90 characters."""
+    """Kimi-K2 at 3 bits: 60 layers, 384 experts, three matrices, up to 8 fields, keys of 90 characters."""
     n_tensors = 60 * 384 * 3 * 8
     assert n_tensors * 4 < headers.MOST_TENSORS and n_tensors * 200 * 4 < headers.MOST_HEADERS_BYTES
 
@@ -175,7 +183,7 @@ def test_a_whole_layer_missing_from_the_index(folder):
     has(error_of(folder), "expert layers are not the model's", "[0, 1, 2]", "[0, 1]")
 
 
-def test_missing_index_entry_of_the_trunk(folder):
+def test_missing_index_entry_of_the_dense_part(folder):
     change_index(folder, lambda weights: weights.pop("model.norm.weight"))
     has(error_of(folder), "1 parameters have no value", "model.norm.weight")
 
@@ -187,12 +195,12 @@ def test_an_index_that_names_what_the_file_does_not_hold(folder):
     has(error_of(folder), "next step:")
 
 
-def test_wrong_shape_in_the_trunk(folder):
+def test_wrong_shape_in_the_dense_part(folder):
     change(folder / DENSE, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7).half()}))
     has(error_of(folder), DENSE, "model.norm.weight", "(256,)", "(7,)")
 
 
-def test_wrong_attention_in_the_trunk(folder):
+def test_wrong_attention_in_the_dense_part(folder):
     name = "model.layers.0.self_attn.q_proj.W_q"
     change(folder / DENSE, lambda tensors: tensors.update({name: tensors[name][:1].contiguous()}))
     has(error_of(folder), DENSE, "self_attn.q_proj", "W_q")
@@ -221,9 +229,15 @@ def test_broken_config_and_index(folder):
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[" * 100_000, '{"weight_map": {"a": "../b"}}',
-     '{"weight_map": {"a": "/etc/passwd"}}'],
-)  # fmt: skip
+    [
+        "[]",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 3}}',
+        "[" * 100_000,
+        '{"weight_map": {"a": "../b"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+    ],
+)
 def test_an_index_of_another_kind(folder, text):
     (folder / INDEX).write_text(text)
     has(error_of(folder), "index", INDEX, "expected:", "found:")
@@ -307,29 +321,45 @@ def test_dense_model(folder):
 @pytest.mark.parametrize(
     "config, name, number",
     [
-        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}, "ffn_config.moe_num_experts", 16),
+        (
+            {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}},
+            "ffn_config.moe_num_experts",
+            16,
+        ),
         ({"model_type": "aria_text", "moe_num_experts": 8}, "moe_num_experts", 8),
-        ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, "text_config.moe_num_experts", 8),
+        (
+            {"model_type": "aria", "text_config": {"model_type": "aria_text"}},
+            "text_config.moe_num_experts",
+            8,
+        ),
     ],
     ids=["dbrx", "aria_text", "aria"],
-)  # fmt: skip
+)
 def test_a_mixture_of_a_family_that_is_not_supported_is_not_called_dense(
     folder, capsys, config, name, number
 ):
     (folder / "config.json").write_text(json.dumps(config))
     has(
-        error_of(folder), f"{config['model_type']} is a mixture of experts of a family that is not supported",
-        f"key: {name}", f"found: {number}", "next step: ",
-    )  # fmt: skip
+        error_of(folder),
+        f"{config['model_type']} is a mixture of experts of a family that is not supported",
+        f"key: {name}",
+        f"found: {number}",
+        "next step: ",
+    )
     assert main(["info", "--model", str(folder)]) == 1
     assert "dense" not in capsys.readouterr().err
 
 
 def test_settings_that_make_no_mixture():
     for settings in (
-        {"num_experts": 1}, {"num_experts": 0}, {"num_experts_per_tok": 8}, {"n_shared_experts": 2}, {"n_experts": None},
-        {"moe_num_shared_experts": 2}, {"num_experts": True},
-    ):  # fmt: skip
+        {"num_experts": 1},
+        {"num_experts": 0},
+        {"num_experts_per_tok": 8},
+        {"n_shared_experts": 2},
+        {"n_experts": None},
+        {"moe_num_shared_experts": 2},
+        {"num_experts": True},
+    ):
         assert stated_experts(settings) is None, settings
     for name in ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts", "n_experts"):
         assert stated_experts({"inner": {name: 4}}) == (f"inner.{name}", 4)
@@ -405,7 +435,7 @@ def test_weights_that_are_not_finite(tmp_path):
         save_file(good, path, metadata={"format": "pt"})
 
 
-def test_the_trunk_is_kept_as_stored(published, tmp_path):
+def test_the_dense_part_is_kept_as_stored(published, tmp_path):
     rewritten = convert_checkpoint(published, tmp_path / "ours", PAPER[8])
     before, after = open_checkpoint(published).dense, open_checkpoint(rewritten).dense
     assert before.keys() == after.keys()

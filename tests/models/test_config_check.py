@@ -1,4 +1,4 @@
-"""Configurations, indexes and headers that no model has: one message each, before anything is built or filled."""
+"""Impossible configurations, indexes and headers: one message each, before anything is built."""
 
 import json
 import shutil
@@ -35,8 +35,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "num_local_experts", "num_experts_per_tok", "vocab_size", "max_position_embeddings", "head_dim")  # fmt: skip
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "vocab_size",
+    "max_position_embeddings",
+    "head_dim",
+)
 VALUES = (0, -1, 2**62, DIGITS, 1.5, float("nan"), float("inf"), "x", "", [], {}, True, [0], {"a": 1})
 
 
@@ -54,16 +64,43 @@ def test_sizes_that_are_none(folder, key):
 
 
 OTHERS = [
-    ("num_experts_per_tok", 9), ("num_attention_heads", 5), ("num_key_value_heads", 4), ("num_hidden_layers", 100_000),
-    ("rms_norm_eps", -1), ("rms_norm_eps", "x"), ("rms_norm_eps", 7.0), ("hidden_act", "x"), ("hidden_act", 3),
-    ("rope_parameters", {**ROPE, "rope_theta": "x"}), ("rope_parameters", {**ROPE, "rope_theta": 0}),
-    ("rope_parameters", {**ROPE, "rope_theta": -1e4}), ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": -2}),
-    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": "two"}), ("rope_parameters", {"rope_type": "no such"}),
-    ("rope_parameters", 3), ("rope_parameters", "x"), ("sliding_window", -1), ("sliding_window", "x"), ("vocab_size", 7),
-    ("vocab_size", 10**6), ("hidden_size", 384), ("num_hidden_layers", 7), ("num_hidden_layers", 5), ("num_local_experts", 9),
-    ("model_type", "x"), ("model_type", None), ("model_type", []), ("model_type", ""), ("dtype", "x"), ("tie_word_embeddings", "x"),
-    ("head_dim", 64), ("layer_types", ["x"] * 6), ("transformers_version", DIGITS), ("anything", DIGITS), ("pad_token_id", 10**9),
-]  # fmt: skip
+    ("num_experts_per_tok", 9),
+    ("num_attention_heads", 5),
+    ("num_key_value_heads", 4),
+    ("num_hidden_layers", 100_000),
+    ("rms_norm_eps", -1),
+    ("rms_norm_eps", "x"),
+    ("rms_norm_eps", 7.0),
+    ("hidden_act", "x"),
+    ("hidden_act", 3),
+    ("rope_parameters", {**ROPE, "rope_theta": "x"}),
+    ("rope_parameters", {**ROPE, "rope_theta": 0}),
+    ("rope_parameters", {**ROPE, "rope_theta": -1e4}),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": -2}),
+    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": "two"}),
+    ("rope_parameters", {"rope_type": "no such"}),
+    ("rope_parameters", 3),
+    ("rope_parameters", "x"),
+    ("sliding_window", -1),
+    ("sliding_window", "x"),
+    ("vocab_size", 7),
+    ("vocab_size", 10**6),
+    ("hidden_size", 384),
+    ("num_hidden_layers", 7),
+    ("num_hidden_layers", 5),
+    ("num_local_experts", 9),
+    ("model_type", "x"),
+    ("model_type", None),
+    ("model_type", []),
+    ("model_type", ""),
+    ("dtype", "x"),
+    ("tie_word_embeddings", "x"),
+    ("head_dim", 64),
+    ("layer_types", ["x"] * 6),
+    ("transformers_version", DIGITS),
+    ("anything", DIGITS),
+    ("pad_token_id", 10**9),
+]
 
 
 @pytest.mark.parametrize("key, value", OTHERS, ids=[f"{key}-{str(value)[:20]}" for key, value in OTHERS])
@@ -76,8 +113,8 @@ def test_values_that_do_not_go_together(folder, key, value):
         assert len(str(error)) < 2000
     else:
         assert key in ("head_dim", "num_key_value_heads", "anything", "layer_types", "pad_token_id", "dtype")
-    card = ["--vram", "1GB", "--ram", "1GB", "--link", "12GB"]
-    for command in (["info", "--model", str(folder), "--device", "cpu"], ["plan", str(folder), *card]):
+    device = ["--vram", "1GB", "--ram", "1GB", "--link", "12GB"]
+    for command in (["info", "--model", str(folder), "--device", "cpu"], ["plan", str(folder), *device]):
         assert main(command) in (0, 1)
 
 
@@ -101,7 +138,7 @@ def test_values_that_are_missing(folder, key):
 
 
 def test_no_family_s_own_values_are_refused():
-    """The default configuration of every family with experts that this transformers knows."""
+    """The default configuration of every family with experts in this version of transformers."""
     n_checked = 0
     for name in sorted(set(CONFIG_MAPPING.keys())):
         try:
@@ -122,8 +159,12 @@ def test_models_of_other_kinds_are_one_message(folder, name, capsys):
     try:
         CONFIG_MAPPING[name]().save_pretrained(folder)
     except Exception:  # it needs values
-        config = {"model_type": name, "text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"},
-                  "decoder": {"model_type": "musicgen_decoder"}}  # fmt: skip
+        config = {
+            "model_type": name,
+            "text_encoder": {"model_type": "t5"},
+            "audio_encoder": {"model_type": "encodec"},
+            "decoder": {"model_type": "musicgen_decoder"},
+        }
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
         open_checkpoint(folder)
@@ -148,7 +189,7 @@ def test_models_of_other_kinds_are_one_message(folder, name, capsys):
         {f"model.layers.0.block_sparse_moe.experts.{'9' * 900}.w1.W_q": "model-00001-of-00049.safetensors"},
     ],
     ids=range(9),
-)  # fmt: skip
+)
 def test_entries_of_an_index_that_no_checkpoint_has(folder, change):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"].update(change)

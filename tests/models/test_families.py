@@ -1,4 +1,4 @@
-"""Other families on transformers' experts interface: tiny random models against transformers' own eager experts."""
+"""Other families on transformers' experts interface: tiny random models against transformers' own experts."""
 
 import copy
 import json
@@ -25,26 +25,74 @@ from mixtral_offload.weights.hqq import Quantization, QuantizedLinear, dequantiz
 from mixtral_offload.weights.safetensors_io import read_header
 
 COMMON = {
-    "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "num_experts_per_tok": 2, "initializer_range": 0.2,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 FAMILIES = {
     "mixtral": MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=6),
-    "mixtral-tied": MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=6, tie_word_embeddings=True),
+    "mixtral-tied": MixtralConfig(
+        **COMMON, intermediate_size=32, num_local_experts=6, tie_word_embeddings=True
+    ),
     "mixtral-window": MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=6, sliding_window=6),
-    "qwen2_moe": Qwen2MoeConfig(**COMMON, moe_intermediate_size=32, num_experts=6, intermediate_size=48, shared_expert_intermediate_size=48),
-    "qwen3_moe": Qwen3MoeConfig(**COMMON, moe_intermediate_size=32, num_experts=6, intermediate_size=48, head_dim=16),
-    "qwen3_moe-some-dense": Qwen3MoeConfig(**COMMON, moe_intermediate_size=32, num_experts=6, intermediate_size=48, head_dim=16, mlp_only_layers=[0]),
+    "qwen2_moe": Qwen2MoeConfig(
+        **COMMON,
+        moe_intermediate_size=32,
+        num_experts=6,
+        intermediate_size=48,
+        shared_expert_intermediate_size=48,
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **COMMON, moe_intermediate_size=32, num_experts=6, intermediate_size=48, head_dim=16
+    ),
+    "qwen3_moe-some-dense": Qwen3MoeConfig(
+        **COMMON,
+        moe_intermediate_size=32,
+        num_experts=6,
+        intermediate_size=48,
+        head_dim=16,
+        mlp_only_layers=[0],
+    ),
     "olmoe": OlmoeConfig(**COMMON, intermediate_size=32, num_experts=6),
-    "glm4_moe": Glm4MoeConfig(**COMMON, moe_intermediate_size=32, n_routed_experts=6, intermediate_size=48, head_dim=16, first_k_dense_replace=1, attention_bias=True, use_qk_norm=True, routed_scaling_factor=2.5),
-    "deepseek_v3": DeepseekV3Config(**{**COMMON, "num_key_value_heads": 4}, moe_intermediate_size=32, n_routed_experts=6, intermediate_size=48, first_k_dense_replace=1, n_group=2, topk_group=1, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16),
-}  # fmt: skip
+    "glm4_moe": Glm4MoeConfig(
+        **COMMON,
+        moe_intermediate_size=32,
+        n_routed_experts=6,
+        intermediate_size=48,
+        head_dim=16,
+        first_k_dense_replace=1,
+        attention_bias=True,
+        use_qk_norm=True,
+        routed_scaling_factor=2.5,
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        **{**COMMON, "num_key_value_heads": 4},
+        moe_intermediate_size=32,
+        n_routed_experts=6,
+        intermediate_size=48,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+}
 
 
 @torch.no_grad()
 def randomized(config) -> torch.nn.Module:
-    """A random model in which every bias, norm and correction counts, as in a trained one: new ones are 0 or 1."""
+    """A random model in which every bias, norm and correction has an effect: new ones are 0 or 1."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(config)

@@ -25,10 +25,16 @@ NAMES = re.compile(
 #: a curve of measured hit rates has the name of the model that it was measured on
 CURVE = {"analysis/synthetic.py", "analysis/planner.py"}
 TINY = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2,
-    "pad_token_id": 0, "mlp_only_layers": [0],
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "mlp_only_layers": [0],
+}
 
 
 def outside() -> list[Path]:

@@ -1,4 +1,4 @@
-"""What the keys of a checkpoint mean: experts by their module's name, extra tensors ignored or refused, foreign formats."""
+"""Keys of checkpoints: experts by their module's name, extra tensors ignored or refused, foreign formats."""
 
 import json
 import shutil
@@ -24,26 +24,54 @@ from mixtral_offload.weights.hqq import Quantization, QuantizedLinear
 from mixtral_offload.weights.safetensors_io import StoredTensor
 
 COMMON = {
-    "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "num_experts_per_tok": 2, "initializer_range": 0.2,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 SIZES = {"moe_intermediate_size": 32, "intermediate_size": 48}
 CONFIGS = {
     "mixtral": lambda: MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=4),
-    "tied": lambda: MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=4, tie_word_embeddings=True),
+    "tied": lambda: MixtralConfig(
+        **COMMON, intermediate_size=32, num_local_experts=4, tie_word_embeddings=True
+    ),
     "qwen3_moe": lambda: Qwen3MoeConfig(**COMMON, **SIZES, num_experts=4, head_dim=16),
     "qwen3_next": lambda: Qwen3NextConfig(
-        **COMMON, **SIZES, num_experts=4, head_dim=16, shared_expert_intermediate_size=48, linear_num_value_heads=4,
-        linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+        **COMMON,
+        **SIZES,
+        num_experts=4,
+        head_dim=16,
+        shared_expert_intermediate_size=48,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
         layer_types=["linear_attention", "full_attention", "linear_attention"],
     ),
     "deepseek_v3": lambda: DeepseekV3Config(
-        **{**COMMON, "num_key_value_heads": 4}, **SIZES, n_routed_experts=4, first_k_dense_replace=1, n_group=2, topk_group=1,
-        q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+        **{**COMMON, "num_key_value_heads": 4},
+        **SIZES,
+        n_routed_experts=4,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
     ),
-    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(**COMMON, **SIZES, moe_num_experts=4, moe_k=2, moe_layer_start_index=1),
-}  # fmt: skip
+    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
+        **COMMON, **SIZES, moe_num_experts=4, moe_k=2, moe_layer_start_index=1
+    ),
+}
 IDS = torch.randint(3, 96, (1, 17), generator=torch.Generator().manual_seed(1))
 
 
@@ -76,7 +104,7 @@ def change(folder, edit, **config):
 
 @torch.no_grad()
 def check_same_answers(folder, offloaded, n_ignored: int | None) -> None:
-    """The checkpoint, and what `convert` makes of it, answer as transformers does; n_ignored: in one notice, None: in none."""
+    """The checkpoint and its conversion give transformers' logits; n_ignored: tensors in the notice."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     wanted = model(IDS).logits
     with warnings.catch_warnings(record=True) as caught:
@@ -167,20 +195,35 @@ def test_a_configuration_with_too_few_layers_is_refused(save):
 def test_heads_and_buffers_of_other_tasks_are_ignored(save, offloaded):
     for name in ("mixtral", "tied"):
         folder = save(name)
-        change(folder, lambda tensors: tensors | {
-            "score.weight": torch.ones(3, 64), "v_head.summary.weight": torch.ones(1, 64), "v_head.summary.bias": torch.ones(1),
-            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.rotary_emb.inv_freq": torch.ones(8),
-        })  # fmt: skip
+        change(
+            folder,
+            lambda tensors: (
+                tensors
+                | {
+                    "score.weight": torch.ones(3, 64),
+                    "v_head.summary.weight": torch.ones(1, 64),
+                    "v_head.summary.bias": torch.ones(1),
+                    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+                    "model.rotary_emb.inv_freq": torch.ones(8),
+                }
+            ),
+        )
         check_same_answers(folder, offloaded, 5)
         shutil.rmtree(folder.parent / "converted")
 
 
 @pytest.mark.parametrize(
     "key",
-    ["model.extra.weight", "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.q_proj.lora_A.weight", "lm_head.bias",
-     "model.layers.1.mlp.experts.4.gate_proj.weight", "model.layers.00.mlp.experts.1.gate_proj.weight",
-     "model.layers.0.mlp.shared_experts.gate_proj.weight"],
-)  # fmt: skip
+    [
+        "model.extra.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "lm_head.bias",
+        "model.layers.1.mlp.experts.4.gate_proj.weight",
+        "model.layers.00.mlp.experts.1.gate_proj.weight",
+        "model.layers.0.mlp.shared_experts.gate_proj.weight",
+    ],
+)
 def test_tensors_inside_the_model_that_have_no_place_are_refused(key, save):
     """The model without them would compute something else."""
     folder = save("qwen3_moe")
@@ -193,9 +236,10 @@ def test_what_is_missing_is_an_error_before_any_weight_is_read(save, monkeypatch
     monkeypatch.setattr(StoredTensor, "read_into", lambda *_: pytest.fail("weights were read"))
     for name, gone in (
         ("deepseek_v3", "model.layers.1.mlp.gate.e_score_correction_bias"),
-        ("qwen3_moe", "model.layers.1.mlp.gate.weight"), ("mixtral", "lm_head.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.gate.weight"),
+        ("mixtral", "lm_head.weight"),
         ("tied", "model.embed_tokens.weight"),
-    ):  # fmt: skip
+    ):
         folder = save(name)
         change(folder, lambda tensors, gone=gone: {key: of for key, of in tensors.items() if key != gone})
         assert all(text in error_of(folder) for text in ("1 parameters have no value", gone))
@@ -208,9 +252,12 @@ def test_what_is_missing_is_an_error_before_any_weight_is_read(save, monkeypatch
 
 @pytest.mark.parametrize(
     "key, shape",
-    [("model.layers.1.mlp.experts.2.gate_proj.weight", (64, 32)), ("model.norm.weight", (1, 64)),
-     ("model.layers.1.mlp.gate.weight", (64, 4))],
-)  # fmt: skip
+    [
+        ("model.layers.1.mlp.experts.2.gate_proj.weight", (64, 32)),
+        ("model.norm.weight", (1, 64)),
+        ("model.layers.1.mlp.gate.weight", (64, 4)),
+    ],
+)
 def test_a_wrong_shape_of_as_many_elements(key, shape, save):
     folder = save("qwen3_moe")
     change(folder, lambda tensors: tensors | {key: tensors[key].reshape(shape)})
@@ -218,10 +265,11 @@ def test_a_wrong_shape_of_as_many_elements(key, shape, save):
 
 
 def test_two_tensors_for_one_place(save):
+    w1 = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     twice = {
         "model.layers.0.mlp.gate.weight": "model.layers.0.block_sparse_moe.gate.weight",
-        "model.layers.0.mlp.experts.1.w1.weight": "model.layers.0.block_sparse_moe.experts.1.w1.weight",
-        "model.layers.0.mlp.experts.1.gate_proj.weight": "model.layers.0.block_sparse_moe.experts.1.w1.weight",
+        "model.layers.0.mlp.experts.1.w1.weight": w1,
+        "model.layers.0.mlp.experts.1.gate_proj.weight": w1,
         "model.layers.0.self_attn.q_proj.W_q": "model.layers.0.self_attn.q_proj.weight",
     }
     for other, key in twice.items():
@@ -243,10 +291,14 @@ FORMATS = {
     "fp8": {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32},
     "gptq": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32},
     "awq": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
-    "compressed-tensors": {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64},
+    "compressed-tensors": {
+        "weight_packed": torch.int32,
+        "weight_scale": torch.bfloat16,
+        "weight_shape": torch.int64,
+    },
     "bitsandbytes": {"weight": torch.uint8, "weight.absmax": torch.uint8, "weight.quant_map": torch.float32},
     "hqq": {"W_q": torch.uint8, "scale": torch.float16, "zero": torch.float16},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -259,10 +311,14 @@ def test_other_quantized_formats_are_refused_by_their_name(name, save, monkeypat
             new: value
             for key, of in tensors.items()
             for new, value in (
-                {key.removesuffix("weight") + field: torch.zeros(4, 4, dtype=dtype) for field, dtype in FORMATS[name].items()}
-                if ".experts." in key else {key: of}
+                {
+                    key.removesuffix("weight") + field: torch.zeros(4, 4, dtype=dtype)
+                    for field, dtype in FORMATS[name].items()
+                }
+                if ".experts." in key
+                else {key: of}
             ).items()
-        }  # fmt: skip
+        }
 
     change(folder, quantize, quantization_config={"quant_method": name, "bits": 4})
     message = error_of(folder)
@@ -283,8 +339,11 @@ def test_mxfp4_and_an_unknown_format(save):
     assert "another format (mxfp4)" in error_of(folder)
     change(folder, lambda tensors: None, quantization_config={"bits": 4})
     assert "another format (unknown)" in error_of(folder)
-    change(folder, lambda tensors: tensors | {"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.zeros(4)},
-           quantization_config=None)  # fmt: skip
+    change(
+        folder,
+        lambda tensors: tensors | {"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.zeros(4)},
+        quantization_config=None,
+    )
     assert "another format (mxfp4)" in error_of(folder)
 
 

@@ -25,8 +25,12 @@ def test_logits_and_greedy_continuation(folder, expected, offloaded, cache_size,
     # the fixture's continuation was made with token 2 as padding, of which the prompt has one
     n_prompt = expected["input_ids"].shape[1]
     greedy = model.generate(
-        expected["input_ids"][:1], max_new_tokens=expected["greedy"].shape[1] - n_prompt, do_sample=False, pad_token_id=2, eos_token_id=None,
-    )  # fmt: skip
+        expected["input_ids"][:1],
+        max_new_tokens=expected["greedy"].shape[1] - n_prompt,
+        do_sample=False,
+        pad_token_id=2,
+        eos_token_id=None,
+    )
     assert torch.equal(greedy, expected["greedy"])
 
 
@@ -60,7 +64,7 @@ def test_our_writer_keeps_every_byte_under_whole_keys(published, tmp_path):
 @pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 @torch.no_grad()
 def test_our_own_widths_run_and_get_worse_in_order(published, tmp_path, expected, offloaded, bits):
-    """16 bits keep the fixture's logits, fewer bits cost more and more; 2 bits again find the fixture's own grid."""
+    """16 bits keep the fixture's logits, fewer bits cost more; 2 bits find the fixture's own grid."""
     least, most = {16: (0, 1e-5), 8: (1e-3, 0.03), 4: (0.05, 0.3), 3: (0.1, 0.6), 2: (1e-4, 0.02)}[bits]
     attention = Quantization(16) if bits == 16 else Quantization(8, 64)
     model = offloaded(convert_checkpoint(published, tmp_path / "ours", PAPER[bits], attention), cache_size=3)

@@ -22,9 +22,17 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from synthetic import mixtral_config
 
 QWEN3_30B = {
-    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936,
-}  # fmt: skip
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+}
 
 
 def sizes_of(model_type, **numbers):
@@ -79,17 +87,41 @@ def test_a_checkpoint_s_own_sizes(which, published):
 
 
 def test_every_parameter_is_counted_once_in_every_family():
-    """The parts together are transformers' own count; one part is what is left over, so the others are looked at too."""
-    small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
-             "num_experts_per_tok": 2, "pad_token_id": 0}  # fmt: skip
+    """The parts add up to transformers' own count. One part is the rest, so the others are tested too."""
+    small = {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+    }
     families = {
-        "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 32, "intermediate_size": 48, "shared_expert_intermediate_size": 48},
+        "qwen2_moe": {
+            "num_experts": 6,
+            "moe_intermediate_size": 32,
+            "intermediate_size": 48,
+            "shared_expert_intermediate_size": 48,
+        },
         "olmoe": {"num_experts": 6, "intermediate_size": 32},
         "gpt_oss": {"num_local_experts": 6, "intermediate_size": 32, "head_dim": 16},
-        "deepseek_v3": {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32, "intermediate_size": 48,
-                        "first_k_dense_replace": 1, "num_key_value_heads": 4},
-        "glm4_moe": {"n_routed_experts": 6, "moe_intermediate_size": 32, "intermediate_size": 48, "first_k_dense_replace": 1},
-    }  # fmt: skip
+        "deepseek_v3": {
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+            "intermediate_size": 48,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+        },
+        "glm4_moe": {
+            "n_routed_experts": 6,
+            "moe_intermediate_size": 32,
+            "intermediate_size": 48,
+            "first_k_dense_replace": 1,
+        },
+    }
     for family, numbers in families.items():
         sizes = sizes_of(family, **{**small, **numbers})
         n_experts = (
@@ -115,18 +147,45 @@ def test_families_that_from_pretrained_refuses_are_planned_with_a_word():
 
 @pytest.mark.parametrize(
     "family, numbers, compressed",
-    [("mixtral", {"sliding_window": 8, "intermediate_size": 32, "num_local_experts": 4}, False),
-     ("gpt_oss", {"sliding_window": 8, "intermediate_size": 32, "num_local_experts": 4, "head_dim": 16}, False),
-     ("deepseek_v3", {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32, "intermediate_size": 48,
-                      "first_k_dense_replace": 1, "num_key_value_heads": 4}, True)],
-)  # fmt: skip
+    [
+        ("mixtral", {"sliding_window": 8, "intermediate_size": 32, "num_local_experts": 4}, False),
+        (
+            "gpt_oss",
+            {"sliding_window": 8, "intermediate_size": 32, "num_local_experts": 4, "head_dim": 16},
+            False,
+        ),
+        (
+            "deepseek_v3",
+            {
+                "n_routed_experts": 8,
+                "n_group": 2,
+                "topk_group": 1,
+                "moe_intermediate_size": 32,
+                "intermediate_size": 48,
+                "first_k_dense_replace": 1,
+                "num_key_value_heads": 4,
+            },
+            True,
+        ),
+    ],
+)
 def test_the_kv_cache_is_as_large_as_transformers_makes_it(family, numbers, compressed):
     """A tiny model reads 21 tokens; what its cache then holds is what was said."""
     from transformers import AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        family, **{"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
-                   "num_experts_per_tok": 2, "pad_token_id": 0, **numbers})  # fmt: skip
+        family,
+        **{
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 96,
+            "num_experts_per_tok": 2,
+            "pad_token_id": 0,
+            **numbers,
+        },
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     cache = DynamicCache(config=config)
     with torch.no_grad():
@@ -157,7 +216,7 @@ def test_hundreds_of_layers_take_no_time():
 
 
 def test_the_attention_of_an_image_encoder_has_no_kv_cache():
-    """Beside the layers (aria's projector), or in layers of its own."""
+    """Outside the layers (aria's projector), or in separate layers."""
     text = {
         "num_hidden_layers": 2,
         "hidden_size": 64,
@@ -175,10 +234,14 @@ def test_a_mixture_of_another_kind_is_not_called_dense():
         OptionError, match=r"dbrx is a mixture of experts of a family(?s:.*)moe_num_experts(?s:.*)16"
     ):
         sizes_of(
-            "dbrx", d_model=128, n_heads=4, n_layers=2, vocab_size=300,
+            "dbrx",
+            d_model=128,
+            n_heads=4,
+            n_layers=2,
+            vocab_size=300,
             ffn_config={"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 64},
             attn_config={"rope_theta": 5e5, "kv_n_heads": 2, "clip_qkv": 8},
-        )  # fmt: skip
+        )
 
 
 def test_refusals(tmp_path):

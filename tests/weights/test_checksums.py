@@ -1,4 +1,4 @@
-"""Damage is found while a checkpoint is read: a checksum per file, finite numbers; and `verify` finds all of it."""
+"""Damage is found while a checkpoint is read: checksums and finite numbers; `verify` finds all of it."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def test_one_bit_of_an_expert(demo, options, key):
 @pytest.mark.parametrize(
     "key", ["lm_head.weight", "model.norm.weight", "model.layers.3.self_attn.k_proj.W_q"]
 )
-def test_one_bit_of_the_trunk(demo, key):
+def test_one_bit_of_the_dense_part(demo, key):
     flip(demo / DENSE, key)
     with pytest.raises(CheckpointError, match=f"damaged: its checksum(?s:.*){DENSE}"):
         from_pretrained(demo, device="cpu", store="disk")
@@ -131,7 +131,7 @@ def test_the_checksum_follows_from_tensors_in_any_order(demo):
     assert header_bytes(path) == path.read_bytes()[: len(header_bytes(path))]
 
 
-def test_a_file_that_nobody_reads_whole_is_read_to_the_end(demo):
+def test_a_file_of_which_parts_are_used_is_read_completely(demo):
     checkpoint = open_checkpoint(demo)
     first = next(iter(checkpoint.dense.values()))
     first.read()
@@ -196,7 +196,7 @@ def spoil(folder, name, key, value):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_a_number_that_is_not_finite(published, tmp_path, kind, value):
-    """Answered garbage with exit status 0: refused by load, by convert and by verify, naming file and tensor."""
+    """Regression: garbage answers. Refused by load, by convert and by verify, naming file and tensor."""
     folder = shutil.copytree(published, tmp_path / "spoiled")
     spoil(folder, *kind, value)
     name, key = kind
@@ -215,7 +215,7 @@ def test_a_number_that_is_not_finite(published, tmp_path, kind, value):
 
 @pytest.mark.parametrize("finite", [True, False])
 def test_numbers_of_a_folder_with_checksums(demo, finite):
-    """Where `convert` has looked at the numbers, the checksum proves them; where it has not, they are looked at."""
+    """If `convert` has tested the numbers, the checksum proves them; else the reader tests them."""
     key = "model.layers.3.input_layernorm.weight"
     spoil(demo, DENSE, key, torch.nan)
     with pytest.raises(CheckpointError, match="damaged: its checksum"):
@@ -309,7 +309,7 @@ def change_index(folder, change):
 def test_verify_names_a_small_file_that_was_edited(demo, capsys, name):
     """Weights alone were proven. People edit these on purpose, so that they load."""
     content = json.loads((demo / name).read_text())
-    if name != "tokenizer.json":  # which takes no keys that it does not know
+    if name != "tokenizer.json":  # which allows no unknown keys
         content |= {"temperature": 0.3} if name == "generation_config.json" else {"added": 1}
     (demo / name).write_text(json.dumps(content, indent=3))
     from_pretrained(demo, device="cpu", cache_size=2).offload.cache.close()
@@ -329,9 +329,11 @@ def test_verify_names_all_small_files_with_the_weights(demo):
     with pytest.raises(CheckpointError, match="4 faults") as caught:
         verify(demo)
     for fault in (
-        f"{DENSE}: its checksum is", "tokenizer.json: is missing", "generation_config.json: cannot be read: not a regular",
+        f"{DENSE}: its checksum is",
+        "tokenizer.json: is missing",
+        "generation_config.json: cannot be read: not a regular",
         "tokenizer_config.json: was changed",
-    ):  # fmt: skip
+    ):
         assert fault in str(caught.value)
 
 
@@ -360,7 +362,7 @@ def test_checksums_of_small_files_of_another_kind(demo, value):
         verify(demo)
 
 
-def test_whoever_writes_a_folder_writes_checksums_of_its_small_files(published, tmp_path, offloaded):
+def test_every_writer_of_a_folder_adds_checksums_of_its_small_files(published, tmp_path, offloaded):
     source = shutil.copytree(DEMO.parent / "fp16", tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "README.md").write_text("a card")
@@ -419,7 +421,7 @@ def test_verify_in_the_hubs_cache(downloaded, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "[1, 2, 3]", '["c", {"a": 3}, {}]', '["c", {"a": [1, "../x"]}, {}]', "[" * 10**5]
 )
-def test_a_damaged_record_knows_nothing(downloaded, text):
+def test_a_damaged_record_is_ignored(downloaded, text):
     next((downloaded / ".cache" / "mixtral_offload").glob("*.json")).write_text(text)
     assert hub_hashes(downloaded) == {}
     assert len(verify(downloaded).unproven) == 25

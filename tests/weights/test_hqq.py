@@ -42,9 +42,15 @@ def hqq_dequantize(fields, shape, quantization):
     bits, group = quantization.bits, quantization.group_size
     n_groups = shape[0] * shape[1] // group
     meta = {
-        "nbits": bits, "group_size": group, "shape": shape, "axis": 0, "packing": Quantizer.bit_to_packing[bits],
-        "view_as_float": False, "scale": inner("scale", n_groups), "zero": inner("zero", n_groups),
-    }  # fmt: skip
+        "nbits": bits,
+        "group_size": group,
+        "shape": shape,
+        "axis": 0,
+        "packing": Quantizer.bit_to_packing[bits],
+        "view_as_float": False,
+        "scale": inner("scale", n_groups),
+        "zero": inner("zero", n_groups),
+    }
     return Quantizer.dequantize(fields["W_q"], meta)
 
 
@@ -91,9 +97,13 @@ def test_dequantize_is_bit_identical_to_hqq(bits, meta):
 
 
 @given(
-    bits=st.sampled_from([8, 4, 3, 2]), n=st.integers(1, 12), k=st.integers(1, 12), group=st.integers(1, 24),
-    meta=st.sampled_from([(None, False), (1, True), (3, False)]), seed=st.integers(0, 1000),
-)  # fmt: skip
+    bits=st.sampled_from([8, 4, 3, 2]),
+    n=st.integers(1, 12),
+    k=st.integers(1, 12),
+    group=st.integers(1, 24),
+    meta=st.sampled_from([(None, False), (1, True), (3, False)]),
+    seed=st.integers(0, 1000),
+)
 @example(bits=8, n=1, k=6, group=24, meta=(1, True), seed=1)  # two zeros that are nearly equal
 @settings(max_examples=200, deadline=None)
 def test_any_group_size_that_divides_works_and_others_are_refused(bits, n, k, group, meta, seed):
@@ -119,7 +129,7 @@ def test_any_group_size_that_divides_works_and_others_are_refused(bits, n, k, gr
 
 @pytest.mark.parametrize("at", [0.5, -0.5, 3.0])
 def test_zeros_that_are_all_alike(at):
-    """One group, or groups that differ by nothing, far from 0: their range is no range to quantize them in."""
+    """One group, or equal groups, far from 0: their range is too small to quantize them in."""
     weight = torch.linspace(at, at + 0.1, 64).repeat(4, 1)
     plain, packed = Quantization(8, 64), Quantization(8, 64, None, True)
     found, expected = (dequantize(quantize(weight, of), (4, 64), of, torch.float32) for of in (packed, plain))
@@ -136,7 +146,7 @@ def test_quantization_error(bits, bound):
 
 
 def test_small_scales_survive_their_own_quantization():
-    """hqq's solver takes a range below 1e-4 for a constant: at 4 bits all scales of small weights are in such a range."""
+    """hqq's solver takes a range below 1e-4 for a constant; at 4 bits, all scales of small weights are."""
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(1)) * 1e-4
     errors = []
     for quantization in (Quantization(4, 64), Quantization(4, 64, 128)):
@@ -192,7 +202,7 @@ def test_split_three_bits_are_the_same_weights_in_fewer_bytes(group, meta):
 
 
 def test_gradients_through_a_quantized_layer_with_a_bias():
-    """Also where the product itself has none, as compiled ones, and after the layer's memory was filled anew."""
+    """Also if the product itself has none, as compiled ones, and after the layer's memory was refilled."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 32)
     quantization = Quantization(4, 16)
@@ -225,7 +235,7 @@ def test_another_dtype_of_the_model_leaves_stored_weights_alone(dtype):
 
 
 def test_a_quantized_layer_is_a_linear_one_without_a_tensor():
-    """What puts adapters beside linear layers finds it; what would read or change its weight is refused."""
+    """Libraries that add adapters to linear layers find it; access to its weight is refused."""
     linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
     layer = QuantizedLinear.replacing(linear, Quantization(4, 16))
     assert isinstance(layer, torch.nn.Linear) and layer.weight.shape == (32, 64)
@@ -240,10 +250,20 @@ def test_a_quantized_layer_is_a_linear_one_without_a_tensor():
     layer.requires_grad_(False)
     x = torch.zeros(1, 64)
     for use in (
-        lambda: layer.weight.data, lambda: layer.weight.T, lambda: layer.weight.sum(), lambda: torch.nn.init.normal_(layer.weight),
-        lambda: torch.nn.functional.linear(x, layer.weight), lambda: x @ layer.weight, lambda: layer.reset_parameters(),
-        lambda: layer.requires_grad_(), lambda: setattr(layer, "weight", x), lambda: setattr(layer.weight, "data", x),
-        lambda: setattr(layer.weight, "requires_grad", True), lambda: layer.weight.copy_(x), lambda: setattr(layer, "weight", torch.nn.Parameter(x)), lambda: torch.allclose(layer.weight, x),
-    ):  # fmt: skip
+        lambda: layer.weight.data,
+        lambda: layer.weight.T,
+        lambda: layer.weight.sum(),
+        lambda: torch.nn.init.normal_(layer.weight),
+        lambda: torch.nn.functional.linear(x, layer.weight),
+        lambda: x @ layer.weight,
+        lambda: layer.reset_parameters(),
+        lambda: layer.requires_grad_(),
+        lambda: setattr(layer, "weight", x),
+        lambda: setattr(layer.weight, "data", x),
+        lambda: setattr(layer.weight, "requires_grad", True),
+        lambda: layer.weight.copy_(x),
+        lambda: setattr(layer, "weight", torch.nn.Parameter(x)),
+        lambda: torch.allclose(layer.weight, x),
+    ):
         with pytest.raises(OptionError, match="weight is quantized"):
             use()

@@ -10,9 +10,21 @@ from mixtral_offload.weights import kernels as packed
 from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, matmul, quantize
 from mixtral_offload.weights.layout import ExpertLayout, expert_forward
 
-FORMATS = [PAPER[2], PAPER[3], Quantization(3, 64, 128, True), Quantization(3, 64), Quantization(3, 16, None, True), PAPER[4],
-           Quantization(3, 16, split=True), Quantization(3, 8, 64, split=True), PAPER[8], Quantization(2, 16),
-           Quantization(4, 64), Quantization(4, 32, 128, True), Quantization(8, 32, 64)]  # fmt: skip
+FORMATS = [
+    PAPER[2],
+    PAPER[3],
+    Quantization(3, 64, 128, True),
+    Quantization(3, 64),
+    Quantization(3, 16, None, True),
+    PAPER[4],
+    Quantization(3, 16, split=True),
+    Quantization(3, 8, 64, split=True),
+    PAPER[8],
+    Quantization(2, 16),
+    Quantization(4, 64),
+    Quantization(4, 32, 128, True),
+    Quantization(8, 32, 64),
+]
 SHAPES = [(256, 512), (512, 192), (128, 640)]
 
 
@@ -67,7 +79,7 @@ def gated(x):
 
 @pytest.mark.parametrize("quantization", [PAPER[2], PAPER[3], Quantization(3, 64), PAPER[16]], ids=str)
 def test_a_compiled_expert_is_its_plain_twin(quantization):
-    """One token, a few, and so many that the matrices are dequantized; a token's result does not depend on the others'."""
+    """One token, a few, and enough to dequantize; a token's result does not depend on the others."""
     layout, views = layout_of(quantization)
     run = packed.make_run(layout, gated, True)
     x = torch.randn(packed.PACKED_TOKENS + 3, 192)
@@ -110,7 +122,7 @@ def test_when_to_compile(monkeypatch):
 
 
 def test_a_compiled_model_answers_alike_at_every_cache_size(capsys):
-    """Bit for bit, for a prompt and token by token; and next to the same as its plain twin, here and as a command."""
+    """Bit for bit, for a prompt and token by token; nearly equal to the uncompiled one, also as a command."""
     ids = torch.arange(5, 37).view(1, -1)
     found, plain = [], from_pretrained(cache_size=8)
     for options in ({"cache_size": 2, "store": "disk"}, {"cache_size": 3, "prefetch": 2}, {"cache_size": 8}):

@@ -1,4 +1,4 @@
-"""A folder of our format says how its matrices are stored; a reader compares, and transformers refuses the folder."""
+"""A folder of our format states how its matrices are stored; readers compare, transformers refuses it."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def test_the_same_in_the_published_format(published, tmp_path, intermediate):
 
 
 def test_transposed_plain_matrices_are_refused(tmp_path):
-    """As many elements, in another shape."""
+    """The same number of elements, in another shape."""
     folder = shutil.copytree(DEMO.parent / "fp16", tmp_path / "plain")
     tensors = load_file(folder / "model.safetensors")
     key = "model.layers.2.block_sparse_moe.experts.3.w1.weight"

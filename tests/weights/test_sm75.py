@@ -37,8 +37,11 @@ def check(found):
 
 @pytest.mark.parametrize("quantization", KINDS, ids=str)
 def test_the_packed_product_compiles_for_a_t4_as_one_pass_over_the_words(quantization):
-    found = kernels(lambda x, fields: [packed.packed_product(x[0], fields, SHAPE, quantization)], quantization,
-                    (torch.float16, (1, SHAPE[1])))  # fmt: skip
+    found = kernels(
+        lambda x, fields: [packed.packed_product(x[0], fields, SHAPE, quantization)],
+        quantization,
+        (torch.float16, (1, SHAPE[1])),
+    )
     check(found)
     # all sums over words are in one kernel; two more may sum the zeros and join what comes of both
     assert len(found) <= 3 and sum(source.count("tl.sum(") > 1 for source in found.values()) == 1

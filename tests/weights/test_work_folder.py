@@ -64,7 +64,7 @@ def work(target, settings=SETTINGS, n_files=3, fault=False):
 
 
 def killed_at(line: int, call) -> bool:
-    """Run `call` in a process that ends before the line of this number, of those that write; whether it came so far."""
+    """Run `call` in a process that ends before the n-th line that writes; return whether it got there."""
     left, own = iter(range(line)), (work_folder.__file__, files.__file__)
 
     def trace(frame, event, argument):
@@ -119,7 +119,7 @@ def test_a_kill_before_any_line(tmp_path, start, options):
         kept = work_folder._parsed(journal.read_bytes())[1] if journal.exists() else {}
         header = work_folder._parsed(journal.read_bytes())[0] if journal.exists() else None
         if target.exists():
-            assert {*expected} <= {*contents(target)} <= {*expected, JOURNAL}  # whole, whoever looks at it
+            assert {*expected} <= {*contents(target)} <= {*expected, JOURNAL}  # complete at any moment
         if not target.exists() or (target / JOURNAL).exists():
             again = work(target)
             is_same = header == work_folder._header(SETTINGS)
@@ -288,7 +288,7 @@ def test_an_error_at_the_end_keeps_the_work_and_says_so(tmp_path, undisturbed, m
 
 
 def test_damage_of_a_file_that_two_runs_have_read_in_part(tmp_path):
-    """The first run takes an expert from a damaged file, the second run reads the rest: neither saw the whole file."""
+    """The first run reads an expert of a damaged file, the second one the rest: neither reads all of it."""
     source = shutil.copytree(DEMO, tmp_path / "source")
     index = json.loads((source / INDEX).read_text())
     first, second = sorted({*index["weight_map"].values()})[:2]
