@@ -69,7 +69,7 @@ def written() -> dict[Path, str]:
     build = between(
         build, "    # options: written by docs/options.py\n", "    # end of options\n", signature()
     )
-    build = between(build, "that ships with the package.\n", "        hub: ", arguments())
+    build = between(build, "that ships with the\n            package.\n", "        hub: ", arguments())
     readme = between(
         README.read_text(encoding="utf-8"), "<!-- options -->\n", "<!-- end of options -->", table()
     )
