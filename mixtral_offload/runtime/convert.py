@@ -283,7 +283,7 @@ def _write_weights(
     experts: Quantization | None,
     attention: Quantization | None,
     device: torch.device,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> dict[str, str]:
     """Write what is not finished yet; return key -> file name."""
     n_files = len(checkpoint.experts) + 1

@@ -45,16 +45,16 @@ def run():
     return model, *trace_prompts(model, load_tokenizer(DEMO), PROMPTS, 32)
 
 
-def test_the_sets_of_prompts_are_told_apart(run):
+def test_sets_of_prompts_are_kept_apart(run):
     _, trace, texts, sets = run
     assert set(sets) == {"stories", "sums"}
     assert sum(map(len, sets.values())) == trace.n_tokens
     stories = "".join(trace.pieces[i] for i in sets["stories"])
     assert "fox" in stories and "12" not in stories
-    assert [len(text) - 1 for text in texts[:1]] == [len(sets["stories"])]  # the last token never goes in
+    assert [len(text) - 1 for text in texts[:1]] == [len(sets["stories"])]  # the last token is never an input
 
 
-def test_activations_are_the_gate_weights_and_the_cache_is_the_run_s_own(run):
+def test_activations_are_the_router_s_weights_and_the_run_s_cache(run):
     _, trace, _, _ = run
     _, shown = plot_activations(trace, layers=[1, 4], tokens=slice(5, 25))
     assert shown.shape == (2, 8, 20)
@@ -69,7 +69,7 @@ def test_activations_are_the_gate_weights_and_the_cache_is_the_run_s_own(run):
     assert held.sum(-1).max() == 3
 
 
-def test_cells_are_the_worst_of_a_token_s_uses(run):
+def test_cells_show_the_worst_of_a_token_s_uses(run):
     _, trace, _, _ = run
     figure, shown = plot_cells(trace, slice(0, 50))
     wasted = cells(trace)[1]
@@ -124,7 +124,7 @@ def test_reuse_distances_explain_lru(run):
         below = shares[:, :slots].sum(1)
         rates = replay(single, slots, "lru").hit_rates()
         assert (below <= rates + 1e-9).all() and (shares[:, : slots - 1].sum(1) <= below).all()
-        assert rates == pytest.approx(below, abs=0.08)  # two experts of one token come at once
+        assert rates == pytest.approx(below, abs=0.08)  # two experts of one token are used at once
 
 
 def test_precision_and_recall(run):
@@ -160,8 +160,8 @@ def test_recall_by_its_definition(run):
     assert np.isnan(recall.recall[2, :5]).all() and (recall.average()[:, -1] == 1).all()
     target, found, wanted = 3, 0, 0
     for hidden, chosen in zip(states.after[target - 1], states.chosen[target]):
-        likeliest = layers[target].router(hidden).topk(2).indices.tolist()
-        found += len({*likeliest} & {*chosen.tolist()})
+        predicted = layers[target].router(hidden).topk(2).indices.tolist()
+        found += len({*predicted} & {*chosen.tolist()})
         wanted += len(chosen)
     assert recall.recall[0, target, 2] == pytest.approx(found / wanted)
     assert recall.average()[0, 2] > 0.6 > recall.chance()[2]
@@ -171,27 +171,13 @@ def test_recall_by_its_definition(run):
 def test_the_trace_command_writes_every_picture(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{name}\t{text}\n" for name, text in PROMPTS))
-    assert (
-        main(
-            [
-                "trace",
-                str(prompts),
-                str(tmp_path / "out"),
-                "--cache-size",
-                "2",
-                "--prefetch",
-                "2",
-                "--max-tokens",
-                "12",
-            ]
-        )
-        == 0
-    )
+    options = ["--cache-size", "2", "--prefetch", "2", "--max-tokens", "12"]
+    assert main(["trace", str(prompts), str(tmp_path / "out"), *options]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    names = {"activations", "cells", "usage", "transitions", "hit_rates", "hit_rates_shared", "hit_heatmap", "reuse", "speculation", "timeline", "recall"}  # fmt: skip
-    assert written == {"trace.safetensors", "trace.csv"} | {
-        f"{name}.{kind}" for name in names for kind in ("png", "npy")
-    }
+    names = ["activations", "cells", "usage", "transitions", "hit_rates", "hit_rates_shared", "hit_heatmap"]
+    names += ["reuse", "speculation", "timeline", "recall"]
+    files = {f"{name}.{kind}" for name in names for kind in ("png", "npy")}
+    assert written == {"trace.safetensors", "trace.csv"} | files
     assert all((tmp_path / "out" / name).stat().st_size > 200 for name in written)
     trace = RoutingTrace.load(tmp_path / "out" / "trace.safetensors")
     assert len((tmp_path / "out" / "trace.csv").read_text().splitlines()) > trace.n_tokens * 12

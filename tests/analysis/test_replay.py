@@ -1,4 +1,4 @@
-"""A replay is the live cache without bytes: the same hits and misses, for every policy, pool and size."""
+"""A replay counts the hits and misses of the live cache, for every policy, pool and size."""
 
 from itertools import product
 
@@ -25,11 +25,9 @@ def run(tokenizer, n_tokens=24, **options) -> RoutingTrace:
     model = from_pretrained(**options)
     with record(model, tokenizer) as recording:
         for prompt in PROMPTS:
+            message = [{"role": "user", "content": prompt}]
             ids = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=True,
-                return_tensors="pt",
+                message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
             with torch.inference_mode():
                 model.generate(**ids, max_new_tokens=n_tokens, do_sample=False)
@@ -42,9 +40,8 @@ def trace(tokenizer):
 
 
 def which_hit(trace, hit):
-    return set(
-        zip(trace.use_pass[hit].tolist(), trace.use_layer[hit].tolist(), trace.use_expert[hit].tolist())
-    )
+    columns = trace.use_pass, trace.use_layer, trace.use_expert
+    return set(zip(*(column[hit].tolist() for column in columns)))
 
 
 @pytest.mark.parametrize(
@@ -76,14 +73,15 @@ def test_prefetch_changes_only_when_bytes_move(tokenizer):
     counters = live.counters
     assert counters["prefetched"] == (live.use_outcome == PREFETCHED).sum() > 0
     assert counters["misses"] - counters["prefetched"] == (live.use_outcome == MISS).sum()
-    assert (
-        0 <= counters["predictions"] - counters["prefetched"] - len(live.wasted_pass) <= 2
-    )  # for the token after the last
+    # up to two are for the token after the last
+    assert 0 <= counters["predictions"] - counters["prefetched"] - len(live.wasted_pass) <= 2
     assert live.use_bytes.sum() == counters["misses"] * live.expert_bytes
-    assert live.wasted_bytes.sum() >= counters["wasted_bytes"]  # a guess dropped last may still be moving
+    assert (
+        live.wasted_bytes.sum() >= counters["wasted_bytes"]
+    )  # the last dropped prediction may still be moving
 
 
-def test_nobody_beats_belady(trace):
+def test_no_policy_beats_belady(trace):
     for shared in (False, True):
         curves = hit_rate_curves(trace, shared=shared)
         if not shared:
@@ -117,12 +115,9 @@ def test_impossible_replays_are_refused(trace):
 def test_a_trace_survives_its_file_and_makes_a_table(trace, tokenizer, tmp_path):
     trace.save(tmp_path / "trace.safetensors")
     again = RoutingTrace.load(tmp_path / "trace.safetensors")
-    assert (
-        again.settings == trace.settings and again.counters == trace.counters and again.pieces == trace.pieces
-    )
-    assert all(
-        (value == getattr(again, name)).all() for name, value in vars(trace).items() if name == "experts"
-    )
+    for name in ("settings", "counters", "pieces"):
+        assert getattr(again, name) == getattr(trace, name)
+    assert (again.experts == trace.experts).all()
     rows = again.rows()
     assert {len(column) for column in rows.values()} == {trace.n_tokens * 6 * 2}
     assert set(rows["outcome"]) == {"hit", "miss"}
@@ -144,17 +139,17 @@ def test_the_trace_is_what_the_model_routed(trace, tokenizer):
         with torch.inference_mode():
             model(torch.tensor([trace.tokens[start:end].tolist()]))
         routed = torch.stack(chosen, 1).sort(-1).values.numpy()
-        assert (routed == np.sort(trace.experts[start:end], -1)).mean() > 0.99  # ties of rounding aside
+        assert (routed == np.sort(trace.experts[start:end], -1)).mean() > 0.99  # but for ties
         start = end
 
 
 def test_a_pass_that_was_interrupted_is_left_out(tokenizer):
     model = from_pretrained(cache_size=2, prefetch=2)
     ids = torch.tensor([tokenizer("Hello there")["input_ids"]])
-    gate = model.model.layers[3].mlp.gate
+    router = model.model.layers[3].mlp.gate
     with record(model, tokenizer) as recording:
         model(ids)
-        hook = gate.register_forward_hook(lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        hook = router.register_forward_hook(lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             model(ids)
         hook.remove()

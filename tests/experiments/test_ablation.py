@@ -1,4 +1,4 @@
-"""Table 2 of 2312.17238: what each variant moves and keeps, that none changes an answer, and that all is put back."""
+"""Table 2 of 2312.17238: what each variant moves and keeps; none changes an answer, and all is restored."""
 
 import json
 
@@ -34,7 +34,7 @@ def model(offloaded):
 
 @pytest.fixture
 def partly_resident(offloaded, monkeypatch):
-    """As planned for a card beside too little RAM: 12 of 48 experts stay on the device, all of layer 0, half of 1."""
+    """As planned for too little RAM: 12 of 48 experts are resident, all of layer 0 and half of layer 1."""
 
     def plan_for(checkpoint, options):
         sizes = Sizes(checkpoint.layers, checkpoint.n_experts, checkpoint.top_k, checkpoint.layout.n_bytes)
@@ -82,7 +82,7 @@ def test_the_result_as_a_table_as_json_and_as_a_picture(tokenizer, model):
 
 @pytest.mark.parametrize("after", [None, 20, 380, 600])
 def test_the_model_is_as_it_was(offloaded, tokenizer, monkeypatch, after):
-    """after: so many experts, something breaks (while measuring, with guesses under way, in the naive way)."""
+    """An error after this many experts: while measuring, with predictions under way, in the naive variant."""
     model = offloaded(cache_size=3, store="disk", prefetch=2, look_ahead=2)
     offload, expected = model.offload, answer(model)
     own = offload.cache, offload.prefetcher, offload.cache.engine
@@ -142,7 +142,7 @@ def test_residents_stay_in_every_variant(tokenizer, partly_resident):
     assert answer(model) == expected
 
 
-def test_a_slow_link_lasts_as_long_as_its_block(model):
+def test_the_link_is_throttled_until_the_block_ends(model):
     own = model.offload.cache.engine
     copy_s = variants.copy_seconds(model)
     with variants.throttled(model, 20):
@@ -153,12 +153,17 @@ def test_a_slow_link_lasts_as_long_as_its_block(model):
 
 def test_what_cannot_be_measured_is_refused(offloaded, tokenizer, model):
     for change, message in (
-        ({"cache_size": 1}, "impossible cache_size"), ({"cache_size": 9}, "impossible cache_size"),
-        ({"prefetch": 0}, "impossible prefetch"), ({"tokens": 1}, "impossible tokens"),
-        ({"naive_tokens": 7}, "impossible naive_tokens"), ({"repeats": 0}, "impossible repeats"),
-        ({"ratio": 0}, "impossible ratio"), ({"ratio": "fast"}, "impossible ratio"), ({"prompts": []}, "no prompts"),
+        ({"cache_size": 1}, "impossible cache_size"),
+        ({"cache_size": 9}, "impossible cache_size"),
+        ({"prefetch": 0}, "impossible prefetch"),
+        ({"tokens": 1}, "impossible tokens"),
+        ({"naive_tokens": 7}, "impossible naive_tokens"),
+        ({"repeats": 0}, "impossible repeats"),
+        ({"ratio": 0}, "impossible ratio"),
+        ({"ratio": "fast"}, "impossible ratio"),
+        ({"prompts": []}, "no prompts"),
         ({"resident": model}, "the same model with every expert"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(OptionError, match=message):
             ablate(model, tokenizer, **{"prompts": PROMPTS, **QUICK, **change})
     everything = offloaded(DEMO, cache_size=8)
@@ -170,7 +175,7 @@ def test_what_cannot_be_measured_is_refused(offloaded, tokenizer, model):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ratio", [None, 0.5])
-def test_on_a_card_over_its_own_link_and_over_a_slow_one(offloaded, tokenizer, ratio):
+def test_on_a_gpu_over_its_own_link_and_over_a_throttled_one(offloaded, tokenizer, ratio):
     model, resident = (offloaded(device="cuda", cache_size=n, store="ram") for n in (2, 8))
     own = model.offload.cache.engine
     found = ablate(model, tokenizer, PROMPTS, resident=resident, **{**QUICK, "ratio": ratio})

@@ -64,8 +64,8 @@ def test_one_text_or_no_text_is_refused(offloaded):
 def test_held_out_texts_are_conversations_in_the_package():
     texts = held_out()
     assert len(texts) == 40
-    assert all(message["content"] and message["role"] in ("system", "user", "assistant")
-               for text in texts for message in text)  # fmt: skip
+    messages = [message for text in texts for message in text]
+    assert all(of["content"] and of["role"] in ("system", "user", "assistant") for of in messages)
 
 
 def test_fewer_bits_are_smaller_and_further_from_the_original(compared):
@@ -126,7 +126,7 @@ def test_the_picture_shows_the_integers_and_the_weights_they_give(compared, publ
 
 
 def test_the_lines_are_the_scale_and_zero_of_each_group():
-    """Each weight shown is (integer - zero) * scale of its column; by default every column is of one group."""
+    """Each weight shown is (integer - zero) * scale of its column; by default a column is of one group."""
     figure, shown = plot_matrix()
     scale, zero = ([line.get_ydata() for line in axes.lines] for axes in figure.axes[1:3])
     assert len(scale) == len(zero) == 1

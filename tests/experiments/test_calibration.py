@@ -1,4 +1,4 @@
-"""A card is measured on a live model, part by part, and the model is left as it was."""
+"""Device costs are measured on a live model, part by part, and the model is left as it was."""
 
 import time
 
@@ -18,14 +18,14 @@ from mixtral_offload.experiments.calibration import (
 )
 
 
-def test_a_token_is_taken_apart():
+def test_a_token_s_time_is_split():
     kinds = [LAYERS, EXPERTS, EXPERTS_END, EXPERTS, EXPERTS_END, LAYERS_END]
     slow, token = [0, 5, 9, 12, 14, 20], [0, 3, 4, 7, 9, 10]  # the first two warm up; 5 between two tokens
     times = [25 * number + at for number, of in enumerate([slow, slow, token, token, token]) for at in of]
     assert token_parts(list(zip(kinds * 5, times)), 2) == (25 - 10, 10 - 3, 3)
 
 
-def test_a_card_is_measured_on_the_live_model():
+def test_costs_are_measured_on_the_live_model():
     model = from_pretrained(cache_size=2, prefetch=2)
     held, began = model.offload.prefetcher, time.perf_counter()
     costs = measure_costs(model)
