@@ -72,6 +72,7 @@ def make_variants(model: OffloadedModel, cache_size: int, n_staging: int) -> dic
     # allocates rows that are missing, once
     spare: ExpertCache = offload.cache.lend(_one_layer(offload, n_rows))
     naive = spare.lend(_one_layer(offload, most), Naive, shared=True)
+    assert isinstance(naive, Naive)
     naive.n_experts = n_experts
     return {
         "full": spare.lend(slots, n_staging=n_staging),
