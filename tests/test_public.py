@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import mixtral_offload
 
 ROOT = Path(mixtral_offload.__file__).parents[1]
@@ -102,7 +100,6 @@ def foreign_uses(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="the folders are being cleaned; remove this mark when it passes")
 def test_private_names_stay_in_their_files():
     folders = ("mixtral_offload", "benchmarks", "training", "docs", "notebooks")
     paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
