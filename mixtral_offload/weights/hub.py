@@ -61,7 +61,11 @@ CAUSES = (  # the first match counts: kind of error, what happened, what to do
     (401, "{hub} does not accept the token for {repo}", TOKEN),
     (403, "{hub} refuses access to {repo}", TOKEN),
     (hf.HfHubHTTPError, "{hub} answered with error {code}", "wait a few minutes, then " + AGAIN),
-    (hf.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids connections to the hub", "unset it in a new process, " + AGAIN),
+    (
+        hf.OfflineModeIsEnabled,
+        "HF_HUB_OFFLINE forbids connections to the hub",
+        "unset it in a new process, " + AGAIN,
+    ),
     (HTTP, "no connection to {hub}, or it broke", "check the network, then " + AGAIN),
     (errno.ENOSPC, "the disk became full while fetching {repo}", "make room there, then " + AGAIN),
     (errno.EDQUOT, "the quota ran out while fetching {repo}", "make room there, then " + AGAIN),
@@ -233,6 +237,7 @@ class Record:
 
     @property
     def folder(self) -> Path:
+        """Where the files belong."""
         return self.local_dir or self.store / "snapshots" / str(self.commit)
 
     def blob(self, name: str) -> Path:
