@@ -30,6 +30,7 @@ class Sizes:
 
     @property
     def total(self) -> int:
+        """Experts of the model."""
         return len(self.layers) * self.n_experts
 
 
@@ -47,18 +48,22 @@ class Plan:
 
     @property
     def n_resident(self) -> int:
+        """Experts permanently on the device."""
         return sum(map(len, self.resident.values()))
 
     @property
     def n_stored(self) -> int:
+        """Experts in the store."""
         return self.sizes.total - self.n_resident
 
     @property
     def device_bytes(self) -> int:
+        """Device memory of resident experts and slots."""
         return (self.n_resident + sum(self.slots.values())) * self.sizes.expert_bytes
 
     @property
     def ram_bytes(self) -> int:
+        """RAM of the store."""
         return self.n_stored * self.sizes.expert_bytes if self.store == "ram" else 0
 
     def __str__(self) -> str:

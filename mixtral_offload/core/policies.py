@@ -23,6 +23,7 @@ class LRU:
         self._now = 0
 
     def use(self, key: Key) -> None:
+        """Update the score of a key that is used."""
         self._now += 1
         self.score[key] = self._now
 
@@ -35,6 +36,7 @@ class LFU:
         self._now = 0
 
     def use(self, key: Key) -> None:
+        """Update the score of a key that is used."""
         self._now += 1
         uses = (self.score.get(key, 0) >> 40) + 1
         self.score[key] = uses << 40 | self._now
@@ -52,6 +54,7 @@ class LRFU:
         self._now, self._decay = 0, 1 / half_life
 
     def use(self, key: Key) -> None:
+        """Update the score of a key that is used."""
         self._now += 1
         now = self._now * self._decay
         self.score[key] = now + log2(1 + 2 ** (self.score.get(key, -inf) - now))
@@ -71,6 +74,7 @@ class Belady:
             self._uses.setdefault(key, deque()).append(time)
 
     def use(self, key: Key) -> None:
+        """Update the score of a key that is used."""
         uses = self._uses[key]
         uses.popleft()
         self.score[key] = -uses[0] if uses else -inf

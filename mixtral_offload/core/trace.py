@@ -99,6 +99,7 @@ class RoutingTrace:
 
     @property
     def n_layers(self) -> int:
+        """Number of MoE layers."""
         return self.experts.shape[1]
 
     @property
@@ -107,6 +108,7 @@ class RoutingTrace:
 
     @property
     def n_experts(self) -> int:
+        """Experts per layer."""
         return self.settings["n_experts"]
 
     @property

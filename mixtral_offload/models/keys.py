@@ -53,6 +53,7 @@ class DensePlace:
 
     @property
     def parameter(self) -> str:
+        """Name of the parameter or buffer in the model."""
         return self.name if self.field is None else f"{self.name}.weight"
 
 

@@ -14,6 +14,7 @@ class Mixtral(Family):
     """The family of the published Mixtral-8x7B checkpoint, which has no tokenizer."""
 
     def tokenizers(self, config: Any) -> tuple[str, ...]:
+        """Return the repositories if the vocabulary is that of the published checkpoint."""
         return MIXTRAL_8X7B if config.vocab_size == 32000 else ()
 
 

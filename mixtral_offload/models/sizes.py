@@ -77,10 +77,12 @@ class ModelSizes:
 
     @property
     def expert_parameters(self) -> int:
+        """Parameters of one expert."""
         return sum(n * k for n, k in self.expert_matrices) + self.expert_vectors
 
     @property
     def n_parameters(self) -> int:
+        """Parameters of the model."""
         return self._dense_parameters + len(self.layers) * self.n_experts * self.expert_parameters
 
     @property
@@ -123,6 +125,7 @@ class ModelSizes:
 
     @property
     def intermediate(self) -> int:
+        """Intermediate size of an expert."""
         return max(
             n for shape in self.expert_matrices for n in shape if n != self.hidden or shape[0] == shape[1]
         )

@@ -62,6 +62,7 @@ class Ledger(FileCheck):
 
     @property
     def is_done(self) -> bool:
+        """Whether the whole file has been read, and is right."""
         return self.error is None and len(self.digests) == len(self.tensors)
 
     def begin(self) -> xxh3_128 | None:

@@ -237,6 +237,7 @@ class Record:
 
     @property
     def folder(self) -> Path:
+        """Where the files belong."""
         return self.local_dir or self.store / "snapshots" / str(self.commit)
 
     def blob(self, name: str) -> Path:

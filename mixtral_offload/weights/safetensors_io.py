@@ -89,6 +89,7 @@ class StoredTensor:
 
     @property
     def n_elements(self) -> int:
+        """Number of elements."""
         return self.n_bytes // self.dtype.itemsize
 
     def rows(self, start: int, n: int, columns: int) -> StoredTensor:
