@@ -219,7 +219,7 @@ def test_predictions_are_right_as_often_as_stated():
     experts = torch.from_numpy(sticky_experts(3000, 2, 8, 2, 0.0).astype(np.int64)).transpose(0, 1)
     routing = SimpleNamespace(experts=experts, position={0: 5, 1: 5})
     predictor = ForcedPredictions(routing, 8, recall=0.7)
-    logits = predictor(torch.zeros(2995, 4), [SimpleNamespace(layer=0), SimpleNamespace(layer=1)])
+    logits = predictor(torch.zeros(2995, 4), [SimpleNamespace(number=0), SimpleNamespace(number=1)])
     predicted = logits.topk(2).indices
     right = (predicted.unsqueeze(-1) == experts[:, 5:].unsqueeze(-2)).any(-2).float().mean()
     assert right == pytest.approx(0.7, abs=0.02)
