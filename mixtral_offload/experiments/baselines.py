@@ -226,9 +226,12 @@ def check_same(variant: str, place: str, answer: list[int], expected: list[int])
     if answer != expected:
         at = next((i for i, (a, b) in enumerate(zip(answer, expected)) if a != b), len(answer))
         raise OffloadError(
-            f"an answer depends on {variant}", key=f"{place}, token {at}", expected=expected[at:][:1],
-            found=answer[at:][:1], hint="the figures would mean nothing; please report this",
-        )  # fmt: skip
+            f"an answer depends on {variant}",
+            key=f"{place}, token {at}",
+            expected=expected[at:][:1],
+            found=answer[at:][:1],
+            hint="the figures would mean nothing; please report this",
+        )
 
 
 @contextmanager

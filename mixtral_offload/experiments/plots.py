@@ -48,8 +48,13 @@ LABELS = {
 #: of the cache sizes, the smallest first; all experts on the device is black
 COLOURS, MARKERS = (RED, ORANGE, SKY, GREEN), "ovs^"
 #: attention bits -> colour, marker, colour of a text on it
-SERIES = {16: (BLACK, "o", "white"), 8: (RED, "H", "white"), 4: (BLUE, "s", "white"),
-          3: (GREEN, "p", "white"), 2: (ORANGE, "D", "black")}  # fmt: skip
+SERIES = {
+    16: (BLACK, "o", "white"),
+    8: (RED, "H", "white"),
+    4: (BLUE, "s", "white"),
+    3: (GREEN, "p", "white"),
+    2: (ORANGE, "D", "black"),
+}
 
 
 def plot_ablation(result: Ablation) -> tuple[Figure, np.ndarray]:

@@ -159,9 +159,9 @@ def test_impossible_settings_are_refused():
             timed_replay(trace, COSTS, **options)
     with pytest.raises(OptionError, match="without costs"):
         replay(trace, prefetch=1)
-    for guesses in (np.zeros((1, 3, 1, 1), int), np.full((1, 2, 1, 1), 4)):
+    for predictions in (np.zeros((1, 3, 1, 1), int), np.full((1, 2, 1, 1), 4)):
         with pytest.raises(OptionError, match="predictions"):
-            routed([[[0], [1]]], guesses)
+            routed([[[0], [1]]], predictions)
     gap = replace(
         trace, **{name: value[:1] for name, value in vars(trace).items() if name.startswith("use_")}
     )
