@@ -117,11 +117,11 @@ class FileStore:
 
     def after_fork(self) -> None:
         """In a forked child, where the reading threads do not run: others start with the next read."""
-        self._pool = ThreadPoolExecutor(READERS - 1, "expert-reads")
+        self.pool = ThreadPoolExecutor(READERS - 1, "expert-reads")
 
     def close(self) -> None:
         """End the reading threads and close the files; the store must not be used afterwards."""
-        self._pool.shutdown()
+        self.pool.shutdown()
         self.open.cache_clear()
 
     def pieces(self, expert: ExpertId) -> Pieces:
@@ -139,7 +139,7 @@ class FileStore:
         """A tensor's bytes, checked when they are read for the first time, and again after a fault."""
         is_sound = of in self._seen and (of.check is None or of.check.error is None)
         check = None if is_sound else Check(Watch(of), of, self._seen)
-        return FilePart(self.open, self._pool, of.path, of.offset, of.n_bytes, check=check)
+        return FilePart(self.open, self.pool, of.path, of.offset, of.n_bytes, check=check)
 
 
 class Check(NamedTuple):

@@ -11,9 +11,11 @@ from mixtral_offload.runtime.options import DTYPES
 from mixtral_offload.weights.hub import download
 
 HARMLESS = {
-    "trust_remote_code": False, "low_cpu_mem_usage": True, "use_safetensors": True, "output_loading_info": False,
-    "ignore_mismatched_sizes": False, "load_in_4bit": False, "load_in_8bit": None, "quantization_config": None, "max_memory": None,
-    "config": None, "torch_dtype": None, "device_map": None, "token": None, "revision": None, "subfolder": "", "variant": None,
+    "trust_remote_code": False, "low_cpu_mem_usage": True, "use_safetensors": True,
+    "output_loading_info": False, "ignore_mismatched_sizes": False, "load_in_4bit": False,
+    "load_in_8bit": None, "quantization_config": None, "max_memory": None, "config": None,
+    "torch_dtype": None, "device_map": None, "token": None, "revision": None, "subfolder": "",
+    "variant": None,
 }  # fmt: skip
 
 
@@ -28,11 +30,14 @@ def test_what_changes_nothing_is_accepted():
 
 @pytest.mark.parametrize(
     "given, hint",
-    [({"load_in_4bit": True}, "mixtral-offload convert"), ({"quantization_config": object()}, "mixtral-offload convert"),
-     ({"trust_remote_code": True}, "leave it out"), ({"max_memory": {0: "10GB"}}, "vram="), ({"config": object()}, "config.json"),
-     ({"offload_folder": "x"}, 'store="disk"'), ({"use_auth_token": "x"}, "token"), ({"ignore_mismatched_sizes": True}, "error"),
-     ({"use_safetensors": False}, "safetensors"), ({"device_map": {"model.layers.0": 0, "lm_head": "cpu"}}, "vram="),
-     ({"device_map": {}}, "vram="), ({"device_map": 3.5}, "vram=")],
+    [({"load_in_4bit": True}, "mixtral-offload convert"),
+     ({"quantization_config": object()}, "mixtral-offload convert"),
+     ({"trust_remote_code": True}, "leave it out"), ({"max_memory": {0: "10GB"}}, "vram="),
+     ({"config": object()}, "config.json"), ({"offload_folder": "x"}, 'store="disk"'),
+     ({"use_auth_token": "x"}, "token"), ({"ignore_mismatched_sizes": True}, "error"),
+     ({"use_safetensors": False}, "safetensors"),
+     ({"device_map": {"model.layers.0": 0, "lm_head": "cpu"}}, "vram="), ({"device_map": {}}, "vram="),
+     ({"device_map": 3.5}, "vram=")],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_a_hint(given, hint):
     for function in (from_pretrained, memory_use):
@@ -45,11 +50,13 @@ def test_every_argument_of_transformers_is_known():
     """Those of its signature's documentation, one by one: none is an unknown option."""
     names = set(OTHERS) | set(HUB) | {"torch_dtype", "dtype", "device_map", "attn_implementation"}
     documented = {
-        "config", "cache_dir", "ignore_mismatched_sizes", "force_download", "local_files_only", "token", "revision", "use_safetensors",
-        "weights_only", "state_dict", "proxies", "output_loading_info", "attn_implementation", "experts_implementation", "dtype",
-        "device_map", "max_memory", "tp_plan", "tp_size", "device_mesh", "distributed_config", "offload_folder", "offload_buffers",
-        "quantization_config", "subfolder", "variant", "key_mapping", "trust_remote_code", "adapter_kwargs", "gguf_file",
-        "generation_config", "use_kernels", "kernel_config", "low_cpu_mem_usage", "load_in_4bit", "load_in_8bit", "offload_state_dict",
+        "config", "cache_dir", "ignore_mismatched_sizes", "force_download", "local_files_only", "token",
+        "revision", "use_safetensors", "weights_only", "state_dict", "proxies", "output_loading_info",
+        "attn_implementation", "experts_implementation", "dtype", "device_map", "max_memory", "tp_plan",
+        "tp_size", "device_mesh", "distributed_config", "offload_folder", "offload_buffers",
+        "quantization_config", "subfolder", "variant", "key_mapping", "trust_remote_code", "adapter_kwargs",
+        "gguf_file", "generation_config", "use_kernels", "kernel_config", "low_cpu_mem_usage", "load_in_4bit",
+        "load_in_8bit", "offload_state_dict",
     }  # fmt: skip
     assert documented <= names
     for name in documented & set(OTHERS):

@@ -1,4 +1,4 @@
-"""More than one token per pass: transformers' own assisted generation on an offloaded model gives the same answers."""
+"""Several tokens per pass: transformers' assisted generation on an offloaded model gives the same answers."""
 
 import pytest
 import torch

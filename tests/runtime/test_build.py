@@ -1,4 +1,4 @@
-"""The shipped model: no cache size, home or option changes a single bit of an answer."""
+"""The shipped model: no cache size, store or option changes a single bit of an answer."""
 
 import gc
 import threading
@@ -13,11 +13,13 @@ from mixtral_offload.weights.hqq import dequantize
 from mixtral_offload.weights.source import DEMO
 
 PROMPTS = [
-    "Hello!", "What is 23 + 48?", "What is 9 times 7?", "What is the capital of France?", "Tell me a story about a fox.",
-    "How do I reverse a list in Python?", "How do you say thank you in Spanish?", "What comes after Tuesday?",
-    "What are you?", "My name is Ana. What is my name?", "What is the opposite of hot?", "Bonjour!", "Tell me a joke.",
-    "Is 14 even or odd?", "Which continent is Kenya in?", "How do I read a file in Python?", "What does a cow say?",
-    "Sort these numbers: 5, 2, 9", "What is an expert cache?", "Who won the game last night?",
+    "Hello!", "What is 23 + 48?", "What is 9 times 7?", "What is the capital of France?",
+    "Tell me a story about a fox.", "How do I reverse a list in Python?",
+    "How do you say thank you in Spanish?", "What comes after Tuesday?", "What are you?",
+    "My name is Ana. What is my name?", "What is the opposite of hot?", "Bonjour!", "Tell me a joke.",
+    "Is 14 even or odd?", "Which continent is Kenya in?", "How do I read a file in Python?",
+    "What does a cow say?", "Sort these numbers: 5, 2, 9", "What is an expert cache?",
+    "Who won the game last night?",
 ]  # fmt: skip
 CASES = [(size, store) for size in range(2, 8) for store in ("ram", "disk")]
 ONE_BY_ONE = [
@@ -34,10 +36,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    return [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        for text in PROMPTS
-    ]  # fmt: skip
+    how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    return [tokenizer.apply_chat_template([{"role": "user", "content": text}], **how) for text in PROMPTS]
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def batch(tokenizer):
 
 @pytest.fixture(scope="module")
 def resident(prompts, batch):
-    """Logits, and 64 greedy tokens of all prompts one by one and in a batch, with every expert on the device."""
+    """Logits, and 64 greedy tokens of all prompts one by one and in a batch, with all experts resident."""
     from mixtral_offload import from_pretrained
 
     model = from_pretrained(DEMO, device="cpu", cache_size=8)
@@ -83,7 +83,7 @@ def resident(prompts, batch):
 
 
 @pytest.mark.parametrize("cache_size, store", CASES)
-def test_every_cache_size_and_home_gives_the_same_bits(
+def test_every_cache_size_and_store_gives_the_same_bits(
     offloaded, prompts, batch, resident, cache_size, store
 ):
     model = offloaded(DEMO, cache_size=cache_size, store=store)
@@ -160,7 +160,7 @@ def test_two_threads_may_generate_at_once(offloaded, prompts, resident):
     assert all(torch.equal(answers[i], resident[1][i]) for i in range(2))
 
 
-def test_half_precision_and_a_slow_link_change_no_bit_either(offloaded, prompts):
+def test_half_precision_and_a_throttle_change_no_bit_either(offloaded, prompts):
     outputs = []
     for options in (
         {"cache_size": 8},
@@ -205,3 +205,20 @@ def test_a_dropped_model_gives_its_memory_back_at_once(prompts, prefetch):
         assert cache() is None and store() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("store", ["ram", "disk"])
+@torch.no_grad()
+def test_close_ends_all_threads_and_may_be_called_twice(prompts, store):
+    from mixtral_offload import from_pretrained
+
+    before = set(threading.enumerate())
+    model = from_pretrained(DEMO, device="cpu", cache_size=2, store=store, prefetch=2)
+    model(**prompts[0])
+    if store == "disk":  # the shipped model's experts are too small for reading threads
+        model.offload.cache.store.pool.submit(int).result()
+    started = {thread.name.partition("_")[0] for thread in set(threading.enumerate()) - before}
+    assert started == ({"expert-copies"} if store == "ram" else {"expert-copies", "expert-reads"})
+    model.offload.close()
+    assert not set(threading.enumerate()) - before
+    model.offload.close()

@@ -135,9 +135,9 @@ class NaiveLRU:
 
 experts_of_a_pass = st.lists(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=2, unique=True)
 steps = st.one_of(
-    st.tuples(st.just("serve"), st.integers(0, 1), experts_of_a_pass),
-    st.tuples(st.just("guess"), st.integers(0, 1), experts_of_a_pass),
-    st.tuples(st.just("serve and guess"), st.integers(0, 1), experts_of_a_pass),
+    st.tuples(st.just("fetch"), st.integers(0, 1), experts_of_a_pass),
+    st.tuples(st.just("predict"), st.integers(0, 1), experts_of_a_pass),
+    st.tuples(st.just("fetch and predict"), st.integers(0, 1), experts_of_a_pass),
     st.tuples(st.just("go away"), st.integers(0, 1), experts_of_a_pass),
 )
 
@@ -149,12 +149,12 @@ def rows_in_use(cache):
 @given(sequence=st.lists(steps, max_size=20), n_slots=st.integers(2, N_EXPERTS), n_staging=st.integers(0, 4))
 @settings(max_examples=10_000, deadline=None)
 def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots, n_staging):
-    """Guesses, right, wrong or dropped, change neither hits nor contents, and no row is ever used twice or lost."""
+    """Predictions, right, wrong or dropped, change no hits and no contents; no row is used twice or lost."""
     cache, store = make_cache(n_slots, engine=ENGINE, n_staging=n_staging)
     naive = [NaiveLRU(n_slots), NaiveLRU(n_slots)]
     for action, layer, experts in sequence:
         experts = sorted(experts)
-        if action == "guess":
+        if action == "predict":
             cache.prefetch(layer, experts)
         elif (
             action == "go away"
@@ -165,9 +165,9 @@ def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots,
             served.close()
             naive[layer].copy_from(cache, layer)
         else:
-            guess = None if action == "serve" else partial(cache.prefetch, 1 - layer, experts)
+            predict = None if action == "fetch" else partial(cache.prefetch, 1 - layer, experts)
             got = []
-            for expert, views in cache.fetch(layer, experts, guess):
+            for expert, views in cache.fetch(layer, experts, predict):
                 assert is_right(layer, expert, views)
                 got.append(expert)
             assert sorted(got) == experts
@@ -186,7 +186,7 @@ def test_any_sequence_counts_and_holds_what_the_textbook_says(sequence, n_slots,
     assert rows_in_use(cache) == []
 
 
-def test_a_guess_that_comes_true_is_not_copied_again_and_the_evicted_row_serves_the_next_guess():
+def test_a_right_prediction_is_not_copied_again_and_the_evicted_row_is_for_the_next_one():
     cache, store = make_cache(n_slots=2, n_layers=2, n_staging=1)
     serve(cache, 1, [0, 1])
     for expert in (2, 3, 4, 5):
@@ -197,7 +197,7 @@ def test_a_guess_that_comes_true_is_not_copied_again_and_the_evicted_row_serves_
     cache.close()
 
 
-def test_a_wrong_guess_evicts_nothing_and_is_stopped_when_its_layer_is_through():
+def test_a_wrong_prediction_evicts_nothing_and_is_stopped_when_its_layer_begins():
     cache, _ = make_cache(n_slots=2, n_layers=1, n_staging=2, link=LAYOUT.n_bytes / 0.02)
     serve(cache, 0, [0, 1])
     cache.prefetch(0, [6, 7])
@@ -224,7 +224,9 @@ def test_one_pool_for_all_layers_is_one_lru_over_all_experts(sequence, n_slots):
 
 
 @given(
-    passes=st.lists(st.lists(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=N_EXPERTS, unique=True), max_size=8),
+    passes=st.lists(
+        st.lists(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=N_EXPERTS, unique=True), max_size=8
+    ),
     n_slots=st.integers(1, 5), n_resident=st.integers(0, 3),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
@@ -276,7 +278,7 @@ def test_a_reader_that_goes_away_leaves_nothing_behind():
 
 
 def interrupted_at(line_number: int, run) -> bool:
-    """Run, with KeyboardInterrupt raised at the n-th line executed in one of INTERRUPTED; False if it has fewer."""
+    """Run, with KeyboardInterrupt raised at the n-th line executed in INTERRUPTED; False if it has fewer."""
     count = 0
 
     def trace(frame, event, argument):
@@ -302,7 +304,7 @@ def interrupted_at(line_number: int, run) -> bool:
 @pytest.mark.parametrize("kind", ["thread", "unordered", "slow"])
 @pytest.mark.parametrize("experts", [[0, 1], [1, 2], [4, 5, 6, 7]])
 def test_an_interrupt_at_any_line_leaves_no_wrong_expert_and_no_lost_slot(experts, kind):
-    """An interrupt at one in five points once left the original cache with an expert's bytes under another's name."""
+    """In the original cache, an interrupt at one in five points left an expert under another's name."""
     line, unordered = 1, kind == "unordered"
     while True:
         engine = UnorderedEngine() if unordered else None
@@ -328,13 +330,13 @@ def test_an_interrupt_at_any_line_leaves_no_wrong_expert_and_no_lost_slot(expert
 
 
 @pytest.mark.parametrize("link", [None, FAST], ids=["thread", "slow"])
-@pytest.mark.parametrize("guesses", [[2], [3, 4], [1, 5]])
-def test_an_interrupt_while_guessing_leaves_no_wrong_expert_and_no_lost_row(guesses, link):
-    """Interrupted anywhere in a pass that takes over a guess, starts others and drops them in the next pass."""
+@pytest.mark.parametrize("predictions", [[2], [3, 4], [1, 5]])
+def test_an_interrupt_while_predicting_leaves_no_wrong_expert_and_no_lost_row(predictions, link):
+    """Interrupts anywhere in a pass that uses a prediction and starts others, which the next pass drops."""
 
     def run(cache):
         serve(cache, 0, [1, 2])
-        for expert, views in cache.fetch(1, [0, 2], lambda: cache.prefetch(0, guesses)):
+        for expert, views in cache.fetch(1, [0, 2], lambda: cache.prefetch(0, predictions)):
             assert is_right(1, expert, views)
         serve(cache, 0, [0, 3])
 

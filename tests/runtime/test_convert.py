@@ -63,9 +63,10 @@ def interrupted(target, n_experts, source=PLAIN, widths=WIDTHS, **options):
 def tiny(folder, model_type, **change):
     """A random model of a family, as its makers would publish it in 16 bits."""
     sizes = {
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_local_experts": 4,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     config = AutoConfig.for_model(model_type)
     known = set(config.to_dict()) | set(config.attribute_map)
@@ -76,7 +77,7 @@ def tiny(folder, model_type, **change):
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "hy_v3", "laguna", "mimo_v2_flash", "flint"])
 def test_convert_refuses_at_once_what_could_not_be_loaded_afterwards(tmp_path, monkeypatch, model_type):
-    """Several families converted for an hour and could not be loaded then: both take it, or both refuse it."""
+    """Several families were converted and could not be loaded: both accept a family, or both refuse it."""
     try:
         source = tiny(tmp_path / "source", model_type)
     except Exception as error:

@@ -12,19 +12,21 @@ IDS = torch.arange(3, 43).view(1, 40)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5, 40])
-def test_unpacked_logits_are_those_of_packed_experts(offloaded, n_tokens):
-    packed, unpacked = offloaded(cache_size=2), offloaded(dequantize_on_load=True)
+def test_dequantized_logits_are_those_of_packed_experts(offloaded, n_tokens):
+    packed, dequantized = offloaded(cache_size=2), offloaded(dequantize_on_load=True)
     with torch.inference_mode():
-        assert torch.equal(packed(IDS[:, :n_tokens]).logits, unpacked(IDS[:, :n_tokens]).logits)
+        assert torch.equal(packed(IDS[:, :n_tokens]).logits, dequantized(IDS[:, :n_tokens]).logits)
 
 
 def test_16_bits_become_the_dtype_of_the_products_once(offloaded):
-    stored, unpacked = (
+    stored, dequantized = (
         offloaded(DEMO.parent / "fp16", cache_size=8, **of) for of in ({}, {"dequantize_on_load": True})
     )
     with torch.inference_mode():
-        assert torch.equal(stored(IDS).logits, unpacked(IDS).logits)
-    assert next(iter(unpacked.offload.cache.resident_slots()))[1].numel() == 2 * stored.offload.layout.n_bytes
+        assert torch.equal(stored(IDS).logits, dequantized(IDS).logits)
+    assert (
+        next(iter(dequantized.offload.cache.resident_slots()))[1].numel() == 2 * stored.offload.layout.n_bytes
+    )
 
 
 def test_nothing_packed_is_left(offloaded, published, expected):
@@ -40,13 +42,13 @@ def test_the_plan_says_so_and_counts_it(offloaded):
     n_weights = 3 * 192 * 256
     assert plan.store is None and plan.device_bytes == 48 * 4 * n_weights
     assert "dequantized once: an expert of 79 kB takes 590 kB" in str(plan)
-    packed, unpacked = (
+    packed, dequantized = (
         memory_use(cache_size=8, device="cpu"),
         memory_use(dequantize_on_load=True, device="cpu"),
     )
-    assert unpacked.device["resident experts"] == plan.device_bytes
+    assert dequantized.device["resident experts"] == plan.device_bytes
     more = 4 * 6 * (2 * 192 * 192 + 2 * 64 * 192)  # attention in fp32
-    assert unpacked.device["dense part"] >= packed.device["dense part"] + more - 6 * 1e5
+    assert dequantized.device["dense part"] >= packed.device["dense part"] + more - 6 * 1e5
 
 
 def test_traces_are_recorded_as_always(offloaded):

@@ -1,4 +1,4 @@
-"""The few insides of transformers and ipywidgets that the package touches: what a new version breaks, this names.
+"""The internals of transformers and ipywidgets that the package uses: these tests name what a version breaks.
 
 Run on the oldest versions that are supported, as they stand on Colab, by notebooks/check_colab.sh.
 """
@@ -24,12 +24,16 @@ from mixtral_offload import load_tokenizer
 from mixtral_offload.models.registry import family_of
 from mixtral_offload.runtime.forward import offloaded_experts
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "max_position_embeddings": 64, "num_experts_per_tok": 2}  # fmt: skip
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+QWEN = {"num_experts": 4, "moe_intermediate_size": 32}
 FAMILIES = {
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
-    "qwen2_moe": lambda: Qwen2MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=32, head_dim=16),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**SIZES, **QWEN, shared_expert_intermediate_size=32),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **QWEN, head_dim=16),
     "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=4),
 }  # fmt: skip
 
@@ -71,7 +75,7 @@ def test_experts_say_of_what_kind_they_are(model):
         torch.testing.assert_close(module._apply_gate(x), torch.nn.functional.silu(gate) * up)
 
 
-def test_routers_and_norms_are_where_guesses_look_for_them(model):
+def test_routers_and_norms_are_where_predictions_need_them(model):
     for layer in model.model.layers:
         assert layer.mlp.gate.weight.shape == (4, 32)
         assert layer.post_attention_layernorm.variance_epsilon > 0

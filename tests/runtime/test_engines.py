@@ -71,7 +71,7 @@ def test_abandoning_a_running_copy_waits_until_it_cannot_write(slowly):
     engine.close()
 
 
-def test_the_earlier_guess_goes_first_and_a_need_before_both(slowly):
+def test_the_earlier_prediction_goes_first_and_a_needed_copy_before_both(slowly):
     engine = ThreadEngine(CPU, LARGE)
     late, earlier, need = (copy_of(LARGE) for _ in range(3))
     late.due, earlier.due = 5, 4

@@ -20,7 +20,7 @@ def dtype(request):
 
 
 @torch.no_grad()
-def test_every_cache_size_and_home_gives_the_same_bits(offloaded, dtype):
+def test_every_cache_size_and_store_gives_the_same_bits(offloaded, dtype):
     resident = offloaded(DEMO, device="cuda", cache_size=8, dtype=dtype)
     wanted = resident(IDS.cuda()).logits
     tokens = resident.generate(IDS.cuda(), max_new_tokens=64, min_new_tokens=64, do_sample=False)

@@ -1,4 +1,4 @@
-"""What would lie where is what lies there once the model is built, and the picture says no more and no less."""
+"""The memory that was computed is the memory that a model uses, and the picture shows the same."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -20,18 +20,18 @@ from mixtral_offload.weights.source import DEMO
 
 RAM = {"vram": "12MB", "context_length": 128, "cache_size": 4}
 DISK = {**RAM, "vram": "9MB"}
-GUESSES = {**RAM, "prefetch": 2, "look_ahead": 2, "throttle": "60MB"}
+PREDICTIONS = {**RAM, "prefetch": 2, "look_ahead": 2, "throttle": "60MB"}
 RESIDENT = {"vram": "9MB", "context_length": 128, "cache_size": "auto", "prefetch": 2}
 MIXED = {**RAM, "cache_size": [2, 2, 3, 4, 5, 6], "shared_slots": True}
-CASES = {"ram": RAM, "disk": DISK, "guesses": GUESSES, "resident": RESIDENT, "mixed": MIXED}
-HOMES = {"ram": "ram", "disk": "disk", "guesses": "ram", "resident": None, "mixed": "ram"}
+CASES = {"ram": RAM, "disk": DISK, "predictions": PREDICTIONS, "resident": RESIDENT, "mixed": MIXED}
+STORES = {"ram": "ram", "disk": "disk", "predictions": "ram", "resident": None, "mixed": "ram"}
 
 
 def use_of(**options) -> MemoryUse:
     return memory_use(device="cpu", **options)
 
 
-def mixtral_on_a_card(vram=15_000_000_000, ram=9_500_000_000) -> MemoryUse:
+def mixtral_on_cuda(vram=15_000_000_000, ram=9_500_000_000) -> MemoryUse:
     """Mixtral-8x7B at 2 bits, by hand."""
     needs = {"dense part": 1_550_000_000, "KV cache": 537_000_000, "scratch": 1_400_000_000}
     sizes = Sizes(range(32), 8, 2, 66_400_000)
@@ -45,11 +45,11 @@ def mixtral_on_a_card(vram=15_000_000_000, ram=9_500_000_000) -> MemoryUse:
 @pytest.mark.parametrize("name", CASES)
 def test_parts_are_the_plan_s_and_stay_within_the_budget(name):
     use = use_of(**CASES[name])
-    assert use.plan.store == HOMES[name] and use.runs_from_disk == (name == "disk")
+    assert use.plan.store == STORES[name] and use.runs_from_disk == (name == "disk")
     assert tuple(use.device) == DEVICE_PARTS
     assert use.device["resident experts"] + use.device["cache slots"] == use.plan.device_bytes
     assert use.ram == ({"experts in RAM": use.plan.ram_bytes} if use.plan.store == "ram" else {})
-    assert use.device["staging"] == (5 * use.plan.sizes.expert_bytes if name == "guesses" else 0)
+    assert use.device["staging"] == (5 * use.plan.sizes.expert_bytes if name == "predictions" else 0)
     asked = int(float(CASES[name]["vram"].removesuffix("MB")) * 1e6)
     assert use.shared_memory and use.device_budget == use.ram_budget == asked
     assert use.device_bytes + use.ram_bytes <= asked
@@ -92,16 +92,16 @@ def test_a_card_has_a_margin_and_a_budget_of_its_own(monkeypatch):
     for module in (memory, options):
         monkeypatch.setattr(module, "budgets", lambda options: (options.vram, options.ram))
     parsed = parse_options({"device": "cpu", "vram": "609MB", "ram": "2MB", "cache_size": "auto"})
-    card = replace(
+    cuda = replace(
         parsed, device=torch.device("cuda"), dtype=torch.float16, context_length=128
     ).with_prefetch()
     checkpoint = open_checkpoint(DEMO)
-    use = memory.memory_of(checkpoint, replace(card, vram=605_500_000))
+    use = memory.memory_of(checkpoint, replace(cuda, vram=605_500_000))
     assert not use.shared_memory and use.device_bytes <= use.device_budget and use.ram_bytes <= use.ram_budget
-    assert use.device["scratch"] == device_needs(checkpoint, card)["scratch"] + MARGIN_BYTES
+    assert use.device["scratch"] == device_needs(checkpoint, cuda)["scratch"] + MARGIN_BYTES
     assert use.device["resident experts"] and use.device["cache slots"] and use.ram
     assert use.device["staging"] == 3 * use.plan.sizes.expert_bytes
-    assert memory.memory_of(checkpoint, card).device["staging"] == 0  # all are resident: nothing to guess
+    assert memory.memory_of(checkpoint, cuda).device["staging"] == 0  # all are resident: nothing to predict
 
 
 @pytest.mark.gpu
@@ -113,8 +113,9 @@ def test_on_a_card(offloaded):
 
 
 REFUSED = [
-    {"vram": "1MB"}, {"vram": "17MB"}, {"vram": "19MB", "store": "ram"}, {"cache_size": 1}, {"cache_size": 9}, {"cache_size": [2]},
-    {"cache": 3}, {"prefetch": -1}, {"device": "tpu"}, {"store": "tape"}, {"dtype": "int8"}, {"policy": "random"}, {"vram": 0},
+    {"vram": "1MB"}, {"vram": "17MB"}, {"vram": "19MB", "store": "ram"}, {"cache_size": 1}, {"cache_size": 9},
+    {"cache_size": [2]}, {"cache": 3}, {"prefetch": -1}, {"device": "tpu"}, {"store": "tape"},
+    {"dtype": "int8"}, {"policy": "random"}, {"vram": 0},
 ]  # fmt: skip
 
 
@@ -135,13 +136,13 @@ def test_refusals_are_those_of_from_pretrained(tmp_path):
 
 
 def test_as_text():
-    text = str(use_of(**GUESSES))
-    assert text.startswith(str(use_of(**GUESSES).plan))
+    text = str(use_of(**PREDICTIONS))
+    assert text.startswith(str(use_of(**PREDICTIONS).plan))
     for words in ("staging 396 kB", "RAM 3.8 MB: experts in RAM 3.8 MB", "read at the start only"):
         assert words in text
     assert "device and RAM are one memory: 10.7 MB of 12.0 MB free" in text
     assert "experts are read while running" in str(use_of(**DISK))
-    text = str(mixtral_on_a_card())
+    text = str(mixtral_on_cuda())
     assert "device 14.97 GB of 15.00 GB free: dense part 1.55 GB" in text and "one memory" not in text
 
 
@@ -156,7 +157,7 @@ def bars(axes) -> dict[int, list[tuple[float, float]]]:
 
 
 def test_the_bars_are_the_array_and_the_array_is_the_use():
-    uses = {"one": use_of(**GUESSES), "two": use_of(**DISK), "three": mixtral_on_a_card()}
+    uses = {"one": use_of(**PREDICTIONS), "two": use_of(**DISK), "three": mixtral_on_cuda()}
     figure, numbers = plot_memory(uses)
     assert numbers.shape == (3, len(COLUMNS))
     rows = ("device", "RAM", "disk")
@@ -179,7 +180,7 @@ def test_the_frame_is_what_is_free_where_it_can_be_seen():
         return [(patch.get_width(), patch.get_height()) for patch in patches if not patch.get_fill()]
 
     assert frames(use_of(**RAM)) == [(12e6, pytest.approx(1.86))]  # around both
-    assert [width for width, _ in frames(mixtral_on_a_card())] == [15e9, 9.5e9]
+    assert [width for width, _ in frames(mixtral_on_cuda())] == [15e9, 9.5e9]
     assert frames(use_of(**{**RAM, "vram": "20GB"})) == []
     texts = [text.get_text() for text in plot_memory(use_of(**RAM))[0].axes[0].texts]
     assert "one memory: 10.3 MB of 12.0 MB free" in texts
@@ -188,12 +189,12 @@ def test_the_frame_is_what_is_free_where_it_can_be_seen():
 def of_all_widths() -> dict[str, MemoryUse]:
     """Parts that grow little by little, so that some of them have only just room for a label."""
     return {
-        f"${context}": use_of(**{**GUESSES, "vram": "20MB", "context_length": context})
+        f"${context}": use_of(**{**PREDICTIONS, "vram": "20MB", "context_length": context})
         for context in range(128, 700, 64)
     }
 
 
-@pytest.mark.parametrize("make", [mixtral_on_a_card, of_all_widths])
+@pytest.mark.parametrize("make", [mixtral_on_cuda, of_all_widths])
 def test_nothing_is_cut_off_and_labels_stay_in_their_bars(make):
     figure, _ = plot_memory(make())
     figure.draw_without_rendering()

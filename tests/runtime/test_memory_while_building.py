@@ -1,4 +1,4 @@
-"""Building a model of more than 2 GB never takes more memory than its parts; measured in processes of their own."""
+"""Building a model of more than 2 GB takes no more memory than its parts; measured in separate processes."""
 
 import sys
 from pathlib import Path

@@ -92,7 +92,7 @@ def test_padded_batches_in_several_threads_give_what_each_gives_alone(offloaded,
     assert all(torch.equal(logits, expected) for of, expected in zip(found, alone) for logits in of)
 
 
-def test_a_chat_beside_a_batch(offloaded, tokenizer):
+def test_a_chat_and_a_batch_at_once(offloaded, tokenizer):
     model = offloaded(cache_size=2, batch_size=8)
     texts = [
         "What is the capital of France?",
@@ -188,7 +188,7 @@ def _logits(model, batch):
 @pytest.mark.parametrize("skips", [False, True])
 @torch.no_grad()
 def test_masks_longer_than_the_pass(offloaded, reference, batches, options, kind, n_more, skips):
-    """A static cache's mask has a column for each of its slots; columns of later slots say nothing of this pass."""
+    """A static KV cache's mask has a column for each position; later columns mean nothing for this pass."""
     model = offloaded(**options)
     how = model.offload.passes.without_padding if skips else nullcontext
     for batch in batches:
@@ -215,7 +215,7 @@ def test_masks_longer_than_the_pass(offloaded, reference, batches, options, kind
 @pytest.mark.parametrize("skips", [False, True])
 @torch.no_grad()
 def test_a_second_pass_of_several_tokens_takes_its_own_columns(offloaded, reference, batches, skips):
-    """Chunked prefill: the mask of the second chunk has columns of the first one, of its own, and of slots to come."""
+    """Chunked prefill: the second chunk's mask has columns of the first one, its own, and later positions."""
     model, batch, slots = offloaded(cache_size=2), batches[0], 24
     width = batch["input_ids"].shape[1]
     mask = torch.zeros(2, slots, dtype=torch.long)
@@ -381,7 +381,8 @@ def gradients(model, ids_of: list[list[int]]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("options", [
     {"cache_size": 2}, {"cache_size": 2, "store": "disk"}, {"cache_size": 8}, {"dequantize_on_load": True},
-    {"cache_size": 2, "prefetch": 2, "throttle": "2GB"}, {"cache_size": 2, "shared_slots": True, "policy": "lfu"},
+    {"cache_size": 2, "prefetch": 2, "throttle": "2GB"},
+    {"cache_size": 2, "shared_slots": True, "policy": "lfu"},
 ])  # fmt: skip
 @pytest.mark.parametrize("ids_of", [[[300], [700], [900]], [[300, 700, 900, 5, 6], [17, 18]]])
 def test_gradients_are_the_twins(offloaded, reference, options, ids_of):
@@ -435,7 +436,7 @@ def test_gradients_of_routing_and_dense_parameters(offloaded, reference, batches
 
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_gradient_checkpointing(offloaded, reference, batches, is_reentrant):
-    """Labels are those of all positions, padding too. What is checkpointed reentrantly runs without gradients first."""
+    """Labels include padding. What is checkpointed reentrantly runs without gradients first."""
     batch, grads = batches[0], []
     name = "model.layers.2.input_layernorm.weight"
     for checkpointing in (False, True):
@@ -476,7 +477,7 @@ def test_a_backward_under_record_is_refused_too(offloaded):
     _is_exact(run.trace, model)
 
 
-def test_a_backward_is_in_no_journal(offloaded):
+def test_a_backward_pass_calls_no_observer(offloaded):
     """What a display follows (a recorder that is not exclusive) are passes."""
     model = offloaded(cache_size=2)
     recorder = Recorder(model)
@@ -571,9 +572,10 @@ def test_weights_that_are_not_there_say_so(offloaded, batches):
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 @pytest.mark.parametrize("options", [
-    {"cache_size": 2}, {"cache_size": 3, "store": "disk"}, {"cache_size": 2, "prefetch": 2, "throttle": "500MB"},
+    {"cache_size": 2}, {"cache_size": 3, "store": "disk"},
+    {"cache_size": 2, "prefetch": 2, "throttle": "500MB"},
 ])  # fmt: skip
-def test_a_forked_child_goes_on_and_disturbs_nobody(offloaded, tokenizer, options):
+def test_a_forked_child_continues_and_leaves_its_parent_alone(offloaded, tokenizer, options):
     model, context = offloaded(**options), multiprocessing.get_context("fork")
     prompts = [
         tokenizer(text, return_tensors="pt").input_ids

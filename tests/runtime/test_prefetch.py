@@ -76,7 +76,7 @@ def undisturbed(prompts):
         {"cache_size": 2, "prefetch": 2, "shared_slots": True, "policy": "lrfu"},
     ],
 )
-def test_no_guess_changes_a_bit(offloaded, prompts, undisturbed, predictor, options, moments):
+def test_no_prediction_changes_a_bit(offloaded, prompts, undisturbed, predictor, options, moments):
     model = offloaded(**options)
     offload = model.offload
     offload.prefetcher.close()
@@ -87,7 +87,7 @@ def test_no_guess_changes_a_bit(offloaded, prompts, undisturbed, predictor, opti
 
 
 def test_a_good_predictor_helps_and_a_bad_one_only_wastes(offloaded, prompts):
-    """With a link as slow as the compute, right guesses shorten the wait; hits stay what they are."""
+    """With a link as slow as the compute, right predictions shorten the wait; hits are the same."""
     rates = {}
     for predictor in (next_router, always_wrong):
         model = offloaded(cache_size=2, prefetch=2)
@@ -104,22 +104,22 @@ def copy_of(n_bytes, value, due):
     return Copy([(0, source)], torch.zeros(n_bytes, dtype=torch.uint8), due)
 
 
-def test_a_needed_copy_overtakes_a_guess_at_full_speed():
+def test_a_needed_copy_overtakes_a_prediction_at_full_speed():
     n_bytes = 256 << 20  # 64 chunks
     engine = ThreadEngine(torch.device("cpu"), n_bytes)
-    guess, needed = copy_of(n_bytes, 1, 3), copy_of(4096, 2, -1)
-    engine.start(guess)
-    while not guess.moved_bytes:
+    predicted, needed = copy_of(n_bytes, 1, 3), copy_of(4096, 2, -1)
+    engine.start(predicted)
+    while not predicted.moved_bytes:
         time.sleep(0)
     engine.start(needed)
     needed.wait()
-    assert guess.state != DONE and (needed.slot == 2).all()
-    guess.wait()
-    assert (guess.slot == 1).all()
+    assert predicted.state != DONE and (needed.slot == 2).all()
+    predicted.wait()
+    assert (predicted.slot == 1).all()
     engine.close()
 
 
-def test_a_cancelled_guess_leaves_the_link_at_once():
+def test_a_cancelled_prediction_leaves_the_link_at_once():
     n_bytes = 16 * 4096
     engine = ThrottledEngine(torch.device("cpu"), n_bytes, n_bytes / 0.64)
     wrong, right = copy_of(n_bytes, 1, 3), copy_of(n_bytes, 2, 4)
@@ -133,7 +133,7 @@ def test_a_cancelled_guess_leaves_the_link_at_once():
     engine.close()
 
 
-def test_guesses_go_in_the_order_in_which_their_layers_come():
+def test_predictions_go_in_the_order_of_their_layers():
     device, n_bytes = torch.device("cpu"), 4096
     engine = ThrottledEngine(device, n_bytes, n_bytes / 0.02)
     copies = {
@@ -159,7 +159,7 @@ def test_folded_routers_say_what_the_routers_say(offloaded):
 
 
 def test_recall_is_above_chance(offloaded, prompts):
-    """Two of eight experts guessed at random would find one needed expert in four."""
+    """Two of eight experts at random would include one needed expert in four."""
     model = offloaded(cache_size=2, prefetch=2)
     with record(model) as recording:
         answers(model, prompts)

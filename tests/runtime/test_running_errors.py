@@ -1,4 +1,4 @@
-"""What goes wrong while a model runs, a trace is drawn or a chat is typed: one message, and the rest goes on."""
+"""Errors while a model runs, a trace is drawn or a chat is typed: one message, and the rest continues."""
 
 import os
 import pty
@@ -74,8 +74,11 @@ def test_files_that_change_under_a_running_model(on_disk, damage):
 
 
 def test_few_open_files_are_enough():
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); from mixtral_offload.apps.cli import main; " \
-           f"raise SystemExit(main(['generate', {QUESTION!r}, '--store', 'disk', '--cache-size', '2', '--device', 'cpu']))"  # fmt: skip
+    command = ["generate", QUESTION, "--store", "disk", "--cache-size", "2", "--device", "cpu"]
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))\n"
+        f"from mixtral_offload.apps.cli import main; raise SystemExit(main({command!r}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "85" in done.stdout, done.stderr
 
@@ -104,7 +107,8 @@ def test_a_full_disk_during_a_trace(tmp_path, capsys):
 @pytest.mark.parametrize("command", [["info"], ["generate", "Hi", "--max-tokens", "3"]])
 def test_a_full_disk_behind_standard_output(command):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*COMMAND, *command, "--device", "cpu"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)  # fmt: skip
+        pipes = {"stdout": full, "stderr": subprocess.PIPE, "text": True, "timeout": 120}
+        done = subprocess.run([*COMMAND, *command, "--device", "cpu"], **pipes)
     assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "No space left" in done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
@@ -265,6 +269,6 @@ def test_lines_pasted_together_are_one_message(keys, messages, monkeypatch):
 
 
 def test_lines_from_a_pipe_are_messages_of_their_own():
-    given = "What is 2 + 2?\nWhat is 5 + 5?\n"
-    done = subprocess.run([*COMMAND, "chat", "--device", "cpu"], input=given, capture_output=True, text=True, timeout=120)  # fmt: skip
+    pipes = {"input": "What is 2 + 2?\nWhat is 5 + 5?\n", "capture_output": True, "text": True}
+    done = subprocess.run([*COMMAND, "chat", "--device", "cpu"], timeout=120, **pipes)
     assert done.returncode == 0 and "4" in done.stdout and "10" in done.stdout

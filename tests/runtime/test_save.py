@@ -82,7 +82,8 @@ def test_the_hubs_upload_gets_the_same_files(offloaded, tmp_path, monkeypatch):
 def test_what_cannot_be_saved_is_refused(offloaded, tmp_path):
     model = offloaded(cache_size=3)
     for arguments, match in (
-        ({"save_directory": DEMO}, "reads its experts from"), ({"save_directory": tmp_path / "x", "variant": "fp16"}, "variant"),
+        ({"save_directory": DEMO}, "reads its experts from"),
+        ({"save_directory": tmp_path / "x", "variant": "fp16"}, "variant"),
         ({"save_directory": tmp_path / "x", "safe_serialization": False}, "safe_serialization"),
         ({"save_directory": tmp_path / "x", "push_to_hub": True}, "push_to_hub"),
     ):  # fmt: skip
@@ -97,7 +98,7 @@ def test_what_cannot_be_saved_is_refused(offloaded, tmp_path):
 
 
 def test_the_base_model_is_saved_as_the_whole(offloaded, tmp_path):
-    """Which transformers would write without its experts; a base model's own names are given without the prefix."""
+    """transformers would write it without its experts; a base model's own names are without the prefix."""
     model = offloaded(cache_size=3)
     expected = logits(model)
     model.model.save_pretrained(tmp_path / "saved")
@@ -123,7 +124,7 @@ def test_state_dict_says_once_what_it_lacks(offloaded):
     model.load_state_dict(state)
 
 
-def test_an_unpacked_model_is_saved_as_transformers_does(offloaded, tmp_path):
+def test_a_dequantized_model_is_saved_as_transformers_does(offloaded, tmp_path):
     model = offloaded(dequantize_on_load=True)
     model.save_pretrained(tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
@@ -174,8 +175,11 @@ def test_changes_of_the_configuration_are_saved(offloaded, tmp_path):
     verify(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 96}, {"num_local_experts": 4}, {"num_hidden_layers": 2}, {"vocab_size": 7},
-                                    {"num_hidden_layers": -1}, {"num_experts_per_tok": 99}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": 96}, {"num_local_experts": 4}, {"num_hidden_layers": 2}, {"vocab_size": 7},
+     {"num_hidden_layers": -1}, {"num_experts_per_tok": 99}],
+)  # fmt: skip
 def test_changes_that_the_weights_do_not_fit_are_refused(offloaded, tmp_path, change):
     model = offloaded(cache_size=3)
     for name, value in change.items():

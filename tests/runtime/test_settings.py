@@ -166,7 +166,7 @@ CHATML = (
 
 @pytest.mark.parametrize("special", [True, False])
 def test_a_token_that_only_the_template_knows_ends_an_answer(folder, offloaded, special):
-    """The model says </s>; with another token called eos everywhere, only the template tells that </s> ends a turn."""
+    """The model ends with </s>; if eos is another token everywhere, only the template names </s>."""
     tokenizer = load_tokenizer(folder)
     tokenizer.eos_token = "<pad>"
     tokenizer.chat_template = "{{ bos_token }}" + CHATML.replace("END", "'</s>'")
@@ -200,7 +200,8 @@ def test_ends_of_configuration_and_tokenizer_count_together(folder, offloaded):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "null", "3", "{", '{"eos_token_id": "two"}', '{"eos_token_id": [1, "x"]}', '{"pad_token_id": 1.5}',
+    ["", "[]", "null", "3",
+    "{", '{"eos_token_id": "two"}', '{"eos_token_id": [1, "x"]}', '{"pad_token_id": 1.5}',
      '{"bos_token_id": {}}', "\x00", '{"eos_token_id": true}'],
 )  # fmt: skip
 def test_a_damaged_generation_config_is_refused_before_the_weights_are_read(folder, text, monkeypatch):
@@ -260,8 +261,9 @@ def test_what_is_sampled_follows_the_probabilities():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": "hot"}, {"temperature": float("nan")}, {"temperature": None}, {"top_p": "x"}, {"top_p": 0},
-     {"max_new_tokens": 2.5}, {"max_new_tokens": "9"}, {"max_new_tokens": True}, {"seed": "a"}, {"seed": 1.0}, {"seed": 2**64}],
+    [{"temperature": "hot"}, {"temperature": float("nan")}, {"temperature": None}, {"top_p": "x"},
+     {"top_p": 0}, {"max_new_tokens": 2.5}, {"max_new_tokens": "9"}, {"max_new_tokens": True}, {"seed": "a"},
+     {"seed": 1.0}, {"seed": 2**64}],
 )  # fmt: skip
 def test_impossible_settings_are_named(offloaded, settings):
     with pytest.raises(OptionError, match=f"impossible {next(iter(settings))}"):

@@ -39,7 +39,7 @@ def test_a_copy_takes_its_time_and_no_thread(engine):
     assert copies[0].ended_s == copies[1].began_s and copies[1].state == DONE
 
 
-def test_time_passes_while_nobody_looks(engine):
+def test_time_passes_without_calls(engine):
     copy = copy_of()
     engine.start(copy)
     time.sleep(COPY_S * 1.5)
@@ -47,20 +47,20 @@ def test_time_passes_while_nobody_looks(engine):
     assert copy.ended_s - copy.asked_s == pytest.approx(COPY_S)
 
 
-def test_a_need_waits_for_one_chunk_of_a_guess_and_the_guess_goes_on_after_it(engine):
-    guess, need = copy_of(due=3), copy_of()
-    engine.start(guess)
+def test_a_needed_copy_waits_for_one_chunk_of_a_prediction_which_continues_after_it(engine):
+    predicted, need = copy_of(due=3), copy_of()
+    engine.start(predicted)
     time.sleep(COPY_S / 2)
-    assert guess.has_begun and not need.has_begun
+    assert predicted.has_begun and not need.has_begun
     engine.start(need)
     need.wait()
     assert COPY_S <= need.ended_s - need.asked_s <= COPY_S * (1 + 1.1 / 16)
-    engine.promote(guess)
-    guess.wait()
-    assert guess.ended_s - guess.asked_s == pytest.approx(2 * COPY_S)
+    engine.promote(predicted)
+    predicted.wait()
+    assert predicted.ended_s - predicted.asked_s == pytest.approx(2 * COPY_S)
 
 
-def test_a_promoted_guess_goes_before_an_earlier_one(engine):
+def test_a_promoted_prediction_goes_before_an_earlier_one(engine):
     first, second = copy_of(due=4), copy_of(due=5)
     engine.start(first)
     engine.start(second)
