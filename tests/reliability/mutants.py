@@ -52,7 +52,8 @@ MUTANTS = (
     ),
     Mutant(
         "the wait for a copy is dropped where a prediction had started it", "runtime/cache.py",
-        "                _copy_of(load).wait()\n", "                if not load.is_predicted: _copy_of(load).wait()\n",
+        "                _copy_of(load).wait()\n",
+        "                if not load.is_predicted: _copy_of(load).wait()\n",
         "tests/reliability/test_detect.py tests/runtime/test_prefetch.py",
     ),
     Mutant(
@@ -109,7 +110,7 @@ MUTANTS = (
         "gradients use what the slots hold now", "runtime/forward.py",
         "            for expert, views in offload.cache.fetch(ctx.module.layer, needed):",
         "            for expert, views in zip(needed, offload.cache._views):",
-        "tests/runtime/test_pass_state.py -k gradients",
+        "tests/runtime/test_gradients.py",
     ),
     Mutant(
         "an interrupted copy's slot is handed out while it is still written", "runtime/cache.py",
