@@ -1,8 +1,6 @@
-"""The cache: experts in rows of device memory, filled on demand (2312.17238, section 3.1) or by prediction
-(3.2).
+"""The cache: experts in rows of device memory, filled on demand or by prediction (2312.17238, 3.1 and 3.2).
 
-`core/residency.py` decides; this maps rows to memory and loads to copies, and counts. Knows no models or
-routers.
+`core/residency.py` decides; this maps rows to memory and loads to copies, and counts. Knows no models.
 """
 
 from __future__ import annotations

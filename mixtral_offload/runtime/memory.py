@@ -53,14 +53,17 @@ class MemoryUse:
 
     @property
     def device_bytes(self) -> int:
+        """Sum of the parts of the device's memory."""
         return sum(self.device.values())
 
     @property
     def ram_bytes(self) -> int:
+        """Sum of the parts of RAM."""
         return sum(self.ram.values())
 
     @property
     def disk_bytes(self) -> int:
+        """Sum of the parts of the disk."""
         return sum(self.disk.values())
 
     @property

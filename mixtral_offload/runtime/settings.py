@@ -246,14 +246,14 @@ def ignored_settings(model: PreTrainedModel) -> dict[str, object]:
     }
 
 
-_told: WeakSet = WeakSet()
+_noticed: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def notice(model: PreTrainedModel) -> str | None:
     """Return a message about ignored settings, once for each model; None if there are none."""
-    if model in _told:
+    if model in _noticed:
         return None
-    _told.add(model)
+    _noticed.add(model)
     ignored = ignored_settings(model)
     if not ignored:
         return None

@@ -1,8 +1,4 @@
-"""`mixtral-offload verify`: read every byte of a checkpoint once, and compare it with all that is known of
-it.
-
-Our own checksums, the hub's hashes, finite numbers, and the checks of `from_pretrained`.
-"""
+"""`mixtral-offload verify`: compare a checkpoint with checksums and hashes, and check its numbers."""
 
 from __future__ import annotations
 

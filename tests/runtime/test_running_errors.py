@@ -128,8 +128,8 @@ def test_what_fails_inside_the_model_is_one_message(offloaded, monkeypatch):
     assert "85" in "".join(session.send(QUESTION))
 
 
-def test_a_link_that_would_take_hours_is_refused(capsys):
-    with pytest.raises(OptionError, match=r"(?s)impossible link.*expected: \d+ bytes/s or more"):
+def test_a_throttle_that_would_take_hours_is_refused(capsys):
+    with pytest.raises(OptionError, match=r"(?s)impossible throttle.*expected: \d+ bytes/s or more"):
         from_pretrained(device="cpu", cache_size=2, throttle=1)
     assert main(["generate", "Hi", "--device", "cpu", "--throttle", "1"]) == 1
 
