@@ -120,9 +120,8 @@ class Residency:
 
     A copy is recorded before it can write, and an expert is published after its copy has landed. A right
     prediction's staging row becomes a slot, and the evicted expert's slot a staging row: nothing is copied
-    twice. Free rows are
-    computed, never stored: an interrupt at any line leaves nothing to repair; the next `begin` drops what was
-        under way.
+    twice. Free rows are computed, never stored: an interrupt at any line leaves nothing to repair; the next
+    `begin` drops what was under way.
 
     Args:
         make_pools: Returns layer -> empty pool; the same pool for all layers if they share their slots.

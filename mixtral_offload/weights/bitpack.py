@@ -24,8 +24,7 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
     Returns:
         `[ceil(rows / per_word), M]`, uint8 (int32 at 3 bits). Equal to hqq's `BitPack`, but defined for every
-        number of
-        rows: the last words are padded with zeros.
+        number of rows: the last words are padded with zeros.
     """
     per_word, word = WORDS[bits]
     n_words = math.ceil(q.shape[0] / per_word)
