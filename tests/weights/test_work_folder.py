@@ -204,7 +204,7 @@ def goes_on(target, undisturbed, monkeypatch):
     """The same command ends without making any expert again."""
     said = []
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_expert_tensors", lambda *of: pytest.fail("an expert was made again"))
+        patch.setattr(convert, "expert_tensors", lambda *of: pytest.fail("an expert was made again"))
         convert_checkpoint(DEMO, target, report=said.append)
     assert "resuming: 49 files" in said[0]
     assert contents(target) == undisturbed and os.listdir(target.parent) == ["target"]
@@ -260,7 +260,7 @@ def test_a_kill_just_after_the_renaming(tmp_path, undisturbed, monkeypatch, caps
     with pytest.raises(CheckpointError, match="target exists"):
         convert_checkpoint(DEMO, target, config_extra={"offload": {"cache_size": 3}})
     assert main(["convert", str(DEMO), str(target)]) == 0
-    assert "an earlier run was ended when all of it was written" in capsys.readouterr().err
+    assert "an earlier run ended after it had written and checked all of it" in capsys.readouterr().err
     assert contents(target) == undisturbed
     with pytest.raises(CheckpointError, match="target exists"):
         convert_checkpoint(DEMO, target)
