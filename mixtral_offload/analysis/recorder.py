@@ -286,4 +286,6 @@ def record(model: OffloadedModel, tokenizer: PreTrainedTokenizerBase | None = No
         yield recorder
     finally:
         recorder.stop()
+        with offload.cache.lock:
+            offload.cache.end_dropped()  # what they moved is in the trace and in the counters
         recorder.trace = recorder.finish(tokenizer)

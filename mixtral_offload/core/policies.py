@@ -86,7 +86,7 @@ POLICIES: dict[str, type[LRU | LFU | LRFU]] = {"lru": LRU, "lfu": LFU, "lrfu": L
 
 def make_policy(name: str) -> Policy:
     """Make the policy of this name; raise OptionError if there is none."""
-    if name not in POLICIES:
+    if not isinstance(name, str) or name not in POLICIES:
         raise OptionError("unknown policy", expected=", ".join(POLICIES), found=name)
     return POLICIES[name]()
 

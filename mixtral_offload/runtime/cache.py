@@ -218,9 +218,13 @@ class ExpertCache:
         """`clear`, and wait until no copy writes a row any more."""
         with self.lock:
             self.clear()
-            for load in self._residency.dropped:
-                _abandon(load)
-            self.settle()
+            self.end_dropped()
+
+    def end_dropped(self) -> None:
+        """Wait until no dropped prediction is copied any more, and count what they moved."""
+        for load in self._residency.dropped:
+            _abandon(load)
+        self.settle()
 
     def settle(self) -> None:
         """Free the rows of dropped predictions that nothing writes any more, and count what they moved."""

@@ -430,7 +430,8 @@ class ThrottledEngine(Engine):
 
     def has_begun(self, copy: Copy) -> bool:
         """Return whether a copy that was started and not cancelled has moved a chunk."""
-        return self._transfers[copy].has_begun
+        transfer = self._transfers.get(copy)  # none where an interrupt came between two lines
+        return transfer is not None and transfer.has_begun
 
     def land(self, copy: Copy) -> None:
         """Wait until the simulated copy has ended, and move its bytes."""

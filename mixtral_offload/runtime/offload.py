@@ -96,6 +96,7 @@ class Offload:
     def close(self) -> None:
         """Wait for copies, end all threads, and release the store; the model must not be used afterwards."""
         with self.passes.lock:
+            self.passes.refuse("this model was closed", "load it again with from_pretrained")
             if self.prefetcher is not None:
                 self.prefetcher.close()
                 self.prefetcher = None

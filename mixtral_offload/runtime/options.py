@@ -73,7 +73,7 @@ def _check_values(options: OffloadOptions) -> None:
             "impossible attn_implementation", expected='a name, such as "sdpa"', found=attention
         )
     for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1), ("batch_size", 1)):
-        if getattr(options, name) is not None:
+        if name != "prefetch" or options.prefetch is not None:
             check_whole(name, getattr(options, name), least)
     if options.compile not in (True, False, "auto"):
         raise OptionError("unknown compile", expected='True, False or "auto"', found=options.compile)
@@ -84,6 +84,9 @@ def _check_values(options: OffloadOptions) -> None:
         raise OptionError(
             "unknown dequantize_on_load", expected="True (and nothing to compile) or False", found=found
         )
+    for name in ("shared_slots", "progress"):
+        if getattr(options, name) not in (True, False):
+            raise OptionError(f"unknown {name}", expected="True or False", found=getattr(options, name))
     make_policy(options.policy)
 
 
@@ -122,7 +125,7 @@ def parse_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise OptionError("unknown device", expected="cpu, cuda, cuda:1, ...", found=name) from None
     if device.type == "cpu":
         return device

@@ -77,7 +77,7 @@ class Passes:
         self.on_begin: list[Callable[[Pass], None]] = []
         self._local = threading.local()
         self._n_passes = 0
-        self._refusal: str | None = None
+        self._refusal: tuple[str, str] | None = None
         self._was_forked = False
 
     @property
@@ -103,13 +103,13 @@ class Passes:
         Raises:
             OptionError: In a process in which this model cannot run.
         """
-        if self._refusal is not None:
-            hint = 'start child processes with multiprocessing\'s "spawn" method'
-            raise OptionError(self._refusal, hint=hint)
         if self._was_forked:
             self._was_forked = False
             _use_one_thread()
         with self.lock:
+            if self._refusal is not None:
+                what, hint = self._refusal
+                raise OptionError(what, hint=hint)
             outer = self.current  # a model called from a hook of its own pass
             try:
                 if outer is None:
@@ -144,7 +144,18 @@ class Passes:
             refusal: Why no pass can run there; None if passes can.
         """
         self.lock, self._local = threading.RLock(), threading.local()
-        self._refusal, self._was_forked = refusal, True
+        self._was_forked = True
+        if refusal is not None:
+            self.refuse(refusal, 'start child processes with multiprocessing\'s "spawn" method')
+
+    def refuse(self, what: str, hint: str) -> None:
+        """Refuse every pass from now on.
+
+        Args:
+            what: What is wrong, in one sentence.
+            hint: What to do next.
+        """
+        self._refusal = what, hint
 
 
 def _use_one_thread() -> None:

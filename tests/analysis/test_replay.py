@@ -157,3 +157,15 @@ def test_a_pass_that_was_interrupted_is_left_out(tokenizer):
     trace = recording.trace
     assert trace.n_passes == 2 and trace.n_tokens == ids.shape[1] + 2
     assert set(trace.use_pass.tolist()) == {0, 1} and trace.outcomes().shape == (trace.n_tokens, 6, 2)
+
+
+def test_the_bytes_of_a_trace_are_those_of_its_counters(offloaded, tokenizer):
+    """Also where predictions were dropped just before the recording ended, and were still being copied."""
+    model = offloaded(cache_size=2, prefetch=4, look_ahead=3, throttle="200MB")
+    ids = tokenizer("Tell me a story about a fox.", return_tensors="pt")["input_ids"]
+    with record(model, tokenizer) as recording:
+        model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        model.offload.cache.clear()  # drops what is predicted
+    trace = recording.trace
+    wasted = trace.counters["wasted_bytes"]
+    assert wasted > 0 and trace.counters["bytes_moved"] == trace.use_bytes.sum() + wasted

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+from mixtral_offload import from_pretrained
+from mixtral_offload.errors import OptionError
 from mixtral_offload.generation.tokenizer import load_tokenizer
 from mixtral_offload.weights.hqq import dequantize
 from mixtral_offload.weights.source import DEMO
@@ -210,15 +212,39 @@ def test_a_dropped_model_gives_its_memory_back_at_once(prompts, prefetch):
 @pytest.mark.parametrize("store", ["ram", "disk"])
 @torch.no_grad()
 def test_close_ends_all_threads_and_may_be_called_twice(prompts, store):
-    from mixtral_offload import from_pretrained
+    def own_threads():  # not tqdm's
+        return {thread for thread in threading.enumerate() if thread.name.startswith("expert-")} - before
 
     before = set(threading.enumerate())
     model = from_pretrained(DEMO, device="cpu", cache_size=2, store=store, prefetch=2)
     model(**prompts[0])
     if store == "disk":  # the shipped model's experts are too small for reading threads
         model.offload.cache.store.pool.submit(int).result()
-    started = {thread.name.partition("_")[0] for thread in set(threading.enumerate()) - before}
+    started = {thread.name.partition("_")[0] for thread in own_threads()}
     assert started == ({"expert-copies"} if store == "ram" else {"expert-copies", "expert-reads"})
     model.offload.close()
-    assert not set(threading.enumerate()) - before
+    assert not own_threads()
     model.offload.close()
+
+
+@pytest.mark.parametrize("options", [{"cache_size": 2}, {"cache_size": 8}, {"dequantize_on_load": True}])
+def test_a_closed_model_refuses_every_pass(options):
+    model = from_pretrained(device="cpu", **options)
+    model.offload.close()
+    with pytest.raises(OptionError, match=r"(?s)was closed.*from_pretrained"):
+        model(torch.ones(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *((name, None) for name in ("context_length", "batch_size", "look_ahead")),
+        *((name, "no") for name in ("shared_slots", "progress")),
+        ("policy", ["lru"]),
+        ("device", [1]),
+        ("device", 1.5),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(name, value):
+    with pytest.raises(OptionError, match=name):
+        from_pretrained(**{"device": "cpu", name: value})

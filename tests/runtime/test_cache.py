@@ -359,3 +359,19 @@ def test_an_interrupt_while_predicting_leaves_no_wrong_expert_and_no_lost_row(pr
             break
         line += 1
     assert line > 60
+
+
+@pytest.mark.parametrize("where", ["ask", "cancel"])
+def test_an_interrupt_inside_the_throttled_link_disturbs_no_later_prediction(where):
+    """Between two lines of the engine, a copy is neither on the link nor over: it counts as not begun."""
+    cache, _ = make_cache(n_slots=2, n_layers=2, n_staging=2, link=LAYOUT.n_bytes / 0.05)
+    serve(cache, 0, [0, 1])
+    if where == "cancel":
+        cache.prefetch(1, [2, 4])  # the first one begins at once
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache.engine._link, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cache.prefetch(1, [2] if where == "ask" else [3])
+    for expert in range(N_EXPERTS):
+        cache.prefetch(1, [expert])
+        assert serve(cache, 1, [expert]) == [expert]
+    cache.close()
