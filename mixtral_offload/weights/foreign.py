@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from mixtral_offload.errors import CheckpointError
+from mixtral_offload.weights.manifest import METHOD
 
 #: `quantization_config.quant_method` of checkpoints that this package writes
-OUR_METHOD = "mixtral_offload"
 #: keys that identify a format, for checkpoints whose config.json does not name it; the first match counts
 FOREIGN_KEYS = (
     (re.compile(r"\.g_idx$"), "gptq"),
@@ -27,7 +27,7 @@ FOREIGN_KEYS = (
 def refuse_method(folder: Path, config: PretrainedConfig) -> None:
     """Raise a CheckpointError if config.json names a format that this package does not read."""
     method = quant_method(config)
-    if method not in (None, OUR_METHOD, "hqq"):  # of hqq, one form is read: see `refuse_keys`
+    if method not in (None, METHOD, "hqq"):  # of hqq, one form is read: see `refuse_keys`
         raise _refused(folder, method, "quantization_config.quant_method")
 
 

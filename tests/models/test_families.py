@@ -23,20 +23,8 @@ from mixtral_offload.runtime import dense
 from mixtral_offload.runtime.options import device_needs, parse_options
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear, dequantize, quantize
 from mixtral_offload.weights.safetensors_io import read_header
+from tests.models.tiny import COMMON
 
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 FAMILIES = {
     "mixtral": MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=6),
     "mixtral-tied": MixtralConfig(

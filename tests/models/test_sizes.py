@@ -86,17 +86,19 @@ def test_a_checkpoint_s_own_sizes(which, published):
         assert (ours["dense part"], ours["scratch"]) == (needs["dense part"], needs["scratch"])
 
 
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+
+
 def test_every_parameter_is_counted_once_in_every_family():
     """The parts add up to transformers' own count. One part is the rest, so the others are tested too."""
-    small = {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 96,
-        "num_experts_per_tok": 2,
-        "pad_token_id": 0,
-    }
     families = {
         "qwen2_moe": {
             "num_experts": 6,
@@ -123,7 +125,7 @@ def test_every_parameter_is_counted_once_in_every_family():
         },
     }
     for family, numbers in families.items():
-        sizes = sizes_of(family, **{**small, **numbers})
+        sizes = sizes_of(family, **{**SMALL, **numbers})
         n_experts = (
             numbers.get("num_experts") or numbers.get("n_routed_experts") or numbers["num_local_experts"]
         )
@@ -175,16 +177,7 @@ def test_the_kv_cache_is_as_large_as_transformers_makes_it(family, numbers, comp
 
     config = AutoConfig.for_model(
         family,
-        **{
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 96,
-            "num_experts_per_tok": 2,
-            "pad_token_id": 0,
-            **numbers,
-        },
+        **{**SMALL, **numbers},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     cache = DynamicCache(config=config)
