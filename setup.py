@@ -1,9 +1,31 @@
+import hashlib
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 #: the repository on GitHub; `python notebooks/set_slug.py OWNER/NAME` changes it here and in the notebooks
 GITHUB = "OWNER/mixtral_offload"
+
+NATIVE = Path("mixtral_offload/native")
+
+
+def source_hash() -> str:
+    """The hash that `mixtral_offload/weights/native.py` compares with the sources beside the library."""
+    digest = hashlib.sha256()
+    for path in sorted([*NATIVE.glob("*.c"), *NATIVE.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+#: kernels for CPUs, loaded by ctypes; where there is no C compiler, the package runs without
+KERNELS = Extension(
+    "mixtral_offload.native.library",
+    sources=sorted(str(path) for path in NATIVE.glob("*.c")),
+    depends=sorted(str(path) for path in NATIVE.glob("*.h")),
+    define_macros=[("SOURCES", f'"{source_hash()}"')],
+    extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=off"],
+    optional=True,
+)
 
 setup(
     name="mixtral-offload",
@@ -14,7 +36,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["mixtral_offload", "mixtral_offload.*"]),
-    package_data={"mixtral_offload": ["py.typed", "demo/*", "demo/*/*"]},
+    package_data={"mixtral_offload": ["py.typed", "demo/*", "demo/*/*", "native/*.c", "native/*.h"]},
+    ext_modules=[KERNELS],
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

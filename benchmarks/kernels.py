@@ -1,35 +1,41 @@
 """How fast a quantized matrix is multiplied straight from its packed bytes, at every bit width.
 
-    python benchmarks/kernels.py [--device cuda] [--shape 14336 4096]
+    python benchmarks/kernels.py [--device cuda] [--shape 14336 4096] [--without compiled]
 
-For one token (a matrix-vector product): packed bytes per second, compared with this device's copy bandwidth
-and with dequantizing first. For a prompt: the matrix dequantized part by part, compared with dequantizing it
-whole and with the library's product alone. The ways take turns. Writes benchmarks/results/kernels-DEVICE.json
-and .png.
+For one token (a matrix-vector product): packed bytes per second of the package's kernels (exact and fast), of
+torch.compile's, of dequantizing first, and of the library's product in fp32, compared with this device's
+copies. For a prompt: the same ways, compared with the library's product alone. The ways take turns, over
+several copies of the matrix that no cache holds. Writes benchmarks/results/kernels-NAME.json, named after the
+kernels or the device.
 """
 
 import argparse
+import itertools
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+from machine import machine, words
 from synthetic import random_fields
 from torch.nn import functional as F
 
-from mixtral_offload.weights import kernels as packed
+from mixtral_offload.weights import kernels as compiled
 from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, matmul
+from mixtral_offload.weights.native import find_native
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {
-    **{f"{bits}-bit": PAPER[bits] for bits in (2, 3, 4, 8)},
+    **{f"{bits}-bit": PAPER[bits] for bits in (2, 3, 4, 8, 16)},
     "3-bit, ten in 32 bits": Quantization(3, 64, 128, True),
     "2-bit, fp16 scales": Quantization(2, 16),
     "4-bit, fp16 scales": Quantization(4, 64),
 }
+#: bytes of all copies of a matrix: more than a processor's cache
+SPREAD_BYTES = 300_000_000
+#: a matrix of the shipped model, which a processor's cache does hold
+SMALL = (256, 192)
 
 
 def parse() -> argparse.Namespace:
@@ -40,6 +46,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--widths", nargs="+", choices=WIDTHS, default=[*WIDTHS])
+    parser.add_argument("--without", nargs="+", default=(), help="ways to leave out")
     return parser.parse_args()
 
 
@@ -73,66 +81,52 @@ def random_matrix(shape, quantization: Quantization, device: str) -> dict:
     return {name: value.to(device) for name, value in fields.items()}
 
 
-def measure(shape, quantization: Quantization, arguments, copy) -> dict:
-    """Measure one width: seconds of each way, and the results' errors against the dequantized fp32 matrix."""
+def ways_of(arguments: argparse.Namespace, shape, quantization: Quantization) -> dict:
+    """The ways to multiply: name -> function of x and a matrix's fields."""
+    native = find_native()[0] if arguments.device == "cpu" else None
+    ways = {
+        "compiled": compiled.linear,
+        "dequantized first": matmul,
+    }
+    if native is not None:
+        ways = {"exact": native.linear, "fast": lambda *of: native.linear(*of, fast=True)} | ways
+    return {
+        name: lambda x, fields, way=way: way(x, fields, shape, quantization)
+        for name, way in ways.items()
+        if name not in arguments.without
+    }
+
+
+def measure(shape, quantization: Quantization, arguments: argparse.Namespace, copy) -> dict:
+    """Measure one width: seconds of each way, and its error against the dequantized fp32 matrix."""
     device, dtype = arguments.device, torch.float32 if arguments.device == "cpu" else torch.float16
     fields = random_matrix(shape, quantization, device)
     n_bytes = sum(value.numel() * value.element_size() for value in fields.values())
+    many = itertools.cycle(
+        [
+            fields,
+            *(
+                {name: value.clone() for name, value in fields.items()}
+                for _ in range(min(SPREAD_BYTES // n_bytes, 15))
+            ),
+        ]
+    )
     x = torch.randn(arguments.prompt, shape[1], device=device, dtype=dtype)
-    begin = _now(device)
-    packed.linear(x[:1], fields, shape, quantization)
-    packed.linear(x, fields, shape, quantization)
-    compile_s = _now(device) - begin
+    ways, row = ways_of(arguments, shape, quantization), {"bytes": n_bytes, "error": {}, "prompt_error": {}}
     weight = dequantize(fields, shape, quantization, torch.float32)
     expected = x.float() @ weight.T
-    errors = {
-        name: (
-            (packed.linear(x[:n], fields, shape, quantization) - expected[:n]).norm() / expected[:n].norm()
-        ).item()
-        for name, n in (("token", 1), ("prompt", len(x)))
-    }
+    for name, way in ways.items():  # compiles
+        for of, key, n in ((x[:1], "error", 1), (x, "prompt_error", len(x))):
+            row[key][name] = ((way(of, fields) - expected[:n]).norm() / expected[:n].norm()).item()
     weight = weight.to(dtype)
-    token = take_turns({
-        "packed": lambda: packed.linear(x[:1], fields, shape, quantization),
-        "dequantize, then matmul": lambda: matmul(x[:1], fields, shape, quantization),
-        "16 bits" if dtype == torch.float16 else "fp32": lambda: F.linear(x[:1], weight), "copy": copy,
-    }, arguments.turns, device)  # fmt: skip
-    prompt = take_turns({
-        "packed": lambda: packed.linear(x, fields, shape, quantization),
-        "dequantize, then matmul": lambda: matmul(x, fields, shape, quantization),
-        "matmul alone": lambda: F.linear(x, weight),
-    }, max(3, arguments.turns // 3), device)  # fmt: skip
-    return {"bytes": n_bytes, "error": errors, "compile_s": compile_s, "token_s": token, "prompt_s": prompt}
-
-
-def plot_kernels(result: dict) -> tuple[Figure, list]:
-    """Packed bytes per second of each width, both ways, and the device's copies."""
-    names = list(result["widths"])
-    rows = [
-        (row["gb_per_s"], row["eager_gb_per_s"], row["copy_gb_per_s"]) for row in result["widths"].values()
-    ]
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for shift, index, label in ((-0.2, 0, "straight from packed bytes"), (0.2, 1, "dequantized first")):
-        bars = axes.bar(
-            [i + shift for i in range(len(names))], [row[index] for row in rows], 0.38, label=label
-        )
-        axes.bar_label(bars, [f"{row[index]:.2g}" for row in rows])
-    axes.plot(
-        range(len(names)),
-        [row[2] for row in rows],
-        "k_",
-        markersize=40,
-        label="this device's copies, read and written",
-    )
-    axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
-    axes.set(
-        ylabel="GB/s",
-        yscale="log",
-        title=f"One token times a {result['shape'][0]} x {result['shape'][1]} matrix, {result['device']}",
-    )
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    return figure, rows
+    library = "library, fp32" if dtype == torch.float32 else "library, 16 bits"
+    token = {name: lambda way=way: way(x[:1], next(many)) for name, way in ways.items()}
+    token |= {library: lambda: F.linear(x[:1], weight), "copy": copy}
+    row["token_s"] = take_turns(token, arguments.turns, device)
+    prompt = {name: lambda way=way: way(x, next(many)) for name, way in ways.items() if name != "fast"}
+    prompt |= {library: lambda: F.linear(x, weight)}
+    row["prompt_s"] = take_turns(prompt, max(3, arguments.turns // 3), device)
+    return row
 
 
 def main() -> None:
@@ -140,40 +134,36 @@ def main() -> None:
     shape, device = tuple(arguments.shape), arguments.device
     source = torch.empty(1 << 28, dtype=torch.uint8, device=device).random_(0, 256)
     target = torch.zeros_like(source)
-    name = (
-        f"{platform.machine()}, {torch.get_num_threads()} threads"
-        if device == "cpu"
-        else torch.cuda.get_device_name(device)
-    )
-    result = {
-        "device": name,
-        "torch": torch.__version__,
-        "shape": shape,
-        "prompt": arguments.prompt,
-        "widths": {},
-    }
+    result = {"machine": machine(device), "shape": shape, "small": SMALL, "prompt": arguments.prompt}
+    result |= {"widths": {}, "small_widths": {}}
+    print(words(result["machine"]), flush=True)
     with torch.no_grad():
-        for label, quantization in WIDTHS.items():
+        for label in arguments.widths:
+            quantization = WIDTHS[label]
             row = measure(shape, quantization, arguments, lambda: target.copy_(source))
-            seconds = row["token_s"]
-            row["gb_per_s"] = row["bytes"] / seconds["packed"] / 1e9
-            row["eager_gb_per_s"] = row["bytes"] / seconds["dequantize, then matmul"] / 1e9
+            seconds, prompt = row["token_s"], row["prompt_s"]
+            row["gb_per_s"] = {
+                name: row["bytes"] / s / 1e9 for name, s in seconds.items() if name in row["error"]
+            }
             row["copy_gb_per_s"] = 2 * source.numel() / seconds["copy"] / 1e9
-            row["over_eager"] = row["gb_per_s"] / row["eager_gb_per_s"]
             result["widths"][label] = row
-            prompt = row["prompt_s"]
-            print(
-                f"{label:20} {row['gb_per_s']:6.1f} GB/s ({row['gb_per_s'] / row['copy_gb_per_s']:.2f} of "
-                f"copies), {row['over_eager']:5.1f} x eager, error {row['error']['token']:.1e}; "
-                f"prompt of {arguments.prompt}: "
-                f"{prompt['dequantize, then matmul'] / prompt['packed']:.1f} x eager, "
-                f"{prompt['matmul alone'] / prompt['packed']:.2f} x the product alone; "
-                f"compiled in {row['compile_s']:.1f} s",
-                flush=True,
+            speeds = ", ".join(
+                f"{name} {speed:.1f} GB/s ({row['error'][name]:.0e})"
+                for name, speed in row["gb_per_s"].items()
             )
-    out = RESULTS / f"kernels-{device.split(':')[0]}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    plot_kernels(result)[0].savefig(out.with_suffix(".png"), dpi=120)
+            print(f"{label:22} {speeds}; copies {row['copy_gb_per_s']:.0f} GB/s", flush=True)
+            print(f"{'':22} prompt: " + ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in prompt.items()))
+            ways = ways_of(arguments, SMALL, quantization)
+            fields, x = random_matrix(SMALL, quantization, device), torch.randn(1, SMALL[1], device=device)
+            small = {
+                name: lambda way=way, x=x, fields=fields: way(x, fields)
+                for name, way in ways.items()
+                if name != "compiled"
+            }
+            of = result["small_widths"][label] = take_turns(small, 20 * arguments.turns, device)
+            print(f"{'':22} small: " + ", ".join(f"{name} {s * 1e6:.0f} us" for name, s in of.items()))
+    name = result["machine"]["kernels"] if device == "cpu" else device.split(":")[0]
+    (RESULTS / f"kernels-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from machine import words as in_words
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -24,21 +26,30 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def kernels() -> str:
-    found = load("kernels-cpu")
-    n, k = found["shape"]
-    text = (
-        f"**Straight from packed bytes** (`python benchmarks/kernels.py`): one token times a {n} x {k} "
-        f"matrix on 2 CPU cores, in packed bytes per second, and a prompt of {found['prompt']} tokens."
-    )
-    head = ["", "GB/s", "copies here, GB/s", "times as fast as dequantizing first", "relative difference"]
-    head += ["prompt: times as fast as dequantizing first"]
-    rows = []
-    for name, row in found["widths"].items():
-        prompt = row["prompt_s"]
-        speeds = f"{row['gb_per_s']:.1f}", f"{row['copy_gb_per_s']:.0f}", f"{row['over_eager']:.0f}"
-        gain = prompt["dequantize, then matmul"] / prompt["packed"]
-        rows.append([name, *speeds, f"{row['error']['token']:.0e}", f"{gain:.1f}"])
-    return f"{text}\n\n{table(head, rows)}"
+    """A table for each instruction set that was measured."""
+    parts = []
+    for path in sorted(RESULTS.glob("kernels-*.json")):
+        found = json.loads(path.read_text())
+        n, k = found["shape"]
+        text = (
+            f"**Straight from packed bytes** (`python benchmarks/kernels.py`; {in_words(found['machine'])}): "
+            f"one token times a {n} x {k} matrix, in GB of packed bytes per second, with relative errors; a "
+            f"prompt of {found['prompt']} tokens, as a multiple of the library's product with an fp32 "
+            f"matrix; and one token times a {found['small'][0]} x {found['small'][1]} matrix, in microseconds."
+        )
+        ways = list(next(iter(found["widths"].values()))["gb_per_s"])
+        head = ["", *ways, "copies here", "prompt: exact", "prompt: dequantized first"]
+        head += ["small: exact", "small: dequantized first"]
+        rows = []
+        for name, row in found["widths"].items():
+            speeds = (f"{row['gb_per_s'][way]:.1f} ({row['error'][way]:.0e})" for way in ways)
+            prompt, small = row["prompt_s"], found["small_widths"][name]
+            library = prompt["library, fp32"]
+            cells = (f"{prompt[way] / library:.1f}" for way in ("exact", "dequantized first"))
+            micro = (f"{1e6 * small[way]:.0f}" for way in ("exact", "dequantized first"))
+            rows.append([name, *speeds, f"{row['copy_gb_per_s']:.0f}", *cells, *micro])
+        parts.append(f"{text}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
 
 
 PAPER_T4 = {"full": 2.092, "without prefetch": 1.567, "without cache and prefetch": 1.168, "naive": 0.661}

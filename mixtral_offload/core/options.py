@@ -93,9 +93,14 @@ class OffloadOptions:
     shared_slots: bool = _option(False, "One pool of slots for all layers in place of one for each.", flag={})
     compile: bool | str = _option(
         "auto",
-        'Compute from packed weights with torch.compile: True, False, or "auto": if experts are large enough '
-        "and there is a compiler.",
+        'Compute from packed weights with torch.compile: True, False, or "auto": where the package has no '
+        "kernels of its own (on CUDA), if experts are large enough and there is a compiler.",
         flag={},
+    )
+    precision: str = _option(
+        "exact",
+        'Products on the CPU: "exact" (relative error below 0.001), or "fast" (activations in 8 bits).',
+        flag={"choices": ("exact", "fast")},
     )
     dequantize_on_load: bool = _option(
         False,

@@ -179,6 +179,22 @@ class Residency:
         while pool.loading:
             yield from self._land(pool, min(pool.loading.values(), key=lambda load: load.number))
 
+    def is_here(self, layer: int, needed: Sequence[Key]) -> bool:
+        """Return whether a call of `layer` that needs these experts would only use what is on the device."""
+        held, resident = self.pools[layer].held, self.pools[layer].resident
+        return all(key in held or key in resident for key in needed)
+
+    def use_here(self, layer: int, needed: Sequence[Key]) -> Iterator[Action]:
+        """Do what `begin` does if `is_here`, without an action for each use: only predictions are dropped."""
+        pool = self.pools[layer]
+        yield from self._abandon_loading(pool)
+        self.n_begun += 1
+        for load in [of for of in self.staged.values() if of.layer == layer]:  # none of them is needed
+            yield from self._drop(load)
+        for key in needed:
+            if key not in pool.resident:
+                pool.policy.use(key)
+
     def predict(self, layer: int, keys: Sequence[Key], distance: int) -> Iterator[Action]:
         """Load experts that `layer`, `distance` layer calls from now, will probably need; the most probable
         first.

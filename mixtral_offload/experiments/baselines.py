@@ -36,6 +36,11 @@ from mixtral_offload.weights.hqq import Quantization
 class Forgetful(ExpertCache):
     """A cache that keeps nothing from one pass of a layer to the next."""
 
+    def rows_here(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Nothing is here: all goes through `fetch`."""
+
     def fetch(
         self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
     ) -> Iterator[tuple[int, Views]]:
@@ -333,7 +338,7 @@ def _run_one_by_one(
         for token in range(n_tokens):
             places = {expert: token * top_k + i for i, expert in enumerate(chosen[token * top_k :][:top_k])}
             for expert, views in offload.cache.fetch(layer, sorted(places), meanwhile):
-                y[places[expert]] = offload.run(x[token : token + 1], views)[0]
+                y[places[expert]] = offload.computation.run(x[token : token + 1], views)[0]
             meanwhile = None
         forward.tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     return y.view(n_tokens, top_k, -1)

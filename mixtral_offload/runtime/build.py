@@ -16,25 +16,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from mixtral_offload.core.options import OffloadOptions, declared
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import make_policy
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.checkpoint import Checkpoint, ExpertId, open_checkpoint
-from mixtral_offload.models.experts import FUSED, activation
+from mixtral_offload.models.experts import FUSED, activation, has_silu
+from mixtral_offload.models.family import MoELayer
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_dense
 from mixtral_offload.runtime.engines import make_engine
-from mixtral_offload.runtime.offload import ExpertsModule, Offload, OffloadedModel, refuse_copy
+from mixtral_offload.runtime.offload import Computation, ExpertsModule, Offload, OffloadedModel, refuse_copy
 from mixtral_offload.runtime.options import (
     CheckedOptions,
-    compile_choice,
     device_layout,
     parse_options,
     plan_for,
+    products_for,
 )
 from mixtral_offload.runtime.pass_state import Pass, track_passes
 from mixtral_offload.runtime.prefetch import Prefetcher
@@ -43,9 +45,10 @@ from mixtral_offload.runtime.save import save_whole
 from mixtral_offload.runtime.settings import read_generation_config
 from mixtral_offload.runtime.store import FileStore, RamStore, Store
 from mixtral_offload.weights.checksums import finish_checks
-from mixtral_offload.weights.hqq import QuantizedLinear, matmul
-from mixtral_offload.weights.kernels import PACKED_TOKENS, linear, make_run
+from mixtral_offload.weights.hqq import QuantizedLinear
+from mixtral_offload.weights.kernels import PACKED_TOKENS
 from mixtral_offload.weights.layout import dequantize_expert
+from mixtral_offload.weights.products import PLAIN, Kind, Products
 from mixtral_offload.weights.source import resolve
 
 
@@ -67,6 +70,7 @@ def from_pretrained(
     policy: str = "lru",
     shared_slots: bool = False,
     compile: bool | str = "auto",
+    precision: str = "exact",
     dequantize_on_load: bool = False,
     throttle: float | str | None = None,
     progress: bool = False,
@@ -99,8 +103,11 @@ def from_pretrained(
         policy: Expert to evict: "lru" (least recently used), "lfu" (least often used) or "lrfu" (between the
             two). Default: lru.
         shared_slots: One pool of slots for all layers in place of one for each.
-        compile: Compute from packed weights with torch.compile: True, False, or "auto": if experts are large
-            enough and there is a compiler. Default: auto.
+        compile: Compute from packed weights with torch.compile: True, False, or "auto": where the package has
+            no kernels of its own (on CUDA), if experts are large enough and there is a compiler. Default:
+            auto.
+        precision: Products on the CPU: "exact" (relative error below 0.001), or "fast" (activations in 8
+            bits). Default: exact.
         dequantize_on_load: Dequantize all experts once at load time: the speed and size of an unquantized
             model. All experts must fit on the device.
         throttle: Limit copies to the device to this rate (bytes/s, or like "12GB"), to emulate a slower link.
@@ -131,21 +138,31 @@ def _build(source: str | Path | None, hub: dict[str, Any], given: OffloadOptions
     skeleton, layers, options = build_skeleton(checkpoint, given)
     model = cast(OffloadedModel, skeleton)  # transformers' class: it gets its `offload` below
     plan = plan_for(checkpoint, options)
-    compiled = compile_choice(checkpoint, options)
-    product = None if options.dequantize_on_load else linear if compiled[0] else matmul
+    products = products_for(checkpoint, options)
+    product = None if options.dequantize_on_load else products.linear
     load_dense(model, checkpoint, options.device, options.dtype, product)
     finish_checks(checkpoint.dense.values())
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
-    activate = activation(model.get_submodule(layers[0].name))
-    run, plain_run = (make_run(cache.layout, activate, compile) for compile in (compiled[0], False))
-    model.offload = Offload(checkpoint, options, plan, cache, layers, run, plain_run, compiled)
+    model.offload = Offload(
+        checkpoint, options, plan, cache, layers, _computation(model, layers, cache, products)
+    )
     _attach(model)
-    if compiled[0]:
+    if products.kind is Kind.COMPILED:
         model.offload.compile_s = _compile_now(model)
     if generation is not None:
         model.generation_config = generation
     return model.eval()
+
+
+def _computation(
+    model: PreTrainedModel, layers: list[MoELayer], cache: ExpertCache, products: Products
+) -> Computation:
+    experts = model.get_submodule(layers[0].name)
+    activate, layout = activation(experts), cache.layout
+    at_once = products.make_experts(layout, has_silu(experts))
+    run, plain_run = products.make_run(layout, activate, at_once), PLAIN.make_run(layout, activate)
+    return Computation(products, run, plain_run, at_once)
 
 
 def _compile_now(model: OffloadedModel) -> float:
@@ -156,7 +173,7 @@ def _compile_now(model: OffloadedModel) -> float:
         if isinstance(module, QuantizedLinear):
             linears.setdefault((module.in_features, module.out_features, module.quantization), module)
     views = offload.layout.views(torch.zeros(offload.layout.n_bytes, dtype=torch.uint8, device=model.device))
-    expert = offload.layout.shapes["gate"][1], lambda x: offload.run(x, views)
+    expert = offload.layout.shapes["gate"][1], lambda x: offload.computation.run(x, views)
     calls: list[tuple[int, Callable[[Tensor], Tensor]]] = [
         expert,
         *((module.in_features, module) for module in linears.values()),

@@ -66,7 +66,8 @@ def _experts(
 ) -> Tensor:
     if module.offload.options.dequantize_on_load:
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
-    return _weighted_sum(run_experts(module, hidden_states, top_k_index, top_k_weights), top_k_weights)
+    y = run_experts(module, hidden_states, top_k_index, top_k_weights)
+    return _weighted_sum(y, top_k_weights)
 
 
 def run_experts(module: ExpertsModule, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class _FrozenExperts(torch.autograd.Function):
 def _grad_of_expert(offload: Offload, views: Views, x: Tensor, grad_y: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        y = offload.plain_run(x, views)
+        y = offload.computation.plain_run(x, views)
         return torch.autograd.grad(y, x, grad_y.to(y.dtype))[0]
 
 
@@ -173,9 +174,15 @@ def run_token(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_
     chosen, meanwhile = read_routing(offload, layer, top_k_index[0], 1)
     results = {}
     began_s = time.perf_counter()
+    at_once, run, needed = offload.computation.experts, offload.computation.run, sorted(chosen)
     with offload.cache.lock:
-        for expert, views in offload.cache.fetch(layer, sorted(chosen), meanwhile):
-            results[expert] = offload.run(x, views)
+        if at_once is not None and (rows := offload.cache.rows_here(layer, needed, meanwhile)) is not None:
+            row_of = dict(zip(needed, rows))
+            y = at_once.run(x, [row_of[expert] for expert in chosen])
+            tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
+            return y.to(x.dtype).unsqueeze(0)
+        for expert, views in offload.cache.fetch(layer, needed, meanwhile):
+            results[expert] = run(x, views)
         tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     # under autocast results are of another dtype than the tokens, as they are in transformers' own experts
     return torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)
@@ -191,9 +198,16 @@ def run_tokens(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top
     began_s = time.perf_counter()
     with offload.cache.lock:
         needed = [expert for expert, n in enumerate(counts) if n]
-        for expert, views in offload.cache.fetch(layer, needed, meanwhile):
-            for part in rows[expert].split(ROWS):
-                part.copy_(offload.run(part, views))
+        at_once, run = offload.computation.experts, offload.computation.run
+        here = None
+        if at_once is not None and len(grouped) <= ROWS:
+            here = offload.cache.rows_here(layer, needed, meanwhile)
+        if at_once is not None and here is not None:
+            grouped = at_once.run(grouped, here, [counts[expert] for expert in needed]).to(x.dtype)
+        else:
+            for expert, views in offload.cache.fetch(layer, needed, meanwhile):
+                for part in rows[expert].split(ROWS):
+                    part.copy_(run(part, views))
         tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     y = torch.empty_like(grouped)
     y[order] = grouped

@@ -21,8 +21,9 @@ from mixtral_offload.runtime.observer import Observers
 from mixtral_offload.runtime.options import CheckedOptions
 from mixtral_offload.runtime.pass_state import Pass, Passes
 from mixtral_offload.runtime.prefetch import Prefetcher
-from mixtral_offload.weights.kernels import Run
 from mixtral_offload.weights.layout import ExpertLayout
+from mixtral_offload.weights.native import NativeExperts
+from mixtral_offload.weights.products import Products, Run
 
 
 class _Counters:
@@ -37,15 +38,30 @@ class _Counters:
         return replace(offload.stats)
 
 
+@dataclass(frozen=True)
+class Computation:
+    """How experts are computed.
+
+    Attributes:
+        products: The code that multiplies packed matrices.
+        run: Computes one expert from its views.
+        plain_run: The same by torch's own operations, for autograd.
+        experts: Computes many experts in one call; None: there is no such kernel.
+    """
+
+    products: Products
+    run: Run
+    plain_run: Run
+    experts: NativeExperts | None
+
+
 @dataclass(eq=False)
 class Offload:
     """The value of `model.offload`.
 
     Attributes:
         layers: The MoE layers.
-        run: Computes one expert from its views.
-        plain_run: The same without torch.compile, for autograd.
-        compiled: Whether `run` is compiled, and why.
+        computation: How experts are computed.
         prefetcher: None if nothing is predicted.
         compile_s: Seconds that compiling took.
         passes: The passes of the model, which take turns.
@@ -56,9 +72,7 @@ class Offload:
     plan: Plan
     cache: ExpertCache
     layers: list[MoELayer]
-    run: Run
-    plain_run: Run
-    compiled: tuple[bool, str]
+    computation: Computation
     prefetcher: Prefetcher | None = None
     compile_s: float = 0.0
     passes: Passes = field(init=False)

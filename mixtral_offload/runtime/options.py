@@ -22,8 +22,8 @@ from mixtral_offload.models.kv_cache import kv_bytes, kv_layout
 from mixtral_offload.models.skeleton import build_meta, check_experts
 from mixtral_offload.system.machine import free_memory
 from mixtral_offload.units import check_whole, gb, parse_size
-from mixtral_offload.weights.kernels import choose, dequantized_bytes
 from mixtral_offload.weights.layout import ROWS, ExpertLayout
+from mixtral_offload.weights.products import Kind, Products, choose_products
 from mixtral_offload.weights.safetensors_io import StoredTensor
 
 #: maximum prompt tokens of a batch in one pass; larger passes do not improve expert utilization
@@ -227,9 +227,9 @@ def device_needs(checkpoint: Checkpoint, options: CheckedOptions) -> dict[str, i
     context = min(options.context_length, config.max_position_embeddings)
     model = build_meta(config, torch.float32)
     kv, _ = kv_layout(model, config.get_text_config(), check_experts(model)[0])
-    compiled, _ = compile_choice(checkpoint, options)
+    products = products_for(checkpoint, options)
     kinds = {(layout.shapes[matrix], layout.quantization[matrix]) for matrix in layout.shapes}
-    dequantized = max(dequantized_bytes(*kind, item, compiled) for kind in kinds)
+    dequantized = max(products.dequantized_bytes(*kind, item) for kind in kinds)
     n_tokens, (intermediate, hidden) = pass_tokens(context, options.batch_size), layout.shapes["gate"]
     return {
         "dense part": dense,
@@ -261,11 +261,11 @@ def scratch_bytes(context: int, item: int, top_k: int, hidden: int, intermediate
     return item * (2 * top_k * hidden * context + (5 * intermediate + 2 * hidden) * min(context, ROWS))
 
 
-def compile_choice(checkpoint: Checkpoint, options: CheckedOptions) -> tuple[bool, str]:
-    """Return whether to compile, and why: see `kernels.choose`."""
+def products_for(checkpoint: Checkpoint, options: CheckedOptions) -> Products:
+    """Return how matrices are multiplied; raise OptionError for what is impossible."""
     if options.dequantize_on_load:
-        return False, "dequantized on load: the library's products"
-    return choose(options.compile, checkpoint.layout, options.device)
+        return Products(Kind.PLAIN, "dequantized on load")
+    return choose_products(options.compile, options.precision, checkpoint.layout, options.device)
 
 
 def dense_bytes(checkpoint: Checkpoint, options: CheckedOptions) -> int:

@@ -24,6 +24,7 @@ from mixtral_offload.runtime.options import device_needs, parse_options
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear, dequantize, quantize
 from mixtral_offload.weights.safetensors_io import read_header
 from tests.models.tiny import COMMON
+from tests.twin import limit, relative_error
 
 FAMILIES = {
     "mixtral": MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=6),
@@ -112,7 +113,7 @@ def test_16_bit_experts_give_transformers_own_logits(plain, offloaded):
     wanted = model(ids).logits
     for source in (folder, convert_checkpoint(folder, folder.parent / "ours")):
         ours = offloaded(source, cache_size=2)
-        assert (ours(ids).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert relative_error(ours(ids).logits, wanted) < limit(1e-4)
         greedy = ours.generate(ids[:1], max_new_tokens=16, do_sample=False)
         assert torch.equal(greedy, model.generate(ids[:1], max_new_tokens=16, do_sample=False))
 
@@ -186,7 +187,7 @@ def test_quantized_attention_keeps_all_but_the_weight(product, tmp_path, offload
                 assert torch.equal(value, twin.state_dict()[place]), place
         ids = torch.randint(3, 96, (2, 17), generator=torch.Generator().manual_seed(1))
         wanted = twin(ids).logits
-        assert (ours(ids).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert relative_error(ours(ids).logits, wanted) < limit(1e-4)
 
 
 @pytest.mark.parametrize("order", ["as stored", "reversed", "shuffled"])
@@ -254,7 +255,7 @@ def test_all_experts_in_one_tensor_load_and_convert(name, dtype, tmp_path, offlo
     for folder in (source, convert_checkpoint(source, tmp_path / "ours")):
         for store in ("ram", "disk"):
             ours = offloaded(folder, cache_size=2, store=store)
-            assert (ours(ids).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+            assert relative_error(ours(ids).logits, wanted) < limit(1e-4)
             assert ours.offload.stats.misses > 0
     checkpoint = ours.offload.checkpoint
     experts = model.get_submodule("model.layers.1.mlp.experts")

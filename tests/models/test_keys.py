@@ -23,6 +23,7 @@ from mixtral_offload.runtime.options import device_needs, parse_options
 from mixtral_offload.weights.hqq import Quantization, QuantizedLinear
 from mixtral_offload.weights.safetensors_io import StoredTensor
 from tests.models.tiny import COMMON
+from tests.twin import limit, relative_error
 
 SIZES = {"moe_intermediate_size": 32, "intermediate_size": 48}
 CONFIGS = {
@@ -103,14 +104,14 @@ def check_same_answers(folder, offloaded, n_ignored: int | None) -> None:
     if n_ignored is not None:
         assert texts[0].startswith(f"{n_ignored} tensors in {folder}") and len(texts[0]) < 600
         assert len(ours.offload.checkpoint.ignored) == n_ignored
-    assert (ours(IDS).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert relative_error(ours(IDS).logits, wanted) < limit(1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         target = convert_checkpoint(folder, folder.parent / "converted")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing that was ignored was written
         converted = offloaded(target, cache_size=2)
-    assert (converted(IDS).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert relative_error(converted(IDS).logits, wanted) < limit(1e-4)
 
 
 def error_of(folder) -> str:
@@ -345,7 +346,7 @@ def test_our_own_and_the_published_form_are_no_other_format(published, tmp_path,
     assert "mixtral_offload" in (ours / "config.json").read_text()
     for folder in (published_as_hqq, ours):
         logits = offloaded(folder, cache_size=3)(expected["input_ids"]).logits
-        assert (logits - expected["logits"]).abs().max() < 1e-4
+        assert relative_error(logits, expected["logits"]) < limit(1e-4)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe"])

@@ -140,7 +140,8 @@ def test_as_text():
     assert text.startswith(str(use_of(**PREDICTIONS).plan))
     for words in ("staging 396 kB", "RAM 3.8 MB: experts in RAM 3.8 MB", "read at the start only"):
         assert words in text
-    assert "device and RAM are one memory: 10.7 MB of 12.0 MB free" in text
+    both = use_of(**PREDICTIONS).device_bytes + use_of(**PREDICTIONS).ram_bytes
+    assert f"device and RAM are one memory: {both / 1e6:.1f} MB of 12.0 MB free" in text
     assert "experts are read while running" in str(use_of(**DISK))
     text = str(mixtral_on_cuda())
     assert "device 14.97 GB of 15.00 GB free: dense part 1.55 GB" in text and "one memory" not in text
@@ -183,7 +184,8 @@ def test_the_frame_is_what_is_free_where_it_can_be_seen():
     assert [width for width, _ in frames(mixtral_on_cuda())] == [15e9, 9.5e9]
     assert frames(use_of(**{**RAM, "vram": "20GB"})) == []
     texts = [text.get_text() for text in plot_memory(use_of(**RAM))[0].axes[0].texts]
-    assert "one memory: 10.3 MB of 12.0 MB free" in texts
+    both = use_of(**RAM).device_bytes + use_of(**RAM).ram_bytes
+    assert f"one memory: {both / 1e6:.1f} MB of 12.0 MB free" in texts
 
 
 def of_all_widths() -> dict[str, MemoryUse]:

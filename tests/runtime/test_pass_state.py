@@ -22,9 +22,10 @@ from mixtral_offload import (
     record,
 )
 from mixtral_offload.errors import OptionError
-from tests.twin import relative_error
+from mixtral_offload.weights.native import FORCE
+from tests.twin import limit, relative_error
 
-SAME = 2e-5  # relative: sums in another order
+SAME = limit(2e-5)  # sums in another order
 
 
 def at_once(*functions, repeats: int):
@@ -203,7 +204,8 @@ def test_a_second_pass_of_several_tokens_takes_its_own_columns(offloaded, refere
 
 
 @torch.no_grad()
-def test_other_masks_and_positions(offloaded, reference, batches):
+def test_other_masks_and_positions(offloaded, reference, batches, monkeypatch):
+    monkeypatch.setenv(FORCE, "none")  # a router is nearly undecided here: any rounding may tip it
     model, ids = offloaded(cache_size=2, prefetch=2, throttle="2GB"), batches[0]["input_ids"]
     n, width = ids.shape
     causal = torch.full((width, width), torch.finfo(torch.float32).min).triu(1).expand(n, 1, width, width)
@@ -219,7 +221,7 @@ def test_other_masks_and_positions(offloaded, reference, batches):
     }
     for name, case in cases.items():
         found, expected = model(ids, **case).logits, reference(ids, **case).logits
-        assert relative_error(found, expected) < SAME, name
+        assert relative_error(found, expected) < 2e-5, name
 
 
 @torch.no_grad()
@@ -228,7 +230,7 @@ def test_a_loss_over_padding_is_the_twins(offloaded, reference, batches):
     model = offloaded(cache_size=2)
     for batch in batches:
         of_model, of_reference = (run(**batch, labels=batch["input_ids"]) for run in (model, reference))
-        assert of_model.loss.item() == pytest.approx(of_reference.loss.item(), rel=1e-5)
+        assert of_model.loss.item() == pytest.approx(of_reference.loss.item(), rel=limit(1e-5))
         assert relative_error(of_model.logits, of_reference.logits) < SAME
 
 
@@ -452,7 +454,7 @@ def test_a_compiled_model_gives_the_same_answers(offloaded):
     model, ids = offloaded(cache_size=2), torch.tensor([[300, 700, 900, 5]])
     expected = model(ids).logits
     compiled = torch.compile(model)
-    assert relative_error(compiled(ids).logits, expected) < 1e-5
+    assert relative_error(compiled(ids).logits, expected) < limit(1e-5)
 
 
 def test_a_model_of_transformers_with_our_configuration_says_what_to_do(offloaded):

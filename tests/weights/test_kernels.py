@@ -9,6 +9,7 @@ from mixtral_offload.errors import OptionError
 from mixtral_offload.weights import kernels as packed
 from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, matmul, quantize
 from mixtral_offload.weights.layout import ExpertLayout, expert_forward
+from mixtral_offload.weights.products import Kind
 
 FORMATS = [
     PAPER[2],
@@ -127,7 +128,7 @@ def test_a_compiled_model_answers_alike_at_every_cache_size(capsys):
     found, plain = [], from_pretrained(cache_size=8)
     for options in ({"cache_size": 2, "store": "disk"}, {"cache_size": 3, "prefetch": 2}, {"cache_size": 8}):
         model = from_pretrained(compile=True, **options)
-        assert model.offload.compiled == (True, "products from packed bytes") and model.offload.compile_s > 0
+        assert model.offload.computation.products.kind is Kind.COMPILED and model.offload.compile_s > 0
         with torch.no_grad():
             out = model.generate(
                 ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True

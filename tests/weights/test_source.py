@@ -12,6 +12,7 @@ from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
 from mixtral_offload.weights import hub
 from mixtral_offload.weights.source import DEMO, local_folder, resolve
 from tests.hub_server import HubServer
+from tests.twin import limit, relative_error
 from tests.weights.hub_case import REPO, held, whole
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -55,7 +56,7 @@ def test_a_model_by_its_name_on_the_hub(published, expected, place):
         options = {"endpoint": served.endpoint, "progress": False, **place}
         for _ in range(2):
             model = from_pretrained(name, hub=options, device="cpu", cache_size=2)
-            assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-4
+            assert relative_error(model(expected["input_ids"]).logits, expected["logits"]) < limit(1e-4)
             served.close()
 
 
