@@ -17,7 +17,6 @@ machine's memory, which leaves the page cache the stated size.
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 import psutil
 from bigfiles import check_disk, cold_read, make_checkpoint
 from contestants import Task, drop_page_cache
+from machine import machine as describe
 from processes import STARTED_S, ballast, check_machine_ram, in_process, log
 from synthetic import mixtral_config
 
@@ -133,8 +133,7 @@ def _remove(path: Path) -> None:
 
 
 def machine(arguments) -> dict:
-    found = {"machine": platform.machine(), "cores": psutil.cpu_count(False), "threads": arguments.threads,
-             "ram_bytes": psutil.virtual_memory().total}  # fmt: skip
+    found = describe() | {"threads": arguments.threads, "ram_bytes": psutil.virtual_memory().total}
     for package in ("torch", "transformers", "accelerate", "llama_cpp_python"):
         try:
             found[package] = version(package)

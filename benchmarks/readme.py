@@ -30,12 +30,14 @@ def kernels() -> str:
     parts = []
     for path in sorted(RESULTS.glob("kernels-*.json")):
         found = json.loads(path.read_text())
+        if "card" in found["machine"]:
+            continue
         n, k = found["shape"]
         text = (
             f"**Straight from packed bytes** (`python benchmarks/kernels.py`; {in_words(found['machine'])}): "
             f"one token times a {n} x {k} matrix, in GB of packed bytes per second, with relative errors; a "
             f"prompt of {found['prompt']} tokens, as a multiple of the library's product with an fp32 "
-            f"matrix; and one token times a {found['small'][0]} x {found['small'][1]} matrix, in microseconds."
+            f"matrix; and one token times a {found['small'][0]} x {found['small'][1]} matrix, in us."
         )
         ways = list(next(iter(found["widths"].values()))["gb_per_s"])
         head = ["", *ways, "copies here", "prompt: exact", "prompt: dequantized first"]
@@ -128,14 +130,25 @@ def assisted() -> str:
 
 
 def fullsize() -> str:
-    found, rows = load("fullsize"), []
+    """A table for each machine that ran it."""
+    return "\n\n".join(_fullsize(path) for path in sorted(RESULTS.glob("fullsize*.json")))
+
+
+def _fullsize(path: Path) -> str:
+    found, rows = json.loads(path.read_text()), []
+    machine = found["machine"]
+    where = in_words(machine) if "kernels" in machine else "2 cores with AVX-512, before the kernels in C"
     made, settings = found["checkpoint"], found["settings"]
     text = (
         f"**Full size** (`python benchmarks/fullsize.py --folder FOLDER`): {made['parameters'] / 1e9:.1f} "
-        f"billion random packed parameters ({made['bytes'] / 1e9:.0f} GB) on 2 CPU cores, experts on disk, "
-        f"{settings['ram']} of RAM; routing replayed from a trace with Mixtral's locality. accelerate's disk "
-        f"offload runs {settings['accelerate_layers']} layers of the same weights in 16 bits, scaled to 32."
+        f"billion random packed parameters ({made['bytes'] / 1e9:.0f} GB), {settings['ram']} of RAM, the "
+        f"other experts on disk ({where}); routing replayed from a trace with Mixtral's locality."
     )
+    if "accelerate" in found["contestants"]:
+        text += (
+            f" accelerate's disk offload runs {settings['accelerate_layers']} layers of the same weights in "
+            "16 bits, scaled to 32."
+        )
     for name, row in found["contestants"].items():
         if "tokens_per_s" not in row:
             rows.append([name, row.get("missing") or "failed: " + row["failed"], "", "", "", ""])

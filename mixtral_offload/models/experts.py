@@ -9,8 +9,6 @@ from math import prod
 from typing import cast
 
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
 
 Shape = tuple[int, int]
 #: a module's parameters that hold all of its experts -> the matrices of each, below each other
@@ -75,12 +73,6 @@ def experts_shape(module: nn.Module) -> ExpertsShape:
             dims.reverse()
         matrices += [(dims[0] // 2, dims[1])] * 2 if is_pair else [(dims[0], dims[1])]
     return ExpertsShape(n_experts, tuple(matrices), vectors)
-
-
-def has_silu(module: nn.Module) -> bool:
-    """Return whether an expert computes `silu(gate) * up`, by transformers' usual function."""
-    is_usual = getattr(type(module), "_apply_gate", None) is _default_apply_gate
-    return is_usual and type(getattr(module, "act_fn", None)) in (nn.SiLU, SiLUActivation)
 
 
 def activation(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -176,8 +176,8 @@ static INLINE void activations(const Work *w, int64_t g, const float *x, const i
                 store_float(scales + i, w->scales ? subtract(float_of_bytes(scale + i), load_float(w->centre + k + i))
                                                   : float_of_half((const uint16_t *)scale + i));
         for (int64_t i = 0; i < n; i += 64) {
-            PREFETCH(scale + i + w->ahead);
-            PREFETCH(zero + i + w->ahead);
+            PREFETCH(scale + (i + w->ahead) * (w->scales ? 1 : 2));
+            if (is_bytes) PREFETCH(zero + i + w->ahead);
         }
         for (int64_t t = 0; t < tokens; t++) {
             vh *out = (vh *)((uint8_t *)w->t + (t * w->padded + k) * item);
@@ -429,7 +429,7 @@ static INLINE void dequantize_words(const uint8_t *words, const uint8_t *high, c
     const int values = item == 4 ? 10 : bits == 3 ? 4 : 8 / bits, low = bits == 3 && item == 1 ? 2 : bits;
     for (int64_t k = 0; k < n; k += LANES) {
         uint8_t rest[2][64];
-        const uint8_t *from = words + item * k, *from_high = high + k;
+        const uint8_t *from = words + item * k, *from_high = bits == 3 && item == 1 ? high + k : NULL;
         if (UNLIKELY(n - k < LANES)) {
             from = padded_copy(rest[0], from, item * (n - k));
             if (bits == 3 && item == 1) from_high = padded_copy(rest[1], from_high, n - k);

@@ -23,7 +23,7 @@ from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import make_policy
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.checkpoint import Checkpoint, ExpertId, open_checkpoint
-from mixtral_offload.models.experts import FUSED, activation, has_silu
+from mixtral_offload.models.experts import FUSED, activation
 from mixtral_offload.models.family import MoELayer
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
@@ -160,7 +160,7 @@ def _computation(
 ) -> Computation:
     experts = model.get_submodule(layers[0].name)
     activate, layout = activation(experts), cache.layout
-    at_once = products.make_experts(layout, has_silu(experts))
+    at_once = products.make_experts(layout, activate)
     run, plain_run = products.make_run(layout, activate, at_once), PLAIN.make_run(layout, activate)
     return Computation(products, run, plain_run, at_once)
 

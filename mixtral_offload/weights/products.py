@@ -10,6 +10,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights import kernels
@@ -70,12 +71,9 @@ class Products:
             return functools.partial(expert_forward, layout=layout, apply_gate=apply_gate, linear=self.linear)
         return kernels.make_run(layout, apply_gate, self.kind is Kind.COMPILED)
 
-    def make_experts(self, layout: ExpertLayout, is_silu: bool) -> NativeExperts | None:
-        """Return what runs all experts of a layer in one call, if there is such a kernel.
-
-        Args:
-            is_silu: Whether the experts compute `down(silu(gate(x)) * up(x))`.
-        """
+    def make_experts(self, layout: ExpertLayout, apply_gate: Gate) -> NativeExperts | None:
+        """Return what runs all experts of a layer in one call, if there is such a kernel."""
+        is_silu = self.native is not None and is_silu_gate(apply_gate, layout.shapes["gate"][0])
         possible = all(can_multiply(layout.shapes[of], layout.quantization[of]) for of in MATRICES)
         return self.native.experts(layout, self.fast) if self.native and is_silu and possible else None
 
@@ -85,6 +83,15 @@ class Products:
             return 0  # tiles that fit a processor's cache
         compiled = self.kind is Kind.COMPILED
         return kernels.dequantized_bytes(shape, quantization, item_bytes, compiled)
+
+
+@torch.inference_mode()
+def is_silu_gate(apply_gate: Gate, intermediate: int) -> bool:
+    """Return whether a family's activation is `silu(gate) * up`, which the kernels compute, by trying it."""
+    random = torch.Generator().manual_seed(0)
+    x = 30 * torch.randn(8, 2 * intermediate, generator=random, device="cpu")
+    gate, up = x.chunk(2, dim=-1)
+    return torch.allclose(apply_gate(x), F.silu(gate) * up, rtol=1e-5, atol=1e-6)
 
 
 #: torch's own products of dequantized matrices, which autograd can follow

@@ -17,7 +17,7 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import Quantization
 from mixtral_offload.weights.source import DEMO
-from tests.twin import relative_error
+from tests.twin import limit, relative_error
 
 COMMAND = [sys.executable, "-m", "mixtral_offload"]
 
@@ -126,7 +126,7 @@ def test_both_packings_of_three_bits_are_one_model(published, tmp_path):
     with torch.no_grad():
         logits = [from_pretrained(folder, cache_size=2)(ids).logits for folder in folders]
     # the same weights; kernels add them in another order if they are packed in another one
-    assert relative_error(logits[0], logits[1]) < 1e-5 and torch.equal(logits[1], logits[2])
+    assert relative_error(logits[0], logits[1]) <= limit(0) and torch.equal(logits[1], logits[2])
 
 
 def test_text_that_is_no_text():
