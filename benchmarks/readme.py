@@ -54,6 +54,27 @@ def kernels() -> str:
     return "\n\n".join(parts)
 
 
+def shipped() -> str:
+    """A table for each machine that ran it."""
+    parts = []
+    for path in sorted(RESULTS.glob("shipped-*.json")):
+        found = json.loads(path.read_text())
+        apart = found["divergence"]
+        text = (
+            f"**The shipped model with these kernels** (`python benchmarks/shipped.py`; "
+            f"{in_words(found['machine'])}): milliseconds per token or pass. The next token's distribution "
+            f"diverges from that of torch's products by {apart['exact']['kl_nats']:.0e} nats, with "
+            f'`precision="fast"` by {apart["fast"]["kl_nats"]:.0e} nats ({apart["tokens"]} tokens).'
+        )
+        ways = list(next(iter(found["seconds"].values())))
+        rows = [
+            [name, *(f"{1e3 * of[way]:.1f}" if way in of else "" for way in ways)]
+            for name, of in found["seconds"].items()
+        ]
+        parts.append(f"{text}\n\n{table(['', *ways], rows)}")
+    return "\n\n".join(parts)
+
+
 PAPER_T4 = {"full": 2.092, "without prefetch": 1.567, "without cache and prefetch": 1.168, "naive": 0.661}
 VARIANTS = {
     "full": "LRU cache and prefetch",
@@ -236,7 +257,7 @@ def reliability() -> str:
 
 
 def results() -> str:
-    parts = [ablation(), overlap(), batch(), assisted(), kernels(), fullsize(), t4()]
+    parts = [ablation(), overlap(), batch(), assisted(), kernels(), shipped(), fullsize(), t4()]
     return "\n\n".join(parts)
 
 

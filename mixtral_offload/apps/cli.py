@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,8 +94,11 @@ def load_model(arguments: Namespace, batch_size: int = 1) -> OffloadedModel:
     from mixtral_offload.runtime.settings import notice
 
     options = given(arguments, OFFLOAD) | {"progress": sys.stderr.isatty(), "batch_size": batch_size}
-    model = from_pretrained(arguments.model, hub=_hub(arguments), **options)
+    with warnings.catch_warnings(record=True) as caught:  # shown below, without lines of code
+        warnings.simplefilter("default")
+        model = from_pretrained(arguments.model, hub=_hub(arguments), **options)
     notes = [f"notice: {text}"] if (text := notice(model)) else []
+    notes += dict.fromkeys(str(of.message) for of in caught if of.category is UserWarning)
     if seconds := model.offload.compile_s:
         how = "kept for the next start; --no-compile does without, and is slower"
         notes.append(f"compiled in {seconds:.0f} s ({how})")
