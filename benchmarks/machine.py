@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
-from pathlib import Path
 
 import torch
 
+from mixtral_offload.system.machine import processor
 from mixtral_offload.weights.native import find_native
-
-SETS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
 
 def machine(device: str = "cpu") -> dict:
     """Describe the machine, in JSON's types."""
-    info = {"processor": platform.processor() or platform.machine(), "instruction_sets": ""}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                info["processor"] = value.strip()
-            elif name.strip() in ("flags", "Features"):
-                info["instruction_sets"] = " ".join(one for one in SETS if one in value.split())
-                break
-    except OSError:  # not Linux
-        pass
+    name, sets = processor()
     native, why = find_native()
-    info |= {"kernels": why if native is None else native.name, "cores": os.cpu_count()}
-    info |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    if device != "cpu":
-        info["card"] = torch.cuda.get_device_name(device)
-    return info
+    info = {"processor": name, "instruction_sets": sets, "kernels": why if native is None else native.name}
+    info |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return info if device == "cpu" else info | {"card": torch.cuda.get_device_name(device)}
 
 
 def words(of: dict) -> str:

@@ -14,7 +14,7 @@ from mixtral_offload.errors import OptionError
 from mixtral_offload.experiments.batching import workload
 from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, dequantize
-from tests.twin import limit, relative_error
+from tests.twin import limit
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 LAYERS, TOKENS, STAY = 3, 12, 0.5
@@ -143,6 +143,7 @@ def test_the_size_estimated_before_writing_is_nearly_the_size_written(tmp_path):
     assert n_parameters(mixtral_config()) == pytest.approx(46.7e9, rel=0.001)
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 def test_the_16_bit_checkpoint_is_the_same_model(tmp_path, offloaded):
     from bigfiles import make_checkpoint
@@ -158,7 +159,7 @@ def test_the_16_bit_checkpoint_is_the_same_model(tmp_path, offloaded):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     ids = torch.arange(3, 20)[None]
     packed = offloaded(tmp_path / "checkpoint", cache_size=8)
-    assert relative_error(plain(ids).logits, packed(ids).logits) < limit(1e-4)
+    assert (plain(ids).logits - packed(ids).logits).abs().max() < limit(1e-4, 5e-3)
     source = open_checkpoint(tmp_path / "checkpoint")
     buffer = torch.empty(source.layout.n_bytes, dtype=torch.uint8)
     source.read_expert((2, 7), buffer)
@@ -237,6 +238,7 @@ def test_startup_names_its_parts(tmp_path):
     )
 
 
+@pytest.mark.both_products
 def test_passes_are_compared_on_the_same_logits(offloaded):
     from packed_vs_transformers import DEQUANTIZED, PACKED, compare_passes
 
@@ -245,7 +247,7 @@ def test_passes_are_compared_on_the_same_logits(offloaded):
     found = compare_passes(packed, dequantized, requests, (1, 3), repeats=2, context=8)
     assert set(found.seconds[3]) == {PACKED, DEQUANTIZED, "eager", "batched_mm", "grouped_mm"}
     assert all(len(of) == 2 * 3 for of in found.seconds[3].values())
-    assert max(found.difference.values()) < 10 * limit(1e-5)  # of logits of about 10
+    assert max(found.difference.values()) < limit(1e-4, 5e-2)
     assert found.over_best(PACKED, 3) > 0
     with pytest.raises(OptionError, match="cannot be compared"):
         compare_passes(offloaded(cache_size=3), dequantized, requests)

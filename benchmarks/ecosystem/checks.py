@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
+from mixtral_offload.system.machine import processor
+
 #: instruction sets on which the speed and the last bits of a product depend
-INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "amx_int8", "neon", "asimd")
 COMMON = ("torch", "transformers", "huggingface-hub")
 
 
@@ -160,13 +160,10 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 def machine() -> dict[str, str | int]:
     """Processor, its instruction sets, and threads."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", fields.get("Features", "")).split()
+    name, sets = processor()
     return {
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
-        "instruction_sets": " ".join(name for name in INSTRUCTION_SETS if name in flags),
+        "processor": name,
+        "instruction_sets": sets,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }

@@ -88,17 +88,26 @@ def _hub(arguments: Namespace) -> dict[str, str]:
     return {"revision": arguments.revision} if arguments.revision else {}
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings without files and lines of code."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def load_model(arguments: Namespace, batch_size: int = 1) -> OffloadedModel:
     """Load the model; print the plan and notices to standard error."""
     from mixtral_offload.runtime.build import from_pretrained
     from mixtral_offload.runtime.settings import notice
 
     options = given(arguments, OFFLOAD) | {"progress": sys.stderr.isatty(), "batch_size": batch_size}
-    with warnings.catch_warnings(record=True) as caught:  # shown below, without lines of code
-        warnings.simplefilter("default")
+    with _plain_warnings():
         model = from_pretrained(arguments.model, hub=_hub(arguments), **options)
     notes = [f"notice: {text}"] if (text := notice(model)) else []
-    notes += dict.fromkeys(str(of.message) for of in caught if of.category is UserWarning)
     if seconds := model.offload.compile_s:
         how = "kept for the next start; --no-compile does without, and is slower"
         notes.append(f"compiled in {seconds:.0f} s ({how})")

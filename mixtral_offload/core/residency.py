@@ -107,11 +107,12 @@ class Pool:
         del self.loading[load.key]
 
     def use_held(self, needed: Sequence[Key]) -> bool:
-        """Note a use of each and return True if all are in slots: a call without copies needs no more."""
-        if self.resident or not all(key in self.held for key in needed):
+        """Note a use of each and return True if all are on the device: such a call needs no more."""
+        if not all(key in self.held or key in self.resident for key in needed):
             return False
         for key in needed:
-            self.policy.use(key)
+            if key not in self.resident:
+                self.policy.use(key)
         return True
 
 
@@ -161,10 +162,7 @@ class Residency:
         policy sees the uses in the order of `needed`, not of arrival.
         """
         pool = self.pools[layer]
-        yield from self._abandon_loading(pool)
-        self.n_begun += 1
-        for load in [of for of in self.staged.values() if of.layer == layer and of.key not in needed]:
-            yield from self._drop(load)  # at once: its row and the link are for the next predictions
+        yield from self._enter(pool, layer, needed)
         hits = [key for key in needed if key in pool.held or key in pool.resident]
         waiting = deque(key for key in needed if key not in hits) if len(hits) < len(needed) else deque()
         in_slots = [key for key in needed if key not in pool.resident]
@@ -179,21 +177,15 @@ class Residency:
         while pool.loading:
             yield from self._land(pool, min(pool.loading.values(), key=lambda load: load.number))
 
-    def is_here(self, layer: int, needed: Sequence[Key]) -> bool:
-        """Return whether a call of `layer` that needs these experts would only use what is on the device."""
-        held, resident = self.pools[layer].held, self.pools[layer].resident
-        return all(key in held or key in resident for key in needed)
+    def use_held(self, layer: int, needed: Sequence[Key]) -> Iterator[Action] | None:
+        """Do what `begin` does if all are on the device, without an action for each use.
 
-    def use_here(self, layer: int, needed: Sequence[Key]) -> Iterator[Action]:
-        """Do what `begin` does if `is_here`, without an action for each use: only predictions are dropped."""
+        Returns:
+            The actions that are left, which drop what is not needed and are to be carried out; None if an
+            expert is missing, and then nothing was done.
+        """
         pool = self.pools[layer]
-        yield from self._abandon_loading(pool)
-        self.n_begun += 1
-        for load in [of for of in self.staged.values() if of.layer == layer]:  # none of them is needed
-            yield from self._drop(load)
-        for key in needed:
-            if key not in pool.resident:
-                pool.policy.use(key)
+        return self._enter(pool, layer, needed) if pool.use_held(needed) else None
 
     def predict(self, layer: int, keys: Sequence[Key], distance: int) -> Iterator[Action]:
         """Load experts that `layer`, `distance` layer calls from now, will probably need; the most probable
@@ -240,6 +232,12 @@ class Residency:
         """Return a row that holds nothing and that no copy may write; there is one at each START."""
         used = set(self.rows_in_use())
         return next(row for row in self._rows if row not in used)
+
+    def _enter(self, pool: Pool, layer: int, needed: Sequence[Key]) -> Iterator[Action]:
+        yield from self._abandon_loading(pool)
+        self.n_begun += 1
+        for load in [of for of in self.staged.values() if of.layer == layer and of.key not in needed]:
+            yield from self._drop(load)  # at once: its row and the link are for the next predictions
 
     def _new(self, key: Key, layer: int, due: int) -> Load:
         self._n_loads += 1

@@ -6,16 +6,11 @@
 #elif defined(__GNUC__)
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#if defined(_MSC_VER)
-#define INLINE __forceinline
-#else
-#define INLINE inline __attribute__((always_inline))
-#endif
 #define FUNCTION(name) avx2_##name
 #include "simd_avx2.h"
 #include "products.h"
 
-const Kernels avx2_kernels = {"avx2", avx2_product, avx2_silu_and_multiply, avx2_add_weighted};
+const Kernels avx2_kernels = {"avx2", avx2_product, avx2_silu_and_multiply};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

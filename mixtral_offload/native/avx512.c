@@ -6,16 +6,11 @@
 #elif defined(__GNUC__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,avx2")
 #endif
-#if defined(_MSC_VER)
-#define INLINE __forceinline
-#else
-#define INLINE inline __attribute__((always_inline))
-#endif
 #define FUNCTION(name) avx512_##name
 #include "simd_avx512.h"
 #include "products.h"
 
-const Kernels avx512_kernels = {"avx512", avx512_product, avx512_silu_and_multiply, avx512_add_weighted};
+const Kernels avx512_kernels = {"avx512", avx512_product, avx512_silu_and_multiply};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

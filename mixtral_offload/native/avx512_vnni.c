@@ -6,18 +6,12 @@
 #elif defined(__GNUC__)
 #pragma GCC target("avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,avx2")
 #endif
-#if defined(_MSC_VER)
-#define INLINE __forceinline
-#else
-#define INLINE inline __attribute__((always_inline))
-#endif
 #define FUNCTION(name) avx512_vnni_##name
 #define USE_VNNI
 #include "simd_avx512.h"
 #include "products.h"
 
-const Kernels avx512_vnni_kernels = {"avx512_vnni", avx512_vnni_product, avx512_vnni_silu_and_multiply,
-                                     avx512_vnni_add_weighted};
+const Kernels avx512_vnni_kernels = {"avx512_vnni", avx512_vnni_product, avx512_vnni_silu_and_multiply};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

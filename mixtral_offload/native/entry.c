@@ -131,17 +131,20 @@ static void in_parallel(Body body, void *data, int64_t n) {
 
 static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-int64_t scratch_bytes(int64_t k, int64_t group, int64_t n_meta, int64_t tokens) {
-    int64_t padded = up(k, BLOCK), few = tokens < MAX_TOKENS ? tokens : MAX_TOKENS;
+/* What one thread needs, in bytes; FUNCTION(prepare) in products.h divides it. */
+static int64_t scratch_bytes(const Matrix *m, int64_t tokens) {
+    int64_t padded = up(m->k, BLOCK), few = tokens < MAX_TOKENS ? tokens : MAX_TOKENS;
     int64_t bytes = few * padded * 2 + up(few * (padded / BLOCK) * 4, 64) + 64 + 4 * (few + 1) * padded;
-    if (tokens > MAX_TOKENS) bytes += 4 * (16 * BLOCK + 64 * 16 * 16 + 64 * padded);
-    (void)group;
-    return up(bytes + 4 * (n_meta + padded), 64) + 64;
+    if (tokens > MAX_TOKENS) bytes += 4 * (TILE_ROWS * BLOCK + TILE_TOKENS * TILE_ROWS * MAX_LANES + TILE_TOKENS * padded);
+    return up(bytes + 4 * (m->n_meta + padded), 64) + 64;
 }
 
 static int64_t n_groups(const Matrix *m) { return m->format >= FLOAT16 ? m->n : m->n / m->group; }
 
-/* One product of each call: a matrix, its input and its output. */
+/* experts of one call */
+#define MAX_EXPERTS 64
+
+/* One product of a call: a matrix, its input and its output. */
 typedef struct {
     const Matrix *m;
     const float *x;
@@ -152,8 +155,8 @@ typedef struct {
 typedef struct {
     const Kernels *kernels;
     const Product *products;
-    int64_t n, per_task, n_tasks; /* per_task: bytes of words, about */
-    int64_t first_task[3 * 64 + 1];
+    int64_t n, n_tasks;
+    int64_t first_task[2 * MAX_EXPERTS + 1];
     int64_t next, next_thread;
     uint8_t *scratch;
     int64_t scratch_bytes, n_threads;
@@ -220,9 +223,9 @@ static const float *padded_rows(const float *x, int64_t rows, int64_t k, float *
  */
 EXPORT void multiply_matrix(const Kernels *kernels, const Matrix *m, const float *x, int64_t tokens, float *y,
                             int64_t threads, int64_t fast, uint8_t *scratch) {
-    int64_t each = scratch_bytes(m->k, m->group, m->n_meta, tokens);
+    int64_t each = scratch_bytes(m, tokens);
     Product one = {m, padded_rows(x, tokens, m->k, (float *)(scratch + threads * each)), y, tokens, m->n};
-    Products all = {kernels, &one, 1, 0, 0, {0}, 0, 0, scratch, each, threads, (int)fast};
+    Products all = {kernels, &one, 1, 0, {0}, 0, 0, scratch, each, threads, (int)fast};
     multiply_all(&all);
 }
 
@@ -248,25 +251,22 @@ typedef struct {
     const Kernels *kernels;
     float *gate;
     const float *up;
-    int64_t n, next, n_tasks;
+    int64_t blocks, next, n_tasks; /* of BLOCK elements */
 } Gates;
 
 static void run_gates(void *data) {
     Gates *all = data;
     for (int64_t task; (task = NEXT(&all->next)) < all->n_tasks;) {
-        int64_t first = all->n * task / all->n_tasks, last = all->n * (task + 1) / all->n_tasks;
+        int64_t first = all->blocks * task / all->n_tasks * BLOCK, last = all->blocks * (task + 1) / all->n_tasks * BLOCK;
         all->kernels->silu_and_multiply(all->gate + first, all->up + first, last - first);
     }
 }
-
-/* experts of one call */
-#define MAX_EXPERTS 64
 
 static int64_t largest_scratch(const Expert *of, int64_t tokens) {
     int64_t most = 0;
     const Matrix *all[] = {&of->gate, &of->up, &of->down};
     for (int i = 0; i < 3; i++) {
-        int64_t n = scratch_bytes(all[i]->k, all[i]->group, all[i]->n_meta, tokens);
+        int64_t n = scratch_bytes(all[i], tokens);
         most = n > most ? n : most;
     }
     return most;
@@ -279,7 +279,7 @@ EXPORT int64_t experts_scratch(const Expert *of, int64_t rows, int64_t most_toke
 }
 
 EXPORT int64_t matrix_scratch(const Matrix *m, int64_t tokens, int64_t threads) {
-    return threads * scratch_bytes(m->k, m->group, m->n_meta, tokens) + 4 * tokens * up(m->k, BLOCK) + 64;
+    return threads * scratch_bytes(m, tokens) + 4 * tokens * up(m->k, BLOCK) + 64;
 }
 
 /*
@@ -306,25 +306,18 @@ EXPORT void run_experts(const Kernels *kernels, const Expert *layout, const uint
         products[2 * e] = (Product){&experts[e].gate, input, gate + first[e] * padded, tokens, padded};
         products[2 * e + 1] = (Product){&experts[e].up, input, by + first[e] * padded, tokens, padded};
     }
-    Products all = {kernels, products, 2 * n, 0, 0, {0}, 0, 0, scratch, each, threads, (int)fast};
+    Products all = {kernels, products, 2 * n, 0, {0}, 0, 0, scratch, each, threads, (int)fast};
     multiply_all(&all);
     if (padded > inner) /* so that the padding is 0 after the gate */
         for (int64_t row = 0; row < rows; row++) {
             memset(gate + row * padded + inner, 0, (size_t)(padded - inner) * 4);
             memset(by + row * padded + inner, 0, (size_t)(padded - inner) * 4);
         }
-    Gates gates = {kernels, gate, by, rows * padded, 0, rows * padded / 4096};
-    if (gates.n_tasks < 1) gates.n_tasks = 1;
+    Gates gates = {kernels, gate, by, rows * padded / BLOCK, 0, 1 + rows * padded / 4096};
     in_parallel(run_gates, &gates, gates.n_tasks < threads ? gates.n_tasks : threads);
     for (int64_t e = 0; e < n; e++)
         products[e] = (Product){&experts[e].down, gate + first[e] * padded, y + first[e] * hidden,
                                 first[e + 1] - first[e], hidden};
     all.n = n;
     multiply_all(&all);
-}
-
-/* y [hidden] = sum over i, in order, of weights[i] * x[rows[i]] */
-EXPORT void weighted_sum(const Kernels *kernels, const float *x, const int64_t *rows, const float *weights, int64_t n,
-                         int64_t hidden, float *y) {
-    for (int64_t i = 0; i < n; i++) kernels->add_weighted(y, x + rows[i] * hidden, weights[i], hidden, i == 0);
 }

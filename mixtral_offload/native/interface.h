@@ -30,21 +30,29 @@ typedef struct {
 /* Tokens that share the unpacking of a matrix; more go through tiles of dequantized weights. */
 #define MAX_TOKENS 8
 
-/* What one thread needs in addition, in bytes. */
-int64_t scratch_bytes(int64_t k, int64_t group, int64_t n_meta, int64_t tokens);
+/* Rows of W in one tile of dequantized weights, tokens that go through it before the next is made. */
+#define TILE_ROWS 16
+#define TILE_TOKENS 64
+/* fp32 values in the longest vector */
+#define MAX_LANES 16
+
+#if defined(_MSC_VER)
+#define INLINE __forceinline
+#else
+#define INLINE inline __attribute__((always_inline))
+#endif
 
 typedef struct {
     const char *name;
     /*
-     * y[t * stride + row] = sum_k W[row, k] * x[t * k + k'], for the rows of the groups first <= g < last (of a
-     * 16 or 32 bit matrix: the rows themselves). fast: int8 activations in place of int16.
+     * y[t * stride + row] = sum over k of W[row, k] * x[t, k], for the rows of the groups first <= g < last (of a
+     * 16 or 32 bit matrix: the rows themselves). Rows of x are as long as whole blocks of columns, with zeros
+     * after the last one. fast: int8 activations in place of int16.
      */
     void (*product)(const Matrix *, const float *x, int64_t tokens, float *y, int64_t stride, int64_t first,
                     int64_t last, int fast, void *scratch);
-    /* gate[i] = silu(gate[i]) * up[i] */
+    /* gate[i] = silu(gate[i]) * up[i]; n is a multiple of BLOCK */
     void (*silu_and_multiply)(float *gate, const float *up, int64_t n);
-    /* y[i] (+)= weight * x[i]; not added for the first */
-    void (*add_weighted)(float *y, const float *x, float weight, int64_t n, int is_first);
 } Kernels;
 
 extern const Kernels portable_kernels;

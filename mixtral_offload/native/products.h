@@ -25,11 +25,6 @@
 
 #define LANES (BYTES / 4)
 #define ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
-/* rows of W in one tile of dequantized weights */
-#define TILE_ROWS 16
-/* tokens that go through one tile before the next is made */
-#define TILE_TOKENS 64
-
 typedef struct {
     const Matrix *m;
     int64_t groups;               /* G */
@@ -424,7 +419,7 @@ static INLINE void plain_rows(const Matrix *m, const int format, const int n_row
 
 /* One block of all values of a row of words: rows [values, BLOCK] of the tile, `step` floats apart. */
 static INLINE void dequantize_words(const uint8_t *words, const uint8_t *high, const int bits, const int item, int64_t n,
-                                    int high_shift, int high_step, const float *scales, const float *offsets, float *tile,
+                                    int high_shift, const float *scales, const float *offsets, float *tile,
                                     int64_t step) {
     const int values = item == 4 ? 10 : bits == 3 ? 4 : 8 / bits, low = bits == 3 && item == 1 ? 2 : bits;
     for (int64_t k = 0; k < n; k += LANES) {
@@ -441,7 +436,7 @@ static INLINE void dequantize_words(const uint8_t *words, const uint8_t *high, c
         UNROLL for (int i = 0; i < values; i++) {
             vi q = int_and(int_shift_right(word, low * (values - 1 - i)), set_int((1 << low) - 1));
             if (bits == 3 && item == 1) {
-                vi up = int_and(int_shift_right(bit, high_shift - high_step * i), set_int(1));
+                vi up = int_and(int_shift_right(bit, high_shift - 2 * i), set_int(1));
                 q = add_int(q, int_shift_left(up, 2));
             }
             store_float(tile + i * step + k, multiply_add(to_float(q), scale, offset));
@@ -500,7 +495,7 @@ static INLINE void tiled_group(const Work *w, const int bits, const int item, co
                 const int64_t word = p + i, at = to->g * m->k + k;
                 const uint8_t *high = is_split ? m->high + word % n_high * row_bytes + at : NULL;
                 dequantize_words(m->words + word * row_bytes + item * at, high, bits, item, left,
-                                 7 - (int)(is_split ? word / n_high : 0), 2, scales, offsets, w->tile + i * BLOCK, n * BLOCK);
+                                 7 - (int)(is_split ? word / n_high : 0), scales, offsets, w->tile + i * BLOCK, n * BLOCK);
             }
             FUNCTION(tiles)(w, x + block * tokens * BLOCK, tokens, n * values, ROUND_UP(left, LANES));
         }
@@ -654,7 +649,7 @@ static void FUNCTION(product)(const Matrix *m, const float *x, int64_t tokens, f
     }
 }
 
-/* e**x, relative error below 2e-7; 0 below -87, largest exponent at 88 */
+/* e**x for -87 <= x <= 88, relative error below 2e-7; of the nearer end for others */
 static INLINE vf exponential(vf x) {
     x = maximum(minimum(x, set_float(88)), set_float(-87));
     vi n = to_int(multiply(x, set_float(1.44269504f)));
@@ -673,31 +668,7 @@ static INLINE vf exponential(vf x) {
 
 static void FUNCTION(silu_and_multiply)(float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
-        float a[LANES], b[LANES];
-        int64_t left = n - i < LANES ? n - i : LANES;
-        float *at = gate + i;
-        const float *by = up + i;
-        if (left < LANES) {
-            memset(a, 0, sizeof a);
-            memset(b, 0, sizeof b);
-            at = memcpy(a, at, (size_t)left * 4);
-            by = memcpy(b, by, (size_t)left * 4);
-        }
-        vf x = load_float(at), e = exponential(subtract(set_float(0), x));
-        store_float(at, multiply(divide(x, add(set_float(1), e)), load_float(by)));
-        if (left < LANES) memcpy(gate + i, a, (size_t)left * 4);
-    }
-}
-
-static void FUNCTION(add_weighted)(float *y, const float *x, float weight, int64_t n, int is_first) {
-    int64_t i = 0;
-    vf by = set_float(weight);
-    for (; i + LANES <= n; i += LANES) {
-        vf product = multiply(load_float(x + i), by);
-        store_float(y + i, is_first ? product : add(load_float(y + i), product));
-    }
-    for (; i < n; i++) {
-        float product = x[i] * weight;
-        y[i] = is_first ? product : y[i] + product;
+        vf x = load_float(gate + i), e = exponential(subtract(set_float(0), x));
+        store_float(gate + i, multiply(divide(x, add(set_float(1), e)), load_float(up + i)));
     }
 }

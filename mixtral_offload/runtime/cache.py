@@ -205,9 +205,10 @@ class ExpertCache:
             nothing was done.
         """
         needed: list[ExpertId] = [(layer, expert) for expert in experts]
-        if not self._residency.is_here(layer, needed):
+        actions = self._residency.use_held(layer, needed)
+        if actions is None:
             return None
-        self._carry_out_all(self._residency.use_here(layer, needed))
+        self._carry_out_all(actions)
         if meanwhile is not None:
             meanwhile()
         self.stats.hits += len(needed)

@@ -23,7 +23,7 @@ from mixtral_offload.models.skeleton import build_meta, check_experts
 from mixtral_offload.system.machine import free_memory
 from mixtral_offload.units import check_whole, gb, parse_size
 from mixtral_offload.weights.layout import ROWS, ExpertLayout
-from mixtral_offload.weights.products import Kind, Products, choose_products
+from mixtral_offload.weights.products import PRECISIONS, Kind, Products, choose_products
 from mixtral_offload.weights.safetensors_io import StoredTensor
 
 #: maximum prompt tokens of a batch in one pass; larger passes do not improve expert utilization
@@ -84,6 +84,9 @@ def _check_values(options: OffloadOptions) -> None:
         raise OptionError(
             "unknown dequantize_on_load", expected="True (and nothing to compile) or False", found=found
         )
+    if options.precision not in PRECISIONS or (options.dequantize_on_load and options.precision != "exact"):
+        found = f"precision={options.precision!r}, dequantize_on_load={options.dequantize_on_load!r}"
+        raise OptionError("unknown precision", expected='"exact", or "fast" for packed experts', found=found)
     for name in ("shared_slots", "progress"):
         if getattr(options, name) not in (True, False):
             raise OptionError(f"unknown {name}", expected="True or False", found=getattr(options, name))

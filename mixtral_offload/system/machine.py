@@ -1,7 +1,8 @@
-"""RAM that this process may use: the machine's, or what a Linux control group (version 1 or 2) allows."""
+"""The processor, and the RAM that this process may use: the machine's, or what a control group allows."""
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,8 +126,28 @@ def _is_number(text: str) -> bool:
 
 
 def _text(path: Path) -> str:
-    """Read a file; empty if that fails, which counts as no limit."""
+    """Read a file; empty if that fails."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+#: that decide how fast packed products run
+INSTRUCTION_SETS = (
+    *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8"),
+    *("neon", "asimd", "asimddp", "i8mm", "sve"),
+)
+
+
+def processor(info: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:
+    """Return the processor's name, and those of its instruction sets that matter here, separated by spaces.
+
+    Args:
+        info: What Linux says; elsewhere the name is Python's, and instruction sets are unknown.
+    """
+    lines = _text(info).splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return name, " ".join(one for one in INSTRUCTION_SETS if one in flags)

@@ -30,7 +30,7 @@ SUMS = 16
 #: experts smaller than this run as fast uncompiled, and start at once
 WORTH_COMPILING_BYTES = 4_000_000
 
-Run = Callable[[Tensor, dict[str, Fields]], Tensor]  # see products.py
+Run = Callable[[Tensor, dict[str, Fields]], Tensor]  # (x [T, hidden], an expert's views) -> [T, hidden]
 
 
 def packed_product(x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization) -> Tensor:

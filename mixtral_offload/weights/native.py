@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights.hqq import Fields, Quantization, matmul
+from mixtral_offload.weights.kernels import can_pack
 from mixtral_offload.weights.layout import MATRICES, ExpertLayout
 
 FOLDER = Path(__file__).parent.parent / "native"
@@ -106,7 +107,7 @@ class Native:
             function.restype = integer
         library.experts_scratch.argtypes = [pointer, integer, integer, integer]
         library.matrix_scratch.argtypes = [pointer, integer, integer]
-        library.multiply_matrix.restype = library.run_experts.restype = library.weighted_sum.restype = None
+        library.multiply_matrix.restype = library.run_experts.restype = None
         library.multiply_matrix.argtypes = [
             *(pointer, pointer, pointer, integer, pointer, integer, integer, pointer)
         ]
@@ -114,7 +115,6 @@ class Native:
             *(pointer, pointer, pointer, pointer, integer, pointer, integer, pointer),
             *(integer, integer, pointer),
         ]
-        library.weighted_sum.argtypes = [pointer, pointer, pointer, pointer, integer, integer, pointer]
         library.set_pool.argtypes = [pointer]
         library.set_pool(_torch_pool())
         self._scratch = _Scratch()
@@ -132,7 +132,7 @@ class Native:
         Args:
             fast: Activations as int8 in blocks of 256; else int16.
         """
-        if not can_multiply(shape, quantization):
+        if not can_pack(shape, quantization):
             return matmul(x, fields, shape, quantization)
         if quantization.bits == 16 and fields["weight"].dtype == torch.float32:
             return matmul(x, fields, shape, quantization)  # nothing to unpack
@@ -213,11 +213,6 @@ class NativeExperts:
         """Run one expert, `x [T, H]` -> `[T, H]` in x's dtype, from views of its row."""
         first = next(iter(views["gate"].values()))  # the row begins with it
         return self.run(x, [first.data_ptr()], [len(x)]).to(x.dtype)
-
-
-def can_multiply(shape: tuple[int, int], quantization: Quantization) -> bool:
-    """Return whether there are kernels for a matrix; others are dequantized."""
-    return quantization.bits == 16 or shape[0] % quantization.group_size == 0
 
 
 def _format(quantization: Quantization, dtype: torch.dtype) -> int:

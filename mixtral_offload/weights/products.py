@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights import kernels
-from mixtral_offload.weights.hqq import Fields, Linear, Quantization, matmul
+from mixtral_offload.weights.hqq import Linear, Quantization, matmul
+from mixtral_offload.weights.kernels import Run, can_pack
 from mixtral_offload.weights.layout import MATRICES, ExpertLayout, expert_forward
-from mixtral_offload.weights.native import Native, NativeExperts, can_multiply, find_native, is_missing
+from mixtral_offload.weights.native import Native, NativeExperts, find_native, is_missing
 
-Run = Callable[[Tensor, dict[str, Fields]], Tensor]  # (x [T, hidden], an expert's views) -> [T, hidden]
 Gate = Callable[[Tensor], Tensor]  # [T, 2 * intermediate] -> [T, intermediate]
 PRECISIONS = ("exact", "fast")
 
@@ -74,12 +74,12 @@ class Products:
     def make_experts(self, layout: ExpertLayout, apply_gate: Gate) -> NativeExperts | None:
         """Return what runs all experts of a layer in one call, if there is such a kernel."""
         is_silu = self.native is not None and is_silu_gate(apply_gate, layout.shapes["gate"][0])
-        possible = all(can_multiply(layout.shapes[of], layout.quantization[of]) for of in MATRICES)
+        possible = all(can_pack(layout.shapes[of], layout.quantization[of]) for of in MATRICES)
         return self.native.experts(layout, self.fast) if self.native and is_silu and possible else None
 
     def dequantized_bytes(self, shape: tuple[int, int], quantization: Quantization, item_bytes: int) -> int:
         """Return the memory for multiplying many tokens, in addition to the matrix."""
-        if self.native is not None and quantization.bits != 16 and can_multiply(shape, quantization):
+        if self.native is not None and quantization.bits != 16 and can_pack(shape, quantization):
             return 0  # tiles that fit a processor's cache
         compiled = self.kind is Kind.COMPILED
         return kernels.dequantized_bytes(shape, quantization, item_bytes, compiled)

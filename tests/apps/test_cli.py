@@ -105,6 +105,7 @@ def test_convert(capsys, published, tmp_path):
     assert "4-bit, group 64" in capsys.readouterr().out
 
 
+@pytest.mark.both_products
 def test_both_packings_of_three_bits_are_one_model(published, tmp_path):
     """The same logits from hqq's packing (ten values in 32 bits), ours, and hqq's repacked."""
     ten = Quantization(3, 64)

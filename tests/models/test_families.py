@@ -106,6 +106,7 @@ def plain(request, tmp_path):
     return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 def test_16_bit_experts_give_transformers_own_logits(plain, offloaded):
     folder, model = plain
@@ -154,6 +155,7 @@ def test_8_bit_experts_and_attention_stay_near(plain, offloaded):
     assert any(".experts.5." in key for key in written)
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 @pytest.mark.parametrize("product", [None, "dequantize_on_load"])
 def test_quantized_attention_keeps_all_but_the_weight(product, tmp_path, offloaded):
@@ -240,6 +242,7 @@ def test_32_bit_checkpoints_load_and_convert_exactly(name, tmp_path, offloaded):
     assert all(torch.equal(stored["down", field].read(), value) for field, value in solved.items())
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "glm4_moe"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -132,6 +132,7 @@ def other_experts(prefix):
     )
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize(
     "prefix",
     [
@@ -149,6 +150,7 @@ def test_experts_of_another_module_are_not_this_model_s(name, prefix, save, offl
     check_same_answers(folder, offloaded, 12)
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize("how", ["by its tensors", "by the configuration", "by transformers"])
 def test_layers_that_predict_further_tokens(how, save, offloaded):
     """DeepSeek's and GLM's hubs hold them as layers after the last."""
@@ -181,6 +183,7 @@ def test_a_configuration_with_too_few_layers_is_refused(save):
     assert "has no place" in message and "model.layers.2." in message and "config.json" in message
 
 
+@pytest.mark.both_products
 def test_heads_and_buffers_of_other_tasks_are_ignored(save, offloaded):
     for name in ("mixtral", "tied"):
         folder = save(name)
@@ -336,6 +339,7 @@ def test_mxfp4_and_an_unknown_format(save):
     assert "another format (mxfp4)" in error_of(folder)
 
 
+@pytest.mark.both_products
 def test_our_own_and_the_published_form_are_no_other_format(published, tmp_path, expected, offloaded):
     published_as_hqq = shutil.copytree(published, tmp_path / "hqq")
     path = published_as_hqq / "config.json"
@@ -346,7 +350,7 @@ def test_our_own_and_the_published_form_are_no_other_format(published, tmp_path,
     assert "mixtral_offload" in (ours / "config.json").read_text()
     for folder in (published_as_hqq, ours):
         logits = offloaded(folder, cache_size=3)(expected["input_ids"]).logits
-        assert relative_error(logits, expected["logits"]) < limit(1e-4)
+        assert (logits - expected["logits"]).abs().max() < limit(1e-4, 2e-2)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe"])

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from mixtral_offload import convert_checkpoint
 from mixtral_offload.models.checkpoint import open_checkpoint
 from mixtral_offload.weights.hqq import PAPER, Quantization
-from tests.twin import limit, relative_error
+from tests.twin import limit
 
 
 @pytest.fixture(scope="module", params=["published", "rewritten"])
@@ -17,12 +17,13 @@ def folder(request, published, tmp_path_factory):
     return convert_checkpoint(published, tmp_path_factory.mktemp("ours") / "rewritten")
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize("cache_size, store", [(2, "ram"), (3, "disk"), (8, "auto")])
 @torch.no_grad()
 def test_logits_and_greedy_continuation(folder, expected, offloaded, cache_size, store):
     model = offloaded(folder, cache_size=cache_size, store=store)
     logits = model(expected["input_ids"]).logits
-    assert relative_error(logits, expected["logits"]) < limit(1e-4)
+    assert (logits - expected["logits"]).abs().max() < limit(1e-4, 2e-2)
     # the fixture's continuation was made with token 2 as padding, of which the prompt has one
     n_prompt = expected["input_ids"].shape[1]
     greedy = model.generate(
@@ -35,6 +36,7 @@ def test_logits_and_greedy_continuation(folder, expected, offloaded, cache_size,
     assert torch.equal(greedy, expected["greedy"])
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 def test_router_logits(folder, expected, offloaded):
     model = offloaded(folder, cache_size=2)
@@ -42,7 +44,7 @@ def test_router_logits(folder, expected, offloaded):
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda module, inputs, output: routers.append(output[0]))
     model(expected["input_ids"])
-    assert relative_error(torch.stack(routers), expected["router"]) < limit(1e-4)
+    assert (torch.stack(routers) - expected["router"]).abs().max() < limit(1e-4, 2e-2)
 
 
 def test_our_writer_keeps_every_byte_under_whole_keys(published, tmp_path):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import platform
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "amx_int8", "neon", "asimd")
+from mixtral_offload.system.machine import processor
 
 
 @dataclass
@@ -38,13 +37,10 @@ class Result:
 
 def machine() -> dict[str, str]:
     """Processor, its instruction sets that matter here, and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    fields = dict((part.strip() for part in line.partition(":")[::2]) for line in lines if ":" in line)
-    flags = fields.get("flags", fields.get("Features", "")).split()
+    name, sets = processor()
     return {
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
-        "instruction_sets": " ".join(flag for flag in FLAGS if flag in flags),
+        "processor": name,
+        "instruction_sets": sets,
         "threads": str(torch.get_num_threads()),
         "python": sys.version.split()[0],
         "torch": torch.__version__,

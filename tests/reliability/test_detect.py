@@ -15,6 +15,7 @@ def reference():
     return model, [logits_of(model, ids, 6) for ids in prompts(2)]
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize(
     "options",
     [

@@ -9,7 +9,7 @@ from mixtral_offload.runtime.arguments import HUB, OTHERS, split_arguments
 from mixtral_offload.runtime.memory import memory_use
 from mixtral_offload.runtime.options import DTYPES
 from mixtral_offload.weights.hub import download
-from tests.twin import limit, relative_error
+from tests.twin import limit
 
 HARMLESS = {
     "trust_remote_code": False, "low_cpu_mem_usage": True, "use_safetensors": True,
@@ -94,6 +94,7 @@ def test_dtypes_by_both_names():
         from_pretrained(torch_dtype="int8")
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 def test_attention():
     ids = torch.tensor([[1, 5, 9, 30, 7, 100, 3]])
@@ -101,7 +102,7 @@ def test_attention():
         from_pretrained(device="cpu", cache_size=2, attn_implementation=name) for name in ("eager", "sdpa")
     )
     assert (eager.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
-    assert relative_error(eager(ids).logits, sdpa(ids).logits) < limit(1e-5)
+    assert (eager(ids).logits - sdpa(ids).logits).abs().max() < limit(1e-4, 1e-2)
     assert eager(ids, output_attentions=True).attentions[0].shape == (1, 6, 7, 7)
     for name in ("no_such_attention", 3, ""):
         with pytest.raises(OptionError, match="attn_implementation"):

@@ -12,6 +12,7 @@ from tests.twin import limit, relative_error
 IDS = torch.arange(3, 43).view(1, 40)
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize("n_tokens", [1, 5, 40])
 def test_dequantized_logits_are_those_of_packed_experts(offloaded, n_tokens):
     packed, dequantized = offloaded(cache_size=2), offloaded(dequantize_on_load=True)
@@ -21,6 +22,7 @@ def test_dequantized_logits_are_those_of_packed_experts(offloaded, n_tokens):
         ) <= limit(0)
 
 
+@pytest.mark.both_products
 def test_16_bits_become_the_dtype_of_the_products_once(offloaded):
     stored, dequantized = (
         offloaded(DEMO.parent / "fp16", cache_size=8, **of) for of in ({}, {"dequantize_on_load": True})

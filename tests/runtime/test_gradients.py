@@ -43,6 +43,7 @@ def gradients(model, ids_of: list[list[int]]) -> list[torch.Tensor]:
     return [of.grad for of in embeds]
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize("options", [
     {"cache_size": 2}, {"cache_size": 2, "store": "disk"}, {"cache_size": 8}, {"dequantize_on_load": True},
     {"cache_size": 2, "prefetch": 2, "throttle": "2GB"},
@@ -52,7 +53,7 @@ def gradients(model, ids_of: list[list[int]]) -> list[torch.Tensor]:
 def test_gradients_are_the_twins(offloaded, reference, options, ids_of):
     model = offloaded(**options)
     for found, expected in zip(gradients(model, ids_of), gradients(reference, ids_of), strict=True):
-        assert relative_error(found, expected) < limit(1e-4)
+        assert relative_error(found, expected) < limit(1e-4, 1e-2)
 
 
 @pytest.mark.parametrize("options", [{"cache_size": 2}, {"cache_size": 8}, {"dequantize_on_load": True}])
@@ -75,6 +76,7 @@ def test_gradients_do_not_depend_on_the_cache(offloaded):
     assert all(torch.equal(a, b) for of in others for a, b in zip(first, of))
 
 
+@pytest.mark.both_products
 def test_gradients_of_routing_and_dense_parameters(offloaded, reference, batches):
     """Parameters that a user unfreezes: a norm, a router, the head; with padding in the batch."""
     model, batch = offloaded(cache_size=2), batches[0]
@@ -95,9 +97,10 @@ def test_gradients_of_routing_and_dense_parameters(offloaded, reference, batches
             parameter.requires_grad_(False)
             parameter.grad = None
     for found, expected in zip(*grads, strict=True):
-        assert relative_error(found, expected) < limit(1e-4)
+        assert relative_error(found, expected) < limit(1e-4, 1e-2)
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_gradient_checkpointing(offloaded, reference, batches, is_reentrant):
     """Labels include padding. What is checkpointed reentrantly runs without gradients first."""
@@ -118,7 +121,7 @@ def test_gradient_checkpointing(offloaded, reference, batches, is_reentrant):
     reference(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
     expected, weight.grad = weight.grad, None
     weight.requires_grad_(False)
-    assert all(relative_error(found, expected) < limit(1e-4) for found in grads)
+    assert all(relative_error(found, expected) < limit(1e-4, 1e-2) for found in grads)
 
 
 def test_gradients_under_record_are_refused(offloaded, batches):

@@ -48,6 +48,7 @@ def at_once(*functions, repeats: int):
     return results
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 def test_padded_batches_in_several_threads_give_what_each_gives_alone(offloaded, reference, batches):
     model = offloaded(cache_size=2, prefetch=2, throttle="2GB")
@@ -151,6 +152,7 @@ def _logits(model, batch):
         return model(**batch).logits
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize(
     "options", [{"cache_size": 2, "prefetch": 2, "throttle": "2GB"}, {"dequantize_on_load": True}]
 )
@@ -183,6 +185,7 @@ def test_masks_longer_than_the_pass(offloaded, reference, batches, options, kind
         assert relative_error(found[1], expected[1]) < SAME
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize("skips", [False, True])
 @torch.no_grad()
 def test_a_second_pass_of_several_tokens_takes_its_own_columns(offloaded, reference, batches, skips):
@@ -224,6 +227,7 @@ def test_other_masks_and_positions(offloaded, reference, batches, monkeypatch):
         assert relative_error(found, expected) < 2e-5, name
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 def test_a_loss_over_padding_is_the_twins(offloaded, reference, batches):
     """Labels that forget to leave out padding: whatever that is worth, it is what transformers computes."""
@@ -234,6 +238,7 @@ def test_a_loss_over_padding_is_the_twins(offloaded, reference, batches):
         assert relative_error(of_model.logits, of_reference.logits) < SAME
 
 
+@pytest.mark.both_products
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_what_generate_returns_of_padding_is_the_twins(offloaded, reference, tokenizer, side):
@@ -258,6 +263,7 @@ def _keep_output(kept, module, inputs, output):
     kept.append(output)
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 def test_what_a_pass_leaves_of_padding_is_the_twins(offloaded, reference, batches):
     """Its keys and values, and what hooks see: somebody may read them, whatever logits were asked for."""
@@ -448,6 +454,7 @@ def test_a_forked_child_continues_and_leaves_its_parent_alone(offloaded, tokeniz
     assert answers() == expected
 
 
+@pytest.mark.both_products
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 @torch.no_grad()
 def test_a_compiled_model_gives_the_same_answers(offloaded):

@@ -100,6 +100,7 @@ def inputs(n_tokens, k):
 def test_the_kernels_are_built_here():
     """Where the machine has a C compiler, the installation above must have made them."""
     library, why = native._library()
+    assert ctypes.sizeof(native.Matrix) == 13 * 8  # as interface.h has it
     assert library is not None or shutil.which("cc") is None, why
     assert library is None or {level.name for level in LEVELS} >= {"portable"}
 
@@ -371,6 +372,13 @@ def test_without_kernels_a_model_runs_and_says_why(monkeypatch):
         assert model(torch.arange(5, 20).view(1, -1)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{"precision": "fsat"}, {"precision": None}, {"precision": True},
+    {"precision": "fast", "dequantize_on_load": True}, {"precision": "fast", "compile": True}])  # fmt: skip
+def test_a_precision_that_there_is_not_is_refused(options):
+    with pytest.raises(OptionError, match="precision"):
+        from_pretrained(device="cpu", **options)
+
+
 def test_groups_that_cross_rows_are_dequantized():
     shape, quantization = (24, 32), Quantization(4, 64)
     fields, x = fields_of(shape, quantization), torch.randn(2, 32)
@@ -450,6 +458,3 @@ def test_no_access_is_out_of_bounds(tmp_path):
     program = driver(tmp_path, compiler, *flags)
     for kernels in LEVELS:
         by_driver([program], tmp_path, kernels.name, all_cases())
-
-
-assert ctypes.sizeof(native.Matrix) == 13 * 8  # as interface.h has it

@@ -12,7 +12,7 @@ from mixtral_offload.errors import CheckpointError, DownloadError, OptionError
 from mixtral_offload.weights import hub
 from mixtral_offload.weights.source import DEMO, local_folder, resolve
 from tests.hub_server import HubServer
-from tests.twin import limit, relative_error
+from tests.twin import limit
 from tests.weights.hub_case import REPO, held, whole
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -49,6 +49,7 @@ def test_no_torch_is_needed():
     assert "torch" not in vars(hub) and "import torch" not in Path(hub.__file__).read_text()
 
 
+@pytest.mark.both_products
 def test_a_model_by_its_name_on_the_hub(published, expected, place):
     """Download, load and run the published format by repository name; the second time without the hub."""
     name = "lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo"
@@ -56,7 +57,7 @@ def test_a_model_by_its_name_on_the_hub(published, expected, place):
         options = {"endpoint": served.endpoint, "progress": False, **place}
         for _ in range(2):
             model = from_pretrained(name, hub=options, device="cpu", cache_size=2)
-            assert relative_error(model(expected["input_ids"]).logits, expected["logits"]) < limit(1e-4)
+            assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < limit(1e-4, 2e-2)
             served.close()
 
 
