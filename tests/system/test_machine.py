@@ -9,7 +9,7 @@ from mixtral_offload.apps.cli import main
 from mixtral_offload.apps.notebook import show_versions
 from mixtral_offload.runtime.options import budgets, parse_options
 from mixtral_offload.system import machine
-from mixtral_offload.system.machine import free_memory, total_memory
+from mixtral_offload.system.machine import free_memory, processor, total_memory
 
 GB = 10**9
 UNLIMITED = 0x7FFFFFFFFFFFF000
@@ -147,3 +147,12 @@ def test_every_plan_respects_the_container(tmp_path, monkeypatch, capsys):
     assert "does not fit here" in capsys.readouterr().out
     show_versions()
     assert "1.0 MB of 50.0 MB RAM free" in capsys.readouterr().out
+
+
+def test_the_processor_as_linux_describes_it(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 fma avx512fp16 avx2x\n")
+    assert processor(info) == ("Some CPU", "avx2 fma")
+    info.write_text("processor : 0\nFeatures : fp asimd sve\n")  # ARM names no model
+    assert processor(info)[0] and processor(info)[1] == "asimd sve"
+    assert processor(tmp_path / "none")[0] and processor(tmp_path / "none")[1] == ""
