@@ -1,9 +1,12 @@
 """transformers' own Mixtral on the same, dequantized weights: nothing of this package runs in it."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import MixtralForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from mixtral_offload.runtime.build import from_pretrained
 from mixtral_offload.weights.native import find_native
@@ -37,3 +40,36 @@ def limit(of_torch: float, of_kernels: float = 5e-3) -> float:
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, as a share of the largest expected value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@contextmanager
+def same_experts(model: PreTrainedModel, plain: PreTrainedModel) -> Iterator[None]:
+    """Let the routers of `plain` choose what those of `model` chose in its pass just before.
+
+    A router that is undecided by .00003, as one of the shipped model is for one prompt of the tests, falls
+    otherwise with products that are rounded otherwise. The logits then differ by 1 %: no error of a product.
+    Scores stay those of `plain`.
+    """
+    chosen: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        return lambda router, arguments, outputs: chosen.__setitem__(name, outputs[2])
+
+    def give(name):
+        def hook(router, arguments, outputs):
+            scores = outputs[0].float().softmax(-1).gather(-1, chosen[name])
+            return outputs[0], scores / scores.sum(-1, keepdim=True), chosen[name]
+
+        return hook
+
+    hooks = [
+        router.register_forward_hook(hook(name))
+        for of, hook in ((model, keep), (plain, give))
+        for name, router in of.named_modules()
+        if isinstance(router, MixtralTopKRouter)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
