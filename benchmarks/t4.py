@@ -8,28 +8,55 @@ GB of RAM (of Colab's 12.7, Python and CUDA take the rest); links of 12 GB/s (PC
 time per layer is measured here: the shipped model's decoding layer with everything on the device, mostly
 Python and launches. Prints a table and writes benchmarks/results/t4-projection.json and a picture of time per
 token over slots and look-ahead.
+
+A second table is for misses that are copied, computed by the CPU, or split (`misses=`), with RAM for all
+experts, of Mixtral-8x7B and Qwen3-30B-A3B. The CPU's rate is measured here too, with one thread: on a machine
+of two cores, the other one drives the card.
 """
 
+import itertools
 import json
-import platform
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import torch
+from kernels import SPREAD_BYTES, random_matrix, take_turns
+from machine import machine, words
 from synthetic import mixtral_config
 from transformers import AutoConfig
 
 from mixtral_offload import from_pretrained
 from mixtral_offload.analysis.planner import PlanRequest, answer, expected_trace
 from mixtral_offload.analysis.plots.timeline import plot_time_over_slots
+from mixtral_offload.core.misses import MISSES
 from mixtral_offload.errors import CapacityError
 from mixtral_offload.experiments.baselines import layer_seconds
-from mixtral_offload.models.sizes import model_sizes
+from mixtral_offload.models.sizes import ModelSizes, model_sizes
+from mixtral_offload.weights.hqq import PAPER
+from mixtral_offload.weights.native import find_native
 
 RESULTS = Path(__file__).parent / "results"
 VRAM, RAM = ("15GB", "15.8GB"), "10GB"
 LOOK_AHEADS = (1, 3)
+#: RAM for every expert, where the CPU may compute them
+ALL_RAM = "30GB"
+#: Qwen/Qwen3-30B-A3B, config.json
+QWEN3 = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "norm_topk_prob": True,
+}
 
 
 def row(request: PlanRequest) -> dict:
@@ -49,9 +76,59 @@ def row(request: PlanRequest) -> dict:
     }
 
 
+@torch.no_grad()
+def cpu_bytes_per_s(sizes: ModelSizes) -> float:
+    """Packed bytes per second that the kernels read here for one token, of an expert's first matrix."""
+    native, why_not = find_native()
+    if native is None:
+        raise SystemExit(f"no kernels: {why_not}")
+    shape, quantization = (sizes.intermediate, sizes.hidden), PAPER[sizes.bits]
+    fields = random_matrix(shape, quantization, "cpu")
+    n_bytes = sum(value.nbytes for value in fields.values())
+    copies = [{name: of.clone() for name, of in fields.items()} for _ in range(SPREAD_BYTES // n_bytes)]
+    many, x = itertools.cycle(copies), torch.randn(1, sizes.hidden)
+    seconds = take_turns({"": lambda: native.linear(x, next(many), shape, quantization)}, 40, "cpu")[""]
+    return n_bytes / seconds
+
+
+def misses_rows(sizes: ModelSizes, host_s: float) -> list[dict]:
+    """What the CPU's help would be worth on a T4, with links of 12 and 6 GB/s."""
+    cpu, rows = cpu_bytes_per_s(sizes), []
+    for link in ("12GB/s", "6GB/s"):
+        request = PlanRequest.parse(sizes, vram="15GB", ram=ALL_RAM, link=link, cpu=cpu)
+        found = {of: answer(replace(request, host_s=host_s, misses=of)) for of in MISSES}
+        each = {of: found[of].projection for of in MISSES}
+        rows.append(
+            {
+                "model": sizes.model_type,
+                "bits": sizes.bits,
+                "link": link,
+                "cpu_bytes_per_s": cpu,
+                "copy_s": each["copy"].costs.copy_s,
+                "cpu_expert_s": each["cpu"].costs.cpu_expert_s,
+                "tokens_per_s": {of: projection.tokens_per_s for of, projection in each.items()},
+                "first_token_s": {of: projection.first_token_s for of, projection in each.items()},
+                "hit_rate": {of: projection.hit_rate for of, projection in each.items()},
+                "misses_per_token": {of: projection.misses_per_token for of, projection in each.items()},
+                "computed_per_token": {of: projection.computed_per_token for of, projection in each.items()},
+            }
+        )
+        speeds = ", ".join(f"{of} {projection.tokens_per_s:.1f}" for of, projection in each.items())
+        print(
+            f"{sizes.model_type} {sizes.bits} bits {link:6}: tokens/s {speeds}; a miss is copied in "
+            f"{1e3 * rows[-1]['copy_s']:.2f} ms, computed in {1e3 * rows[-1]['cpu_expert_s']:.2f} ms "
+            f"({cpu / 1e9:.1f} GB/s); of {each['auto'].misses_per_token:.1f} misses a token auto computes "
+            f"{each['auto'].computed_per_token:.1f}",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
+    here = machine("cpu")
     torch.set_num_threads(1)
     host_s = layer_seconds(from_pretrained(cache_size=2, store="ram"), 40)
+    print(words(here))
     print(f"the host's time for a layer, measured here: {1e3 * host_s:.2f} ms")
     config = mixtral_config()
     sizes = model_sizes(AutoConfig.for_model(config.pop("model_type"), **config))
@@ -79,7 +156,10 @@ def main() -> None:
         expected_trace(best), answer(replace(best, host_s=host_s)).projection.costs
     )
     figure.savefig(RESULTS / "t4-projection.png", dpi=120)
-    result = {"host_s": host_s, "machine": f"{platform.machine()}, 1 thread", "rows": rows}
+    qwen3 = model_sizes(AutoConfig.for_model(**QWEN3))
+    models = (sizes.at(2, 4), sizes.at(3, 4), qwen3.at(4, 4))
+    misses = [found for of in models for found in misses_rows(of, host_s)]
+    result = {"host_s": host_s, "machine": here | {"threads": 1}, "rows": rows, "misses": misses}
     (RESULTS / "t4-projection.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

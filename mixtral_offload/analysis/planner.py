@@ -15,6 +15,7 @@ import torch
 from mixtral_offload.analysis.projection import HOST_S, Projection, project
 from mixtral_offload.analysis.replay import best_allocation, replay
 from mixtral_offload.analysis.synthetic import CURVES, MIXTRAL_RECALL, recall_by_layer, sticky_trace
+from mixtral_offload.core.misses import AUTO, COPY, MISSES
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
@@ -44,6 +45,8 @@ class PlanRequest:
         curve: Expected routing, of `synthetic.CURVES`.
         trace: Expected routing, recorded; it goes before the curve.
         host_s: Seconds of the host for a layer.
+        misses: As in `OffloadOptions`.
+        cpu: Bytes of packed experts per second that the CPU's kernels read; 0: it computes none.
     """
 
     sizes: ModelSizes
@@ -59,6 +62,8 @@ class PlanRequest:
     curve: str = "mixtral"
     trace: RoutingTrace | None = None
     host_s: float = HOST_S
+    misses: str = COPY
+    cpu: int = 0
 
     @classmethod
     def parse(cls, sizes: ModelSizes, **given: Any) -> PlanRequest:
@@ -71,7 +76,7 @@ class PlanRequest:
             OptionError: For impossible values.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        for name in {"vram", "ram", "link", "bandwidth", "disk"} & given.keys():
+        for name in {"vram", "ram", "link", "bandwidth", "disk", "cpu"} & given.keys():
             given[name] = parse_size(given[name])
             if given[name] <= 0:
                 raise OptionError(f"impossible {name}", expected="more than 0, like 12GB", found=given[name])
@@ -83,6 +88,13 @@ class PlanRequest:
                 "impossible predictions",
                 expected=f"at most {sizes.n_experts} experts, less than {len(sizes.layers)} layers ahead",
                 found=f"prefetch {request.prefetch}, look_ahead {request.look_ahead}",
+            )
+        if request.misses not in MISSES or (request.misses != COPY and not request.cpu):
+            raise OptionError(
+                "impossible misses",
+                expected=f"{', '.join(MISSES)}; and for cpu and auto the CPU's rate",
+                found=f"misses={request.misses!r}, cpu={request.cpu}",
+                hint="--cpu 8GB/s: packed bytes per second, as benchmarks/kernels.py measures them",
             )
         if request.curve not in CURVES:
             raise OptionError("unknown curve", expected=", ".join(CURVES), found=request.curve)
@@ -140,6 +152,12 @@ def answer(request: PlanRequest) -> PlanAnswer:
         CapacityError: It does not fit; the error says what would.
     """
     plan, trace = _plan(request), request.trace
+    if plan.store == "disk" and request.misses != COPY:
+        raise CapacityError(
+            f"misses={request.misses!r} needs the experts in RAM",
+            found=plan.reasons[-1],
+            hint="more --ram, fewer --bits, or --misses copy",
+        )
     if trace is None:
         trace, routing = expected_trace(request), _curve_words(request)
     else:
@@ -157,6 +175,8 @@ def answer(request: PlanRequest) -> PlanAnswer:
         prefetch=request.prefetch,
         look_ahead=request.look_ahead,
         host_s=request.host_s,
+        misses=request.misses,
+        cpu_bytes_per_s=request.cpu,
     )
     return PlanAnswer(request, plan, projection, tuple(routing))
 
@@ -300,6 +320,8 @@ def knobs(request: PlanRequest) -> list[tuple[str, PlanRequest]]:
     ]
     other = 0 if request.prefetch else 2
     found.append((f"--prefetch {other}", replace(request, prefetch=other)))
+    if request.cpu and request.misses != AUTO:
+        found.append(("--misses auto", replace(request, misses=AUTO)))
     if request.prefetch and request.look_ahead + 1 < len(sizes.layers):
         further = request.look_ahead + 1
         found.append((f"--look-ahead {further}", replace(request, look_ahead=further)))

@@ -12,6 +12,7 @@ import numpy as np
 from mixtral_offload.analysis.synthetic import as_prompt, with_plan
 from mixtral_offload.analysis.timed_replay import timed_replay
 from mixtral_offload.core.costs import DeviceCosts
+from mixtral_offload.core.misses import COPY
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
@@ -25,6 +26,9 @@ OPERATIONS_PER_BYTE = 140
 #: the host's own time for one layer (Python, about 50 kernel launches): a layer of the shipped model, which
 #: is little else, takes about 1 ms on 2 CPU cores
 HOST_S = 1e-3
+#: what each further token adds to an expert's time on the CPU: 2 bits, 128 tokens in 157 ms, one in 8 ms (a
+#: 14336x4096 matrix, two AVX2 cores; LOG.md)
+CPU_TOKEN_SHARE = 0.15
 PROMPT_TOKENS = 500
 
 
@@ -35,7 +39,8 @@ class Projection:
     Attributes:
         hit_rate: Of the expert uses.
         compute_s: The compute in time_per_token_s.
-        misses_per_token: Copies, predicted or not.
+        misses_per_token: Experts that are copied, predicted or not, or computed by the CPU.
+        computed_per_token: Of these, experts that the CPU computes.
         link_use: Share of the whole replay in which the link is busy.
         over_floor: Time per token over the larger of its compute and its needed copies.
         first_token_s: Of a prompt of PROMPT_TOKENS, with an empty cache.
@@ -47,6 +52,7 @@ class Projection:
     time_per_token_s: float
     compute_s: float
     misses_per_token: float
+    computed_per_token: float
     link_use: float
     over_floor: float
     first_token_s: float
@@ -70,6 +76,8 @@ def project(
     prefetch: int = 0,
     look_ahead: int = 1,
     disk_bytes_per_s: float | None = None,
+    misses: str = COPY,
+    cpu_bytes_per_s: float = 0.0,
 ) -> Projection:
     """Project the speed of a plan.
 
@@ -81,6 +89,9 @@ def project(
         context: Tokens in the KV cache.
         prefetch, look_ahead: As for `timed_replay`.
         disk_bytes_per_s: Limits copies where the plan's store is on disk.
+        misses: As in `OffloadOptions`.
+        cpu_bytes_per_s: Packed bytes of experts that the CPU's kernels read for one token, where it computes
+            misses (`benchmarks/kernels.py` measures it).
 
     Raises:
         OptionError: A rate is not more than 0, or the trace is of another model.
@@ -97,24 +108,28 @@ def project(
         if not rate > 0:
             raise OptionError(f"impossible {name}", expected="more than 0 bytes per second", found=rate)
     link = min(rate for name, rate in rates.items() if name != "bandwidth")
-    costs = estimate_costs(sizes, link, bandwidth_bytes_per_s, host_s, context)
+    costs = estimate_costs(sizes, link, bandwidth_bytes_per_s, host_s, context, cpu_bytes_per_s)
     trace = with_plan(trace, plan)
-    timed = timed_replay(trace, costs, prefetch=prefetch if plan.store else 0, look_ahead=look_ahead)
+    timed = timed_replay(
+        trace, costs, prefetch=prefetch if plan.store else 0, look_ahead=look_ahead, misses=misses
+    )
     warm = timed.decoding & (np.arange(trace.n_passes) >= trace.n_passes // 2)
     if not warm.any():
         what = "the trace has no tokens that were generated one by one"
         raise OptionError(what, found=f"{trace.n_passes} passes")
-    misses = float(timed.pass_misses[warm].mean())
+    n_missed = float(timed.pass_misses[warm].mean())
+    n_computed = float(timed.pass_computed[warm].mean())
     time_s, compute_s = float(timed.pass_s[warm].mean()), float(timed.pass_compute_s[warm].mean())
     return Projection(
         costs=costs,
-        hit_rate=1 - misses / (trace.n_layers * trace.top_k),
+        hit_rate=1 - n_missed / (trace.n_layers * trace.top_k),
         time_per_token_s=time_s,
         compute_s=compute_s,
-        misses_per_token=misses,
+        misses_per_token=n_missed,
+        computed_per_token=n_computed,
         link_use=timed.link_use,
-        over_floor=time_s / max(compute_s, misses * costs.copy_s),
-        first_token_s=_first_token_s(trace, costs),
+        over_floor=time_s / max(compute_s, (n_missed - n_computed) * costs.copy_s),
+        first_token_s=_first_token_s(trace, costs, misses),
         disk=on_disk,
     )
 
@@ -124,7 +139,7 @@ def _shape(n_layers: int, n_experts: int, top_k: int) -> str:
 
 
 def estimate_costs(
-    sizes: ModelSizes, link: float, bandwidth: float, host_s: float, context: int
+    sizes: ModelSizes, link: float, bandwidth: float, host_s: float, context: int, cpu: float = 0.0
 ) -> DeviceCosts:
     """Estimate the costs of one token: all bytes that it reads, at a share of the bandwidth.
 
@@ -135,6 +150,7 @@ def estimate_costs(
         link, bandwidth: Bytes per second.
         host_s: The host's own seconds for a layer.
         context: Tokens in the KV cache.
+        cpu: Packed bytes of experts per second that the CPU's kernels read; 0: it computes none.
     """
     rate, n_layers = BANDWIDTH_SHARE * bandwidth, len(sizes.layers)
     operations = OPERATIONS_PER_BYTE * rate
@@ -148,12 +164,15 @@ def estimate_costs(
         prompt_attention_s=2 * in_layers / operations,
         prompt_expert_s=2 * sizes.expert_parameters / operations,
         host_s=host_s,
+        cpu_expert_s=sizes.expert_bytes / cpu if cpu else 0.0,
+        prompt_cpu_expert_s=CPU_TOKEN_SHARE * sizes.expert_bytes / cpu if cpu else 0.0,
     )
 
 
-def _first_token_s(trace: RoutingTrace, costs: DeviceCosts) -> float:
+def _first_token_s(trace: RoutingTrace, costs: DeviceCosts, misses: str) -> float:
     """Time of a prompt of PROMPT_TOKENS, the trace's repeated, with an empty cache and no predictions."""
-    return float(timed_replay(as_prompt(_repeat(trace, PROMPT_TOKENS)), costs).pass_s[0])
+    prompt = as_prompt(_repeat(trace, PROMPT_TOKENS))
+    return float(timed_replay(prompt, costs, misses=misses).pass_s[0])
 
 
 def _repeat(trace: RoutingTrace, n: int) -> RoutingTrace:

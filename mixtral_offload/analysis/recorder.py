@@ -113,7 +113,8 @@ class Recorder(Observer):
     def last_pass(self) -> list[dict[int, int]]:
         """Return what the last token of the newest complete pass used.
 
-        By layer: expert -> HIT, PREFETCHED or MISS. Empty before there is such a pass. Safe from any thread.
+        By layer: expert -> HIT, PREFETCHED, COMPUTED or MISS. Empty before there is such a pass. Safe from
+        any thread.
         """
         layers, parts = self._offload.checkpoint.layers, self._parts
         end = next((i for i in range(len(parts), 0, -1) if parts[i - 1].layer == layers[-1]), 0)

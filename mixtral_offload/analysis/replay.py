@@ -13,9 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_offload.analysis.replay_setup import BELADY, ordered_uses, pool_maker, resolve_settings
+from mixtral_offload.analysis.replay_setup import (
+    BELADY,
+    ordered_uses,
+    pool_maker,
+    resolve_settings,
+    rule_of_run,
+    tokens_of_uses,
+)
 from mixtral_offload.analysis.timed_replay import TimedReplay, timed_replay
 from mixtral_offload.core.costs import DeviceCosts
+from mixtral_offload.core.misses import COPY, MissRule
 from mixtral_offload.core.policies import Key
 from mixtral_offload.core.residency import Do, Pool, Residency
 from mixtral_offload.core.trace import RoutingTrace
@@ -29,12 +37,14 @@ class Replay:
     Attributes:
         trace: The replayed one.
         hit: bool, for each use of the trace.
+        on_cpu: bool, likewise: misses that the CPU computes.
         settings: Slots, policy, whether there is one pool.
         timing: None for a replay without costs.
     """
 
     trace: RoutingTrace
     hit: np.ndarray
+    on_cpu: np.ndarray
     settings: dict[str, Any]
     timing: TimedReplay | None = None
 
@@ -45,7 +55,7 @@ class Replay:
 
     @property
     def misses(self) -> int:
-        """Uses whose expert is copied."""
+        """Uses whose expert is neither resident nor cached."""
         return len(self.hit) - self.hits
 
     @property
@@ -55,8 +65,8 @@ class Replay:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that the misses copy."""
-        return self.misses * self.trace.expert_bytes
+        """Bytes that the misses copy; those that the CPU computes copy none."""
+        return (self.misses - int(self.on_cpu.sum())) * self.trace.expert_bytes
 
     def hit_rates(self) -> np.ndarray:
         """Compute the hit rate by layer: float64 `[L]`."""
@@ -75,6 +85,7 @@ def replay(
     costs: DeviceCosts | None = None,
     prefetch: int = 0,
     look_ahead: int = 1,
+    misses: MissRule | None = None,
 ) -> Replay:
     """Replay a trace with other settings; what is None stays as in the run.
 
@@ -87,10 +98,20 @@ def replay(
         costs: Replay in time too (`timed_replay`). prefetch and look_ahead matter only then.
         prefetch: Experts to predict for each of the next `look_ahead` layers, by the trace's own predictions.
         look_ahead: Layers.
+        misses: Which missing experts the CPU computes; not in time, where the costs say it.
 
     Raises:
-        OptionError: For settings that no run could have.
+        OptionError: For settings that no run could have, and for a run in which the CPU computed misses and
+            predictions decided what was copied: without times, nothing says which of them came in time.
     """
+    rule = rule_of_run(trace) if misses is None else misses
+    if misses is None and rule.mode != COPY and trace.settings.get("prefetch"):
+        raise OptionError(
+            "what this run's cache held depended on when predictions arrived",
+            found=f"misses={rule.mode!r}, prefetch={trace.settings['prefetch']}",
+            hint="timed_replay(trace, costs, prefetch=...), or replay(trace, misses=MissRule()) as if all "
+            "had been copied",
+        )
     slots, residents, policy, shared = resolve_settings(trace, cache_size, policy, shared)
     if prefetch and costs is None:
         raise OptionError(
@@ -99,8 +120,9 @@ def replay(
             hint="replay(..., costs=DeviceCosts(...), prefetch=...)",
         )
     keys, bounds, uses = ordered_uses(trace)
-    hit = np.zeros(len(keys), bool)
-    residency = Residency(pool_maker(trace, keys, slots, residents, policy, shared))
+    hit, on_cpu = np.zeros((2, len(keys)), bool)
+    of_uses = tokens_of_uses(trace)[uses].tolist()
+    residency = Residency(pool_maker(trace, keys, slots, residents, policy, shared), misses=rule)
     starts = uses[bounds[:-1]]
     parts = zip(trace.use_pass[starts].tolist(), trace.use_layer[starts].tolist(), pairwise(bounds))
     for number, layer, (begin, end) in parts:
@@ -111,11 +133,12 @@ def replay(
         if pool.use_held(needed):  # nothing to decide: most passes of a large cache
             hit[begin:end] = True
             continue
-        for action in residency.begin(layer, needed):
-            if action.do is Do.USE and action.load is None:
-                hit[begin + needed.index(action.key)] = True
-    in_order = np.empty_like(hit)
-    in_order[uses] = hit
+        for action in residency.begin(layer, needed, of_uses[begin:end]):
+            if action.load is None and action.do in (Do.USE, Do.COMPUTE):
+                of = hit if action.do is Do.USE else on_cpu
+                of[begin + needed.index(action.key)] = True
+    in_order = np.empty((2, len(keys)), bool)
+    in_order[:, uses] = hit, on_cpu
     timing = None
     if costs is not None:
         timing = timed_replay(
@@ -127,7 +150,8 @@ def replay(
             prefetch=prefetch,
             look_ahead=look_ahead,
         )
-    return Replay(trace, in_order, {"slots": slots, "policy": policy, "shared_slots": shared}, timing)
+    settings = {"slots": slots, "policy": policy, "shared_slots": shared}
+    return Replay(trace, in_order[0], in_order[1], settings, timing)
 
 
 def hit_rate_curves(
@@ -143,7 +167,10 @@ def hit_rate_curves(
         shared: One pool for all layers.
     """
     sizes = range(trace.top_k, trace.n_experts + 1) if sizes is None else sizes
-    return {name: np.stack([replay(trace, k, name, shared).hit_rates() for k in sizes]) for name in policies}
+    return {
+        name: np.stack([replay(trace, k, name, shared, misses=MissRule()).hit_rates() for k in sizes])
+        for name in policies
+    }
 
 
 def best_allocation(trace: RoutingTrace, total: int, policy: str = "lru") -> list[int]:

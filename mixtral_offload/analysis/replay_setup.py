@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mixtral_offload.core.misses import COPY, MissCosts, MissRule
 from mixtral_offload.core.policies import POLICIES, Belady, Policy, make_policy
 from mixtral_offload.core.residency import Pool
 from mixtral_offload.core.trace import RoutingTrace
@@ -47,6 +48,22 @@ def ordered_uses(trace: RoutingTrace) -> tuple[list[int], list[int], np.ndarray]
     changes = np.flatnonzero((np.diff(layer) != 0) | (np.diff(number) != 0)) + 1
     keys = layer * trace.n_experts + trace.use_expert[uses]
     return keys.tolist(), [0, *changes.tolist(), len(uses)] if len(uses) else [0], uses
+
+
+def tokens_of_uses(trace: RoutingTrace) -> np.ndarray:
+    """How many tokens of its pass each use of the trace was for: int64, like use_pass."""
+    layer, n_layers, n_experts = np.arange(trace.n_layers)[None, :, None], trace.n_layers, trace.n_experts
+    chosen = (trace.passes.astype(np.int64)[:, None, None] * n_layers + layer) * n_experts + trace.experts
+    use = (trace.use_pass.astype(np.int64) * n_layers + trace.use_layer) * n_experts + trace.use_expert
+    found, counts = np.unique(chosen, return_counts=True)
+    return counts[np.searchsorted(found, use)]
+
+
+def rule_of_run(trace: RoutingTrace) -> MissRule:
+    """Return the rule by which a run treated its misses."""
+    kept = trace.settings.get("misses") or {}  # none in traces of before there was a choice
+    costs = kept.get("costs")
+    return MissRule(kept.get("mode", COPY), None if costs is None else MissCosts(**costs))
 
 
 def pool_maker(

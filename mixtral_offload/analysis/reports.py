@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from mixtral_offload.analysis.planner import PlanAnswer, PlanRequest, answer, best_knobs
 from mixtral_offload.analysis.projection import BANDWIDTH_SHARE, PROMPT_TOKENS, Projection
+from mixtral_offload.core.misses import COPY
 from mixtral_offload.core.options import OffloadOptions
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.trace import RoutingTrace
@@ -129,6 +130,8 @@ def plan(
     cache_size: int | str | None = None,
     prefetch: int | None = None,
     look_ahead: int | None = None,
+    misses: str | None = None,
+    cpu_bandwidth: int | str | None = None,
     trace: RoutingTrace | str | Path | None = None,
     curve: str | None = None,
     revision: str | None = None,
@@ -144,6 +147,8 @@ def plan(
         bits, attention_bits: Of the experts' and of the attention's weights: 16, 8, 4, 3 or 2.
         context_length, cache_size, prefetch, look_ahead: As `from_pretrained` takes them; prefetch is 2 by
             default.
+        misses: As `from_pretrained` takes it. Default: copy.
+        cpu_bandwidth: Bytes of packed experts per second that the CPU computes, for `misses`.
         trace: Expect this routing, recorded or a file of `RoutingTrace.save`.
         curve: Expect routing like "chance", "mixtral" (default) or "demo".
         revision: Branch, tag or commit of a hub repository.
@@ -163,6 +168,8 @@ def plan(
         cache_size=cache_size,
         prefetch=prefetch,
         look_ahead=look_ahead,
+        misses=misses,
+        cpu=cpu_bandwidth,
         curve=curve,
         trace=trace if trace is None or isinstance(trace, RoutingTrace) else RoutingTrace.load(trace),
     )
@@ -251,11 +258,16 @@ def _speed(base: PlanAnswer) -> list[str]:
     costs, rate = found.costs, min(request.link, request.disk) if found.disk else request.link
     slow = " (the disk)" if found.disk else ""
     copies = f"a copy of an expert takes {_time(costs.copy_s)} at {rate / 1e9:g} GB/s{slow}"
+    if found.computed_per_token:
+        copies = (
+            f"{found.computed_per_token:.1f} of them by the CPU in {_time(costs.cpu_expert_s)} each; {copies}"
+        )
+    kind = "copies" if request.misses == COPY else "misses"
     lines = [
         "projection (computed from rates and expected routing, not measured):",
         f"  {found.tokens_per_s:.1f} tokens/s: {_time(found.time_per_token_s)} per token, of them "
         f"{_time(found.compute_s)} computing",
-        f"  {found.hit_rate:.0%} hits, {found.misses_per_token:.1f} copies per token; {copies}",
+        f"  {found.hit_rate:.0%} hits, {found.misses_per_token:.1f} {kind} per token; {copies}",
         f"  first token of a {PROMPT_TOKENS}-token prompt after {_time(found.first_token_s)}, "
         "on a cold cache",
     ]

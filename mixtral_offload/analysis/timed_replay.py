@@ -12,17 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_offload.analysis.replay_setup import ordered_uses, pool_maker, resolve_settings
+from mixtral_offload.analysis.replay_setup import (
+    ordered_uses,
+    pool_maker,
+    resolve_settings,
+    rule_of_run,
+    tokens_of_uses,
+)
 from mixtral_offload.core.copy_order import NOW, Link, Transfer
 from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.counters import CacheStats
-from mixtral_offload.core.policies import Key, staging_rows
+from mixtral_offload.core.misses import COPY, MissRule
+from mixtral_offload.core.policies import staging_rows
 from mixtral_offload.core.residency import Action, Do, Load, Pool, Residency
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import OptionError
 
-OUTSIDE, ATTENTION, EXPERT = range(3)
-PARTS = ("outside the layers", "attention, norms, router", "experts")
+OUTSIDE, ATTENTION, EXPERT, ON_CPU = range(4)
+PARTS = ("outside the layers", "attention, norms, router", "experts", "experts on the CPU")
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Events:
         copy_layer, copy_expert: int32, of each stretch in which the link carries one copy.
         copy_kind: uint8, NEEDED, RIGHT or WRONG of `core/copy_order.py`.
         copy_span_s: `[., 2]`.
-        part_kind: uint8, OUTSIDE, ATTENTION or EXPERT, of what the device computes.
+        part_kind: uint8, OUTSIDE, ATTENTION or EXPERT, of what the device computes, or ON_CPU.
         part_layer, part_expert: int32; -1 for none.
         part_span_s: `[., 2]`.
     """
@@ -55,9 +62,11 @@ class TimedReplay:
     Attributes:
         costs: Of the device.
         pass_s: float64 `[P]`, duration of each pass.
-        stall_s: float64 `[P, L]`, time in which nothing is computed because a copy is not finished.
+        stall_s: float64 `[P, L]`, time in which the device computes nothing because a copy, or an expert on
+            the CPU, is not finished.
         pass_compute_s: float64 `[P]`, the rest of pass_s.
         pass_tokens, pass_misses: int64 `[P]`.
+        pass_computed: int64 `[P]`, misses that the CPU computes.
         stats: Counters of all passes.
         link_busy_s: How long the link carried something.
         events: None if they were not kept.
@@ -69,6 +78,7 @@ class TimedReplay:
     pass_compute_s: np.ndarray
     pass_tokens: np.ndarray
     pass_misses: np.ndarray
+    pass_computed: np.ndarray
     stats: CacheStats
     link_busy_s: float
     events: Events | None = None
@@ -106,7 +116,8 @@ class TimedReplay:
         Perfect ones do, and may gain once what was copied for the first token during the prompt's pass.
         """
         compute = _mean(self.pass_compute_s[self.decoding])
-        return max(compute, _mean(self.pass_misses[self.decoding]) * self.costs.copy_s)
+        copies = _mean((self.pass_misses - self.pass_computed)[self.decoding])
+        return max(compute, copies * self.costs.copy_s)
 
     @property
     def over_floor(self) -> float:
@@ -132,6 +143,7 @@ def timed_replay(
     look_ahead: int = 1,
     perfect: bool = False,
     keep_events: bool = False,
+    misses: str | None = None,
 ) -> TimedReplay:
     """Replay the trace's passes one after the other on a device of these costs.
 
@@ -142,6 +154,7 @@ def timed_replay(
         perfect: Predict what those layers will really need and not have, also across the end of a token: the
             bound for any predictor.
         keep_events: For a timeline.
+        misses: As in `OffloadOptions`, by the costs; None: by the run's own rule.
 
     Raises:
         OptionError: For settings that no run could have, and for more predictions than the trace has.
@@ -151,11 +164,13 @@ def timed_replay(
     keys, bounds, uses = ordered_uses(trace)
     parts = _Parts(trace, costs, keys, bounds, uses)
     make_pools = pool_maker(trace, keys, slots, residents, policy, shared)
-    device = _Device(trace, costs, Residency(make_pools, staging_rows(prefetch, look_ahead)), keep_events)
+    rule = _rule(trace, costs, misses)
+    residency = Residency(make_pools, staging_rows(prefetch, look_ahead), misses=rule)
+    device = _Device(trace, costs, residency, keep_events)
     recorded = {} if perfect or not prefetch else _recorded_predictions(trace, prefetch, look_ahead)
     ahead, predict_s = range(1, look_ahead + 1) if perfect else (), costs.predict_s if prefetch else 0.0
     begins, stall_s = np.zeros(trace.n_passes + 1), np.zeros((trace.n_passes, trace.n_layers))
-    misses = np.zeros(trace.n_passes, np.int64)
+    n_missed, n_computed = np.zeros((2, trace.n_passes), np.int64)
 
     def coming(part: int, moment: tuple[int, int]) -> Iterable[Prediction]:
         return parts.coming(part, ahead, device.pools, prefetch) if perfect else recorded.get(moment, ())
@@ -169,16 +184,29 @@ def timed_replay(
         device.compute(parts.attention_s[i], ATTENTION, layer)
         streams = not perfect and parts.is_prompt[number]
         predictions = coming(i + 1, (number, layer))
+        computed = device.stats.computed
         stall_s[number, layer], missed = device.run_layer(
-            layer, parts.needed(i), parts.seconds(i), predictions if streams else ()
+            layer, parts.needed(i), parts.n_tokens(i), predictions if streams else ()
         )
-        misses[number] += missed
+        n_missed[number] += missed
+        n_computed[number] += device.stats.computed - computed
         if not streams:
             device.compute_prediction(predict_s if layer < trace.n_layers - 1 else 0.0)
             device.predict(predictions)
     begins[-1] = device.now
     pass_s, n_tokens = np.diff(begins), np.bincount(trace.passes, minlength=trace.n_passes)
-    return TimedReplay(costs, pass_s, stall_s, pass_s - stall_s.sum(1), n_tokens, misses, **device.totals())
+    compute_s = pass_s - stall_s.sum(1)
+    return TimedReplay(costs, pass_s, stall_s, compute_s, n_tokens, n_missed, n_computed, **device.totals())
+
+
+def _rule(trace: RoutingTrace, costs: DeviceCosts, misses: str | None) -> MissRule:
+    """The rule for misses; its choices by the run's costs, if it is the run's."""
+    if misses == COPY:
+        return MissRule()
+    rule = rule_of_run(trace) if misses is None else MissRule(misses, costs.of_misses)
+    if rule.mode != COPY:
+        _ = costs.of_misses  # what the CPU computes takes time
+    return rule
 
 
 def _check_predictions(trace: RoutingTrace, prefetch: int, look_ahead: int, perfect: bool) -> None:
@@ -251,18 +279,19 @@ class _Parts:
         self._keys, self._bounds, self._n_experts = keys, bounds, trace.n_experts
         n_tokens = np.bincount(trace.passes, minlength=trace.n_passes)
         self.is_prompt = _prompts(trace).tolist()
-        expert_s = costs.expert_s + costs.prompt_expert_s * (_tokens_of_uses(trace)[uses] - 1)
+        of_uses = tokens_of_uses(trace)[uses]
+        expert_s = costs.expert_s + costs.prompt_expert_s * (of_uses - 1)
         in_experts = np.add.reduceat(expert_s, bounds[:-1]) if len(starts) else np.zeros(0)
         attention_s = costs.attention_s + costs.prompt_attention_s * (n_tokens[numbers] - 1)
         self.attention_s = np.maximum(attention_s, costs.host_s - in_experts).tolist()
-        self._expert_s = expert_s.tolist()
+        self._n_tokens = of_uses.tolist()
 
     def needed(self, i: int) -> list[int]:
         return self._keys[self._bounds[i] : self._bounds[i + 1]]
 
-    def seconds(self, i: int) -> list[float]:
-        """How long each of `needed` computes."""
-        return self._expert_s[self._bounds[i] : self._bounds[i + 1]]
+    def n_tokens(self, i: int) -> list[int]:
+        """How many tokens each of `needed` is for."""
+        return self._n_tokens[self._bounds[i] : self._bounds[i + 1]]
 
     def coming(
         self, i: int, ahead: Sequence[int], pools: dict[int, Pool], prefetch: int
@@ -273,15 +302,6 @@ class _Parts:
             pool = pools[layer]
             missing = [key for key in self.needed(part) if key not in pool.held and key not in pool.resident]
             yield layer, distance, missing[:prefetch]
-
-
-def _tokens_of_uses(trace: RoutingTrace) -> np.ndarray:
-    """How many tokens of its pass each use of the trace was for: int64, like use_pass."""
-    layer, n_layers, n_experts = np.arange(trace.n_layers)[None, :, None], trace.n_layers, trace.n_experts
-    chosen = (trace.passes.astype(np.int64)[:, None, None] * n_layers + layer) * n_experts + trace.experts
-    use = (trace.use_pass.astype(np.int64) * n_layers + trace.use_layer) * n_experts + trace.use_expert
-    found, counts = np.unique(chosen, return_counts=True)
-    return counts[np.searchsorted(found, use)]
 
 
 class _Device:
@@ -301,46 +321,64 @@ class _Device:
 
     def compute(self, seconds: float, kind: int, layer: int = -1, expert: int = -1) -> None:
         end = self.now + seconds
-        if self._spans is not None:
-            self._spans.append((kind, layer, expert, self.now, end))
+        self._keep(kind, layer, expert, self.now, end)
         self.now = end
+
+    def _keep(self, kind: int, layer: int, expert: int, begin: float, end: float) -> None:
+        if self._spans is not None:
+            self._spans.append((kind, layer, expert, begin, end))
 
     def compute_prediction(self, seconds: float) -> None:
         if seconds:
             self.compute(seconds, OUTSIDE)
 
     def run_layer(
-        self, layer: int, needed: list[int], expert_s: list[float], meanwhile: Iterable[Prediction]
+        self, layer: int, needed: list[int], n_tokens: list[int], meanwhile: Iterable[Prediction]
     ) -> tuple[float, int]:
         """Run its experts; return the stall in seconds, and the misses.
 
+        The host computes its experts after it has enqueued those that are on the device, and enqueues those
+        that are copied after that.
+
         Args:
+            n_tokens: How many tokens each expert is for.
             meanwhile: Predictions to make once the copies that the slots allow are under way.
         """
-        stall, misses = 0.0, 0
-        parts: dict[Key, tuple[int, float]] = {
-            key: (key % self._n_experts, seconds) for key, seconds in zip(needed, expert_s)
-        }
-        for action in self._residency.begin(layer, needed):
+        stall, misses, costs = 0.0, 0, self._costs
+        tokens_of, cpu_s = dict(zip(needed, n_tokens)), self.now
+        for action in self._residency.begin(layer, needed, n_tokens):
             do, key, load = action
-            if do is not Do.USE and do is not Do.LAND:
+            if do is not Do.USE and do is not Do.LAND and do is not Do.COMPUTE:
                 self._carry_out(action)
                 continue
             self.predict(meanwhile)
             meanwhile = ()
             if do is Do.LAND:
-                usable = self._link.land(_transfer(load)) + self._costs.latency_s
-                stall += max(0.0, usable - self.now)
-                self.now = max(self.now, usable)
+                stall += self._wait(max(self._link.land(_transfer(load)) + costs.latency_s, cpu_s))
+                continue
+            assert isinstance(key, int)  # as `ordered_uses` makes them
+            expert, more = key % self._n_experts, tokens_of[key] - 1
+            if do is Do.COMPUTE:
+                misses += 1
+                self.stats.computed += 1
+                end = cpu_s + costs.cpu_expert_s + costs.prompt_cpu_expert_s * more
+                self._keep(ON_CPU, layer, expert, cpu_s, end)
+                cpu_s = end
                 continue
             if load is not None:
                 misses += 1
                 self.stats.prefetched += load.is_predicted
-            expert, seconds = parts[key]
-            self.compute(seconds, EXPERT, layer, expert)
+            self.compute(costs.expert_s + costs.prompt_expert_s * more, EXPERT, layer, expert)
+        stall += self._wait(cpu_s)
         self.stats.hits += len(needed) - misses
         self.stats.misses += misses
         return stall, misses
+
+    def _wait(self, until: float) -> float:
+        """Let time pass until then; return how long that is."""
+        waited = max(0.0, until - self.now)
+        self.now = max(self.now, until)
+        return waited
 
     def predict(self, predictions: Iterable[Prediction]) -> None:
         """Start copies of these, as `ExpertCache.prefetch` does for each layer."""

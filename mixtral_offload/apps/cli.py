@@ -247,8 +247,10 @@ def run_plan(arguments: Namespace) -> None:
     from mixtral_offload.analysis.reports import plan
 
     options = given(arguments, PLAN)
-    source, link = options.pop("model"), options.pop("link")
-    print(plan(source, link_bandwidth=link, **options))
+    source, rates = options.pop("model"), {"link_bandwidth": options.pop("link")}
+    if "cpu" in options:
+        rates["cpu_bandwidth"] = options.pop("cpu")
+    print(plan(source, **rates, **options))
 
 
 def run_convert(arguments: Namespace) -> None:

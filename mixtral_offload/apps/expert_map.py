@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 from mixtral_offload.analysis.plots.routing import CELLS
-from mixtral_offload.analysis.plots.style import SKY
+from mixtral_offload.analysis.plots.style import GREEN, SKY
 from mixtral_offload.analysis.recorder import Recorder
-from mixtral_offload.core.trace import HIT, MISS, PREFETCHED
+from mixtral_offload.core.misses import COPY
+from mixtral_offload.core.trace import COMPUTED, HIT, MISS, PREFETCHED
 from mixtral_offload.runtime.offload import OffloadedModel
 
-#: an expert now: None, "cached", or of the newest token HIT, PREFETCHED or MISS
+#: an expert now: None, "cached", or of the newest token HIT, PREFETCHED, COMPUTED or MISS
 State: TypeAlias = int | str | None
 #: background and sign of a cell
 STYLES: dict[State, tuple[str, str]] = {
@@ -23,11 +24,13 @@ STYLES: dict[State, tuple[str, str]] = {
     "cached": ("#DDDDDD", ""),
     HIT: ("#0072B2", "●"),
     PREFETCHED: (SKY, "▲"),
+    COMPUTED: (GREEN, "◆"),
     MISS: (CELLS["stall"], "✕"),
 }
 MEANINGS = (
     (HIT, "used, was in the cache"),
     (PREFETCHED, "used, a prediction had started its copy"),
+    (COMPUTED, "used, computed by the CPU"),
     (MISS, "used, had to be copied"),
     ("cached", "in the cache"),
 )
@@ -66,7 +69,10 @@ def grid_html(model: OffloadedModel, recorder: Recorder | None = None) -> str:
         f"<tr><th>{layer}</th>{''.join(_cell(state, size) for state in row)}</tr>"
         for layer, row in zip(model.offload.checkpoint.layers, grid)
     )
-    legend = "".join(f"<div>{_swatch(state)} {meaning}</div>" for state, meaning in MEANINGS)
+    hidden = {COMPUTED} if model.offload.cache.misses.mode == COPY else set()
+    legend = "".join(
+        f"<div>{_swatch(state)} {meaning}</div>" for state, meaning in MEANINGS if state not in hidden
+    )
     style = f"border-collapse:collapse;font-size:{min(11, size)}px;line-height:1;text-align:center"
     return (
         '<div class="mo-experts" style="display:flex;gap:14px;align-items:flex-start">'

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mixtral_offload import __version__
+from mixtral_offload.core.misses import MISSES
 from mixtral_offload.core.options import declared
 
 
@@ -111,7 +112,10 @@ PLAN: Group = (
     ("--curve", "expect hit rates like chance, mixtral or demo (default: mixtral)", ONE),
     ("--prefetch", "experts of each coming layer to predict (default: 2)", INT),
     ("--look-ahead", "how many layers ahead to predict (default: 1)", INT),
-)
+    ("--misses", "copy experts that the device lacks (default), or let the CPU compute them, or some (auto)",
+     {"choices": MISSES}),
+    ("--cpu", "bytes of packed experts per second that the CPU computes, for --misses", {}),
+)  # fmt: skip
 SAMPLING: Group = (
     ("--max-tokens", "longest answer (default: 512)", {**INT, "default": 512}),
     ("--temperature", "0 is greedy (default)", {"type": float, "default": 0.0}),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from math import isfinite
 
 from mixtral_offload.core.copy_order import CHUNKS
+from mixtral_offload.core.misses import MissCosts
 from mixtral_offload.errors import OptionError
 from mixtral_offload.units import check_whole
 
@@ -32,6 +33,8 @@ class DeviceCosts:
         latency_s: From a copy's last byte to when the device may use the expert; costs nothing where nothing
             waits.
         predict_s: Predicting after a layer, or from the embedding.
+        cpu_expert_s: One expert for one token on the CPU, beside the device. 0: it computes none.
+        prompt_cpu_expert_s: What each token after the first one adds to it.
 
     Raises:
         OptionError: For a time that is negative or not finite, and for 0 where something has to last.
@@ -47,6 +50,8 @@ class DeviceCosts:
     host_s: float = 0.0
     latency_s: float = 0.0
     predict_s: float = 0.0
+    cpu_expert_s: float = 0.0
+    prompt_cpu_expert_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_whole("chunks", self.chunks)
@@ -57,3 +62,16 @@ class DeviceCosts:
             if not is_number or value < 0 or (must_last and value == 0):
                 expected = f"seconds, {'more than 0' if must_last else '0 or more'}"
                 raise OptionError(f"impossible {name}", expected=expected, found=value)
+
+    @property
+    def of_misses(self) -> MissCosts:
+        """What a miss costs.
+
+        Raises:
+            OptionError: If the CPU computes none.
+        """
+        if not self.cpu_expert_s:
+            raise OptionError(
+                "the CPU computes no experts with these costs", expected="cpu_expert_s", found=0
+            )
+        return MissCosts(self.copy_s, self.cpu_expert_s, self.prompt_cpu_expert_s)

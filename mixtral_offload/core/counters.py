@@ -32,6 +32,7 @@ class CacheStats(Counters):
         hits: Uses that found their expert in a slot, or resident.
         misses: Uses that did not.
         prefetched: Misses whose copy a prediction had started.
+        computed: Misses that the CPU computed, without a copy.
         predictions: Copies that predictions have started.
         bytes_moved: Bytes of all copies.
         wasted_bytes: Bytes copied for predictions that were not used.
@@ -41,6 +42,7 @@ class CacheStats(Counters):
     hits: int = 0
     misses: int = 0
     prefetched: int = 0
+    computed: int = 0
     predictions: int = 0
     bytes_moved: int = 0
     wasted_bytes: int = 0

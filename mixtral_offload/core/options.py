@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mixtral_offload.core.misses import COPY, MISSES
 from mixtral_offload.core.policies import POLICIES, staging_rows
 
 if TYPE_CHECKING:
@@ -91,6 +92,13 @@ class OffloadOptions:
         flag={"choices": tuple(POLICIES)},
     )
     shared_slots: bool = _option(False, "One pool of slots for all layers in place of one for each.", flag={})
+    misses: str = _option(
+        COPY,
+        'What happens to an expert in RAM that a layer needs and the device lacks: "copy" it; let the "cpu" '
+        "compute it there, once the slots are full (answers then depend on the cache in their last bits); "
+        '"auto": link and CPU share them, as their measured speeds say.',
+        flag={"choices": MISSES},
+    )
     compile: bool | str = _option(
         "auto",
         'Compute from packed weights with torch.compile: True, False, or "auto": where the package has no '

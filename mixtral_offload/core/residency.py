@@ -7,11 +7,12 @@ order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 from mixtral_offload.core.copy_order import NOW
+from mixtral_offload.core.misses import MissRule
 from mixtral_offload.core.policies import Key, Policy
 
 
@@ -63,10 +64,11 @@ class Do(Enum):
     FREE = "count what it has moved: nothing writes its row any more"
     LAND = "wait for its copy"
     USE = "run the expert; its row is valid until the next action"
+    COMPUTE = "run the expert on the CPU, from the store"
 
 
 class Action(NamedTuple):
-    """One step. load is None for a USE of an expert that was in a slot or resident: a hit."""
+    """One step. load is None for a COMPUTE, and for a USE of what was on the device: a hit."""
 
     do: Do
     key: Key
@@ -128,15 +130,24 @@ class Residency:
         make_pools: Returns layer -> empty pool; the same pool for all layers if they share their slots.
         n_staging: Rows for predicted experts.
         n_rows: Rows of device memory for slots and staging, together.
+        misses: Which missing experts the CPU computes; None: none.
 
     Attributes:
+        misses: The same; may be exchanged between calls.
         n_begun: Layer calls so far.
         staged: Predicted experts, landed or on their way.
         dropped: Predictions that were cancelled and whose rows may still be written.
     """
 
-    def __init__(self, make_pools: Callable[[], dict[int, Pool]], n_staging: int = 0, n_rows: int = 0):
+    def __init__(
+        self,
+        make_pools: Callable[[], dict[int, Pool]],
+        n_staging: int = 0,
+        n_rows: int = 0,
+        misses: MissRule | None = None,
+    ):
         self._make_pools, self._n_staging, self._rows = make_pools, n_staging, range(n_rows)
+        self.misses = misses or MissRule()
         self.n_begun = self._n_loads = 0
         self.forget()
 
@@ -154,26 +165,41 @@ class Residency:
             yield from self._drop(load)
         self.pools = self._make_pools()
 
-    def begin(self, layer: int, needed: Sequence[Key]) -> Iterator[Action]:
+    def begin(
+        self, layer: int, needed: Sequence[Key], n_tokens: Sequence[int] | None = None
+    ) -> Iterator[Action]:
         """Call a layer that needs these experts, each once.
 
-        All loads that the slots allow come first; then the uses of what is held, then of what was loaded, in
-        the order of their loads. More experts than slots go through in waves, whose order is fixed. The
-        policy sees the uses in the order of `needed`, not of arrival.
+        All loads that the slots allow come first; then the uses of what is held, then what the CPU computes
+        meanwhile, then the uses of what was loaded, in the order of their loads. More experts than slots go
+        through in waves, whose order is fixed. The policy sees the uses in the order of `needed`, not of
+        arrival.
+
+        Args:
+            n_tokens: How many tokens each expert is for. None: all misses are copied.
         """
         pool = self.pools[layer]
         yield from self._enter(pool, layer, needed)
         hits = [key for key in needed if key in pool.held or key in pool.resident]
         waiting = deque(key for key in needed if key not in hits) if len(hits) < len(needed) else deque()
-        in_slots = [key for key in needed if key not in pool.resident]
-        if len(in_slots) > pool.n_slots:
-            yield from self._in_waves(pool, layer, deque(hits), waiting)
+        for_cpu: list[Key] = []
+        if waiting and n_tokens is not None:
+            for_cpu = self._for_cpu(pool, waiting, dict(zip(needed, n_tokens)))
+            for key in for_cpu:
+                waiting.remove(key)
+                if key in self.staged:  # a copy that can no longer arrive
+                    yield from self._drop(self.staged[key])
+        stored = [key for key in needed if key not in pool.resident]
+        if len(stored) - len(for_cpu) > pool.n_slots:
+            yield from self._in_waves(pool, layer, deque(hits), waiting, for_cpu)
             return
         yield from self._load_waiting(pool, layer, waiting, hits)
-        for key in in_slots:
+        for key in stored:
             pool.policy.use(key)
         for key in hits:
             yield Action(Do.USE, key)
+        for key in for_cpu:
+            yield Action(Do.COMPUTE, key)
         while pool.loading:
             yield from self._land(pool, min(pool.loading.values(), key=lambda load: load.number))
 
@@ -243,11 +269,31 @@ class Residency:
         self._n_loads += 1
         return Load(key, layer, self._n_loads, due)
 
-    def _in_waves(self, pool: Pool, layer: int, hits: deque[Key], waiting: deque[Key]) -> Iterator[Action]:
+    def _for_cpu(self, pool: Pool, missing: Sequence[Key], n_tokens: Mapping[Key, int]) -> list[Key]:
+        """Those that the CPU computes."""
+        open_ = [key for key in missing if not self._is_coming(key)]
+        n_free = pool.n_slots - len(pool.held) - len(pool.loading)
+        n_coming = len(missing) - len(open_)
+        counts = [n_tokens[key] for key in open_]
+        return self.misses.for_cpu(open_, counts, n_coming, max(0, n_free - n_coming))
+
+    def _is_coming(self, key: Key) -> bool:
+        """Whether a prediction has started a copy that can still arrive."""
+        load = self.staged.get(key)
+        return load is not None and load.is_predicted and load.copy is not None and load.copy.is_good
+
+    def _in_waves(
+        self, pool: Pool, layer: int, hits: deque[Key], waiting: deque[Key], for_cpu: Sequence[Key]
+    ) -> Iterator[Action]:
         """A call that needs more experts than there are slots: each used one makes room for one more."""
         busy = {*hits}
         yield from self._load_waiting(pool, layer, waiting, busy)
-        while hits or pool.loading:
+        computing = deque(for_cpu)
+        while hits or computing or pool.loading:
+            if computing and not hits:
+                pool.policy.use(computing[0])
+                yield Action(Do.COMPUTE, computing.popleft())
+                continue
             key = hits[0] if hits else next(iter(pool.loading))
             if key not in pool.resident:
                 pool.policy.use(key)
@@ -268,7 +314,7 @@ class Residency:
     def _load(self, pool: Pool, layer: int, key: Key) -> Iterator[Action]:
         """Start the copy of an expert that is needed, or take over the prediction that has started it."""
         load = self.staged.get(key)
-        if load is not None and load.is_predicted and load.copy is not None and load.copy.is_good:
+        if load is not None and self._is_coming(key):
             pool.loading[key] = load
             del self.staged[key]
             load.due = NOW

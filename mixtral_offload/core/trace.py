@@ -20,8 +20,8 @@ from mixtral_offload.system.files import replace_file
 if TYPE_CHECKING:
     import pandas
 
-HIT, MISS, PREFETCHED = 0, 1, 2
-OUTCOMES = ("hit", "miss", "prefetched")
+HIT, MISS, PREFETCHED, COMPUTED = range(4)
+OUTCOMES = ("hit", "miss", "prefetched", "computed by the CPU")
 FORMAT = "mixtral_offload.RoutingTrace/3"
 
 
@@ -41,7 +41,7 @@ class RoutingTrace:
         use_pass: int32 `[U]`.
         use_layer: int32 `[U]`.
         use_expert: int32 `[U]`.
-        use_outcome: uint8 `[U]`, HIT, MISS or PREFETCHED.
+        use_outcome: uint8 `[U]`, HIT, MISS, PREFETCHED or COMPUTED (a miss that the CPU computed).
         use_wait_s: float64 `[U]`, how long the host waited for the expert.
         use_at_s: float64 `[U]`, when the expert began to run.
         use_bytes: int64 `[U]`, bytes copied.
@@ -117,7 +117,7 @@ class RoutingTrace:
         return self.settings["expert_bytes"]
 
     def outcomes(self) -> np.ndarray:
-        """Return HIT, MISS or PREFETCHED for each token, layer and choice: uint8 `[N, L, k]`."""
+        """Return the outcome for each token, layer and choice: uint8 `[N, L, k]`."""
         by_expert = np.full((self.n_passes, self.n_layers, self.n_experts), HIT, np.uint8)
         by_expert[self.use_pass, self.use_layer, self.use_expert] = self.use_outcome
         layers = np.arange(self.n_layers)[None, :, None]

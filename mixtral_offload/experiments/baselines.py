@@ -25,7 +25,7 @@ from mixtral_offload.generation.batch import GenerationRequest, generate_batch
 from mixtral_offload.models.family import check_routers
 from mixtral_offload.runtime import forward
 from mixtral_offload.runtime.build import from_pretrained
-from mixtral_offload.runtime.cache import ExpertCache, Views
+from mixtral_offload.runtime.cache import ExpertCache, OnCpu, Views
 from mixtral_offload.runtime.convert import convert_checkpoint
 from mixtral_offload.runtime.engines import make_engine
 from mixtral_offload.runtime.offload import Offload, OffloadedModel
@@ -42,7 +42,11 @@ class Forgetful(ExpertCache):
         """Nothing is here: all goes through `fetch`."""
 
     def fetch(
-        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        meanwhile: Callable[[], None] | None = None,
+        on_cpu: OnCpu | None = None,
     ) -> Iterator[tuple[int, Views]]:
         """Forget the layer's experts, then fetch."""
         self.forget(layer)
@@ -55,7 +59,11 @@ class Naive(Forgetful):
     n_experts: int  # of a layer; set by `make_variants`
 
     def fetch(
-        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        meanwhile: Callable[[], None] | None = None,
+        on_cpu: OnCpu | None = None,
     ) -> Iterator[tuple[int, Views]]:
         """Fetch all of the layer's experts, then yield those that are needed."""
         assert self.store is not None  # see `check_can_switch`

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mixtral_offload.core.misses import COPY, MissRule
 from mixtral_offload.core.options import OffloadOptions, declared
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.core.policies import make_policy
@@ -30,6 +31,7 @@ from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_dense
 from mixtral_offload.runtime.engines import make_engine
+from mixtral_offload.runtime.miss_costs import measure_miss_costs
 from mixtral_offload.runtime.offload import Computation, ExpertsModule, Offload, OffloadedModel, refuse_copy
 from mixtral_offload.runtime.options import (
     CheckedOptions,
@@ -48,7 +50,7 @@ from mixtral_offload.weights.checksums import finish_checks
 from mixtral_offload.weights.hqq import QuantizedLinear
 from mixtral_offload.weights.kernels import PACKED_TOKENS
 from mixtral_offload.weights.layout import dequantize_expert
-from mixtral_offload.weights.products import PLAIN, Kind, Products
+from mixtral_offload.weights.products import PLAIN, Kind, Products, choose_products
 from mixtral_offload.weights.source import resolve
 
 
@@ -69,6 +71,7 @@ def from_pretrained(
     look_ahead: int = 1,
     policy: str = "lru",
     shared_slots: bool = False,
+    misses: str = "copy",
     compile: bool | str = "auto",
     precision: str = "exact",
     dequantize_on_load: bool = False,
@@ -103,6 +106,9 @@ def from_pretrained(
         policy: Expert to evict: "lru" (least recently used), "lfu" (least often used) or "lrfu" (between the
             two). Default: lru.
         shared_slots: One pool of slots for all layers in place of one for each.
+        misses: What happens to an expert in RAM that a layer needs and the device lacks: "copy" it; let the
+            "cpu" compute it there, once the slots are full (answers then depend on the cache in their last
+            bits); "auto": link and CPU share them, as their measured speeds say. Default: copy.
         compile: Compute from packed weights with torch.compile: True, False, or "auto": where the package has
             no kernels of its own (on CUDA), if experts are large enough and there is a compiler. Default:
             auto.
@@ -144,9 +150,12 @@ def _build(source: str | Path | None, hub: dict[str, Any], given: OffloadOptions
     finish_checks(checkpoint.dense.values())
     with torch.cuda.device(options.device) if options.device.type == "cuda" else nullcontext():
         cache = _build_cache(checkpoint, plan, options)
-    model.offload = Offload(
-        checkpoint, options, plan, cache, layers, _computation(model, layers, cache, products)
-    )
+        computation = _computation(model, layers, cache, products, options, plan)
+        if computation.on_cpu is not None:
+            stored = [key for key in sorted(checkpoint.experts) if cache.store and key in cache.store]
+            costs = measure_miss_costs(cache, computation.on_cpu, stored)
+            cache.misses = MissRule(options.misses, costs)
+    model.offload = Offload(checkpoint, options, plan, cache, layers, computation)
     _attach(model)
     if products.kind is Kind.COMPILED:
         model.offload.compile_s = _compile_now(model)
@@ -156,13 +165,22 @@ def _build(source: str | Path | None, hub: dict[str, Any], given: OffloadOptions
 
 
 def _computation(
-    model: PreTrainedModel, layers: list[MoELayer], cache: ExpertCache, products: Products
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    cache: ExpertCache,
+    products: Products,
+    options: CheckedOptions,
+    plan: Plan,
 ) -> Computation:
     experts = model.get_submodule(layers[0].name)
     activate, layout = activation(experts), cache.layout
     at_once = products.make_experts(layout, activate)
     run, plain_run = products.make_run(layout, activate, at_once), PLAIN.make_run(layout, activate)
-    return Computation(products, run, plain_run, at_once)
+    on_cpu = None
+    if options.misses != COPY and plan.store == "ram":
+        of_cpu = choose_products("auto", "exact", layout, torch.device("cpu"))
+        on_cpu = of_cpu.make_run(layout, activate, of_cpu.make_experts(layout, activate))
+    return Computation(products, run, plain_run, at_once, on_cpu)
 
 
 def _compile_now(model: OffloadedModel) -> float:

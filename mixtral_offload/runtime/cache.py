@@ -10,26 +10,39 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from mixtral_offload.core.copy_order import NOW
 from mixtral_offload.core.counters import CacheStats
+from mixtral_offload.core.misses import MissRule
 from mixtral_offload.core.policies import LRU, Policy
 from mixtral_offload.core.residency import Action, Do, Load, Pool, Residency
-from mixtral_offload.core.trace import HIT, MISS, PREFETCHED
+from mixtral_offload.core.trace import COMPUTED, HIT, MISS, PREFETCHED
 from mixtral_offload.errors import CapacityError
 from mixtral_offload.models.checkpoint import ExpertId
 from mixtral_offload.runtime.engines import Copy, Engine
 from mixtral_offload.runtime.observer import Dropped, Observer, Observers, Use
-from mixtral_offload.runtime.store import Store, host_slab
+from mixtral_offload.runtime.store import RamStore, Store, host_slab
 from mixtral_offload.weights.hqq import Fields
 from mixtral_offload.weights.layout import ExpertLayout
 
 Views = dict[str, Fields]  # of one expert: matrix -> field -> tensor
 # `core/residency.py` takes any hashable as a key; here it is an ExpertId, hence the casts
+
+
+class OnCpu(NamedTuple):
+    """What a `fetch` needs so that the CPU may compute some of its experts from the store.
+
+    Attributes:
+        n_tokens: How many tokens each requested expert is for.
+        run: Computes one: called with its number and its views in the store.
+    """
+
+    n_tokens: Sequence[int]
+    run: Callable[[int, Views], None]
 
 
 class ExpertCache:
@@ -143,6 +156,25 @@ class ExpertCache:
         """Return the number of slots of this layer; with a shared pool, its share."""
         return self._slots[layer]
 
+    @property
+    def misses(self) -> MissRule:
+        """Which missing experts the CPU computes, from a store in RAM. Default: none.
+
+        Another one may be set between layer calls.
+        """
+        return self._residency.misses
+
+    @misses.setter
+    def misses(self, rule: MissRule) -> None:
+        self._residency.misses = rule
+
+    def lacks(self, layer: int, experts: Sequence[int]) -> bool:
+        """Return whether one of these is neither in a slot nor resident."""
+        held = self._residency.pools[layer].held
+        return any(
+            (layer, expert) not in held and (layer, expert) not in self._resident for expert in experts
+        )
+
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """Hold the lock, and call no observers meanwhile."""
@@ -154,7 +186,11 @@ class ExpertCache:
                 self._is_muted = is_muted
 
     def fetch(
-        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        meanwhile: Callable[[], None] | None = None,
+        on_cpu: OnCpu | None = None,
     ) -> Iterator[tuple[int, Views]]:
         """Yield each of `experts` with its views, once: those on the device first, the others as they arrive.
 
@@ -163,20 +199,23 @@ class ExpertCache:
         Args:
             meanwhile: Called after all copies that the slots allow have started, before the first expert is
                 yielded.
+            on_cpu: Computes those experts that the cache's rule gives to the CPU; these are not yielded.
+                None: all misses are copied.
         """
         try:
-            yield from self._fetch(layer, experts, meanwhile)
+            yield from self._fetch(layer, experts, meanwhile, on_cpu)
         finally:
             if self.engine is not None:
                 self.engine.slots_were_read()
 
     def _fetch(
-        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None, on_cpu: OnCpu | None
     ) -> Iterator[tuple[int, Views]]:
         held, wait_s = self._residency.pools[layer].held, 0.0
-        for action in self._residency.begin(layer, [(layer, expert) for expert in experts]):
+        keys: list[ExpertId] = [(layer, expert) for expert in experts]
+        for action in self._residency.begin(layer, keys, None if on_cpu is None else on_cpu.n_tokens):
             do, load = action.do, action.load
-            if do is not Do.USE and do is not Do.LAND:
+            if do is not Do.USE and do is not Do.LAND and do is not Do.COMPUTE:
                 self._carry_out(action)
                 continue
             if meanwhile is not None:
@@ -188,6 +227,11 @@ class ExpertCache:
                 wait_s = time.perf_counter() - began_s
                 continue
             key = cast(ExpertId, action.key)
+            if do is Do.COMPUTE:
+                assert on_cpu is not None and isinstance(self.store, RamStore)
+                self._count_computed(key)
+                on_cpu.run(key[1], self.store.views(key))
+                continue
             self._count(key, load, wait_s)
             row = self._resident.get(key)
             yield key[1], self._views[held[key] if row is None else row]
@@ -299,6 +343,13 @@ class ExpertCache:
             use = Use(*key, PREFETCHED if load.is_predicted else MISS, wait_s, at_s, copy)
         for observer in self._listeners():
             observer.used(use)
+
+    def _count_computed(self, key: ExpertId) -> None:
+        self.stats.misses += 1
+        self.stats.computed += 1
+        at_s = time.perf_counter()
+        for observer in self._listeners():
+            observer.used(Use(*key, COMPUTED, 0.0, at_s, None))
 
     def after_fork(self) -> None:
         """In a forked child: begin empty.

@@ -6,7 +6,7 @@ Knows one layer's tokens and the cache. Knows nothing of how a model is built.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mixtral_offload.errors import OptionError
-from mixtral_offload.runtime.cache import Views
+from mixtral_offload.runtime.cache import OnCpu, Views
 from mixtral_offload.runtime.offload import ExpertsModule, Offload
 from mixtral_offload.weights.hqq import refuse_second_order
 from mixtral_offload.weights.layout import ROWS
+from mixtral_offload.weights.products import Run
 
 
 @torch.compiler.disable  # a compiled model keeps the answers of an eager one, and does not compile the cache
@@ -172,7 +173,7 @@ def _grouped(
 def run_token(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Do what `run_experts` does for one token, x `[1, H]`: nothing to sort."""
     chosen, meanwhile = read_routing(offload, layer, top_k_index[0], 1)
-    results = {}
+    results: dict[int, Tensor] = {}
     began_s = time.perf_counter()
     at_once, run, needed = offload.computation.experts, offload.computation.run, sorted(chosen)
     with offload.cache.lock:
@@ -181,7 +182,10 @@ def run_token(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_
             y = at_once.run(x, [row_of[expert] for expert in chosen])
             tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
             return y.to(x.dtype).unsqueeze(0)
-        for expert, views in offload.cache.fetch(layer, needed, meanwhile):
+        on_cpu = None
+        if offload.computation.on_cpu is not None and offload.cache.lacks(layer, needed):
+            on_cpu = _token_on_cpu(offload.computation.on_cpu, x, needed, results)
+        for expert, views in offload.cache.fetch(layer, needed, meanwhile, on_cpu):
             results[expert] = run(x, views)
         tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     # under autocast results are of another dtype than the tokens, as they are in transformers' own experts
@@ -205,13 +209,43 @@ def run_tokens(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top
         if at_once is not None and here is not None:
             grouped = at_once.run(grouped, here, [counts[expert] for expert in needed]).to(x.dtype)
         else:
-            for expert, views in offload.cache.fetch(layer, needed, meanwhile):
+            on_cpu = None
+            if offload.computation.on_cpu is not None and offload.cache.lacks(layer, needed):
+                on_cpu = _tokens_on_cpu(offload.computation.on_cpu, grouped, counts, needed, rows)
+            for expert, views in offload.cache.fetch(layer, needed, meanwhile, on_cpu):
                 for part in rows[expert].split(ROWS):
                     part.copy_(run(part, views))
         tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     y = torch.empty_like(grouped)
     y[order] = grouped
     return y.view(n_tokens, top_k, -1)
+
+
+def _token_on_cpu(run: Run, x: Tensor, needed: list[int], results: dict[int, Tensor]) -> OnCpu:
+    """What computes one token's experts on the CPU. x is copied there now, before the device's work grows."""
+    on_cpu = x.to("cpu")
+
+    def compute(expert: int, views: Views) -> None:
+        results[expert] = run(on_cpu, views).to(x.device)
+
+    return OnCpu([1] * len(needed), compute)
+
+
+def _tokens_on_cpu(
+    run: Run, grouped: Tensor, counts: list[int], needed: list[int], rows: Sequence[Tensor]
+) -> OnCpu:
+    """The same for many tokens, sorted by expert.
+
+    Args:
+        rows: Of `grouped`, for each expert; its results replace them.
+    """
+    on_cpu = grouped.to("cpu", copy=True).split(counts)
+
+    def compute(expert: int, views: Views) -> None:
+        for part, found in zip(on_cpu[expert].split(ROWS), rows[expert].split(ROWS)):
+            found.copy_(run(part, views))
+
+    return OnCpu([counts[expert] for expert in needed], compute)
 
 
 def _by_expert(top_k_index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:

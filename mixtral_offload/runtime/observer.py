@@ -18,10 +18,10 @@ class Use(NamedTuple):
     Attributes:
         layer: The expert's layer.
         expert: Its number.
-        outcome: HIT, MISS or PREFETCHED of `core/trace.py`.
+        outcome: HIT, MISS, PREFETCHED or COMPUTED of `core/trace.py`.
         wait_s: Seconds that the host waited for it.
         at_s: When it could run (`time.perf_counter()`).
-        copy: Its copy; None for a hit.
+        copy: Its copy; None if there was none.
     """
 
     layer: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from torch import nn
@@ -47,12 +47,14 @@ class Computation:
         run: Computes one expert from its views.
         plain_run: The same by torch's own operations, for autograd.
         experts: Computes many experts in one call; None: there is no such kernel.
+        on_cpu: Computes one expert on the CPU, from its views in the store; None: all misses are copied.
     """
 
     products: Products
     run: Run
     plain_run: Run
     experts: NativeExperts | None
+    on_cpu: Run | None = None
 
 
 @dataclass(eq=False)
@@ -140,6 +142,7 @@ class Offload:
             "shared_slots": options.shared_slots,
             "prefetch": options.prefetch,
             "look_ahead": options.look_ahead,
+            "misses": asdict(self.cache.misses),
             "device": str(options.device),
         }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mixtral_offload.core.misses import COPY, MISSES
 from mixtral_offload.core.options import OffloadOptions, declared
 from mixtral_offload.core.placement import Plan, Sizes, make_plan
 from mixtral_offload.core.policies import make_policy
@@ -87,6 +88,12 @@ def _check_values(options: OffloadOptions) -> None:
     if options.precision not in PRECISIONS or (options.dequantize_on_load and options.precision != "exact"):
         found = f"precision={options.precision!r}, dequantize_on_load={options.dequantize_on_load!r}"
         raise OptionError("unknown precision", expected='"exact", or "fast" for packed experts', found=found)
+    if options.misses not in MISSES or (options.misses != COPY and options.store == "disk"):
+        raise OptionError(
+            "unknown misses",
+            expected=f"{', '.join(MISSES)}; only copy for experts on disk",
+            found=f"misses={options.misses!r}, store={options.store!r}",
+        )
     for name in ("shared_slots", "progress"):
         if getattr(options, name) not in (True, False):
             raise OptionError(f"unknown {name}", expected="True or False", found=getattr(options, name))
@@ -159,6 +166,12 @@ def plan_for(checkpoint: Checkpoint, options: CheckedOptions) -> Plan:
             )
         cache_size, why = sizes.n_experts, "as asked"
     plan = plan_within(sizes, *budgets(options), dense_bytes(checkpoint, options), options, cache_size, why)
+    if plan.store == "disk" and options.misses != COPY:
+        raise CapacityError(
+            f"misses={options.misses!r} needs the experts in RAM",
+            found=plan.reasons[-1],
+            hint='use misses="copy", or a smaller cache_size, or fewer bits per expert',
+        )
     if not options.dequantize_on_load:
         return plan
     packed, dequantized = gb(checkpoint.layout.n_bytes), gb(sizes.expert_bytes)

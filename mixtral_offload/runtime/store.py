@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mixtral_offload.errors import CheckpointError
 from mixtral_offload.models.checkpoint import Checkpoint, ExpertId
+from mixtral_offload.weights.hqq import Fields
 from mixtral_offload.weights.safetensors_io import StoredTensor, Watch
 
 OPEN_FILES = 64  # of a store on disk, at most
@@ -68,6 +69,7 @@ class RamStore:
     ):
         self._row = {expert: row for row, expert in enumerate(experts)}
         self._slab = host_slab(len(self._row), checkpoint.layout.n_bytes)
+        self._layout = checkpoint.layout
         self.pinned = pin and len(self._row) > 0 and _pin(self._slab)
         self._device = torch.cuda.current_device() if self.pinned else None
         for _ in checkpoint.read_experts(zip(self._row, self._slab)):
@@ -87,6 +89,10 @@ class RamStore:
     def pieces(self, expert: ExpertId) -> Pieces:
         """Return where an expert's bytes are, for a `Copy`."""
         return [(0, self._slab[self._row[expert]])]
+
+    def views(self, expert: ExpertId) -> dict[str, Fields]:
+        """Return an expert's tensors where they lie: matrix -> field -> tensor."""
+        return self._layout.views(self._slab[self._row[expert]])
 
     def close(self) -> None:
         """Unpin the slab, as dropping the store does; the store must not be used afterwards."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import chain, combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,14 @@ from hypothesis import strategies as st
 
 import mixtral_offload.runtime.cache
 from mixtral_offload.analysis.replay import replay
-from mixtral_offload.analysis.timed_replay import EXPERT, timed_replay
+from mixtral_offload.analysis.timed_replay import EXPERT, ON_CPU, timed_replay
 from mixtral_offload.core.copy_order import NEEDED, NOW, RIGHT, WRONG
 from mixtral_offload.core.costs import DeviceCosts
+from mixtral_offload.core.misses import COPY, CPU, MISSES, MissCosts, MissRule
 from mixtral_offload.core.policies import POLICIES, staging_rows
-from mixtral_offload.runtime.cache import ExpertCache
+from mixtral_offload.runtime.cache import ExpertCache, OnCpu
 from mixtral_offload.runtime.engines import RUNNING, Copy
+from mixtral_offload.runtime.store import RamStore
 from tests.analysis.test_timed_replay import copies, merged, routed
 
 # --- the live cache on a virtual clock ---
@@ -81,11 +84,37 @@ class VirtualCopy(Copy):
             self.engine.tick()
 
 
-def twin(trace, costs, slots, policy, shared, prefetch, look_ahead) -> SimpleNamespace:
+class VirtualStore(RamStore):
+    def __init__(self):
+        self.pinned = False
+
+    def pieces(self, expert):
+        return [(0, torch.empty(160, dtype=torch.uint8))]
+
+    def views(self, expert):
+        return {}
+
+
+class VirtualCpu:
+    """Computes experts while the device's clock stands: it is at `until` when that is over."""
+
+    def __init__(self, costs, now):
+        self.costs, self.until = costs, now
+
+    def on_cpu(self, needed, n_tokens):
+        tokens = dict(zip(needed, n_tokens))
+
+        def run(expert, views):
+            self.until += self.costs.cpu_expert_s + self.costs.prompt_cpu_expert_s * (tokens[expert] - 1)
+
+        return OnCpu(n_tokens, run)
+
+
+def twin(trace, costs, slots, policy, shared, prefetch, look_ahead, misses="copy") -> SimpleNamespace:
     """The trace through the real `ExpertCache`."""
     engine = VirtualEngine(int(costs.copy_s / 16))
     layout = SimpleNamespace(n_bytes=160, views=lambda row: row)
-    store = SimpleNamespace(pieces=lambda key: [(0, torch.empty(160, dtype=torch.uint8))])
+    store = VirtualStore()
     n_staging = staging_rows(prefetch, look_ahead)
     cache = ExpertCache(
         layout,
@@ -97,6 +126,7 @@ def twin(trace, costs, slots, policy, shared, prefetch, look_ahead) -> SimpleNam
         shared=shared,
         n_staging=n_staging,
     )
+    cache.misses = MissRule() if misses == COPY else MissRule(misses, costs.of_misses)
     pass_s, n_full = [], 0
     for number in range(trace.n_passes):
         begin = engine.now
@@ -107,8 +137,18 @@ def twin(trace, costs, slots, policy, shared, prefetch, look_ahead) -> SimpleNam
             needed = trace.use_expert[(trace.use_pass == number) & (trace.use_layer == layer)]
             streams = (trace.passes == number).sum() >= trace.n_experts
             start = partial(predict, trace, cache, number, layer, prefetch, look_ahead)
-            for _ in cache.fetch(layer, sorted(needed.tolist()), start if streams else None):
+            needed = sorted(needed.tolist())
+            chosen = trace.experts[trace.passes == number, layer]
+            n_tokens = [int((chosen == expert).sum()) for expert in needed]
+            cpu = VirtualCpu(costs, engine.now)
+            on_cpu = cpu.on_cpu(needed, n_tokens)
+            n_hits = cache.stats.hits
+            for _ in cache.fetch(layer, needed, start if streams else None, on_cpu):
+                is_hit, n_hits = cache.stats.hits > n_hits, cache.stats.hits
+                if not is_hit:  # the host enqueued it after its own work
+                    engine.advance(max(0, int(cpu.until - engine.now)))
                 engine.advance(int(costs.expert_s))
+            engine.advance(max(0, int(cpu.until - engine.now)))
             if not streams:
                 start()
             n_full += len(cache._residency.staged) + len(cache._residency.dropped) == n_staging > 0
@@ -156,7 +196,13 @@ def replay_settings(trace):
 
 whole = st.integers(1, 40).map(float)
 all_costs = st.builds(
-    DeviceCosts, copy_s=st.just(32.0), attention_s=whole, expert_s=st.integers(1, 9).map(float), token_s=whole
+    DeviceCosts,
+    copy_s=st.just(32.0),
+    attention_s=whole,
+    expert_s=st.integers(1, 9).map(float),
+    token_s=whole,
+    cpu_expert_s=st.integers(1, 80).map(float),
+    prompt_cpu_expert_s=st.integers(0, 20).map(float),
 )
 
 
@@ -168,7 +214,7 @@ def check_twin(trace, costs, **options):
         trace, costs, **{"cache_size" if name == "slots" else name: value for name, value in options.items()}
     )
     assert timed.pass_s.tolist() == live.pass_s
-    for name in ("hits", "misses", "prefetched", "predictions", "wasted_bytes", "bytes_moved"):
+    for name in ("hits", "misses", "prefetched", "computed", "predictions", "wasted_bytes", "bytes_moved"):
         assert getattr(timed.stats, name) == getattr(live.stats, name), name
     return live
 
@@ -177,7 +223,7 @@ def check_twin(trace, costs, **options):
 @given(st.data())
 def test_it_is_the_live_cache_on_a_virtual_clock(data):
     trace, costs = data.draw(traces()), data.draw(all_costs)
-    options = data.draw(replay_settings(trace))
+    options = data.draw(replay_settings(trace)) | {"misses": data.draw(st.sampled_from(MISSES))}
     check_twin(trace, costs, slots=options.pop("cache_size"), **options)
 
 
@@ -235,6 +281,49 @@ def test_time_counts_and_the_link_are_consistent(data):
         ]
         assert sum(crossed) >= costs.copy_s - tiny
     assert timed_replay(trace, costs, **options).pass_s.tolist() == timed.pass_s.tolist()
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_what_the_cpu_computes_takes_its_time(data):
+    trace, costs = data.draw(traces()), data.draw(all_costs)
+    options = data.draw(replay_settings(trace)) | {"misses": data.draw(st.sampled_from(MISSES))}
+    timed = timed_replay(trace, costs, **options, keep_events=True)
+    events, tiny = timed.events, 1e-9 * timed.pass_s.sum()
+    is_cpu = events.part_kind == ON_CPU
+    assert is_cpu.sum() == timed.stats.computed == timed.pass_computed.sum() <= timed.stats.misses
+    on_cpu, on_device = events.part_span_s[is_cpu], events.part_span_s[~is_cpu]
+    for spans in (on_cpu, on_device):
+        assert (spans[1:, 0] >= spans[:-1, 1] - tiny).all()
+    assert np.isclose(np.diff(on_device).sum() + timed.stall_s.sum(), timed.pass_s.sum())
+    assert (np.diff(on_cpu)[:, 0] >= costs.cpu_expert_s - tiny).all()
+    assert on_cpu.size == 0 or on_cpu[-1, 1] <= timed.pass_s.sum() + tiny
+    copied = timed.stats.misses - timed.stats.computed
+    assert np.isclose(timed.link_busy_s - 0.2 * timed.stats.wasted_bytes, 0.2 * 160 * copied)
+    if options["misses"] == CPU and not options["prefetch"]:
+        assert copied <= options["cache_size"] * trace.n_layers  # what the slots hold, once
+        own = {name: options[name] for name in ("cache_size", "policy", "shared")}
+        again = replay(trace, **own, misses=MissRule(CPU))
+        assert (again.hits, int(again.on_cpu.sum())) == (timed.stats.hits, timed.stats.computed)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_the_split_ends_soonest(data):
+    """For one call: no other number of experts on the CPU ends sooner than that of "auto"."""
+    costs = data.draw(st.builds(MissCosts, *[st.floats(0.1, 50)] * 2, st.floats(0, 5)))
+    n_tokens = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+    n_coming = data.draw(st.integers(0, 3))
+    found = MissRule("auto", costs).for_cpu(range(len(n_tokens)), n_tokens, n_coming, 0)
+
+    def end_s(on_cpu):
+        copies = len(n_tokens) - len(on_cpu) + n_coming
+        return max(sum(costs.on_cpu(n_tokens[of]) for of in on_cpu), copies * costs.copy_s)
+
+    choices = chain.from_iterable(combinations(range(len(n_tokens)), n) for n in range(len(n_tokens) + 1))
+    best = min(map(end_s, choices))
+    assert end_s(found) <= best * (1 + 1e-9)
+    assert len(set(found)) == len(found)
 
 
 @settings(deadline=None, max_examples=150)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from mixtral_offload.core.misses import COPY, CPU, MISSES, MissCosts, MissRule
 from mixtral_offload.core.policies import LRU
 from mixtral_offload.core.residency import Do, Pool, Residency
 
@@ -66,6 +67,9 @@ class Driver:
             assert load.copy.is_good
             self.holds[load.row] = key
             self.end(load)
+        elif do is Do.COMPUTE:
+            assert load is None
+            used.append((key, None))
         elif do is Do.USE:
             row = self.residency.pools[key[0]].held.get(key)
             assert key in RESIDENT if row is None else self.holds[row] == key
@@ -108,6 +112,32 @@ class Calls(RuleBasedStateMachine):
         else:
             self._as_it_is(layer)
 
+    @rule(
+        layer=st.integers(0, N_LAYERS - 1),
+        counts=st.dictionaries(st.integers(0, N_EXPERTS - 1), st.integers(1, 5), min_size=1),
+        mode=st.sampled_from(MISSES),
+    )
+    def call_with_cpu(self, layer, counts, mode):
+        """Each expert is used once; what the CPU computes takes no slot and evicts nothing."""
+        residency, used, held = self.residency, [], self.naive[layer]
+        residency.misses = MissRule(mode, MissCosts(2.0, 3.0, 1.0))
+        needed = sorted((layer, expert) for expert in counts)
+        coming = {key for key in needed if residency._is_coming(key)}
+        n_copies, n_free = self.driver.n_copies, N_SLOTS - len(held)
+        self.driver.carry_out(residency.begin(layer, needed, [counts[expert] for _, expert in needed]), used)
+        assert sorted(key for key, _ in used) == needed
+        assert {key for key, how in used if how} == {key for key in needed if key in held or key in RESIDENT}
+        computed = {key for key, how in used if how is None}
+        loaded = {key for key, how in used if how is False}
+        assert not computed & ({*residency.pools[layer].held} | coming)
+        assert self.driver.n_copies - n_copies == len(loaded - coming)
+        if mode == CPU:
+            assert len(loaded - coming) <= max(0, n_free - len(loaded & coming))
+        elif mode == COPY:
+            assert not computed
+        residency.misses = MissRule()
+        self._as_it_is(layer)
+
     def _as_it_is(self, layer):
         pool = self.residency.pools[layer]
         self.naive[layer] = OrderedDict.fromkeys(sorted(pool.held, key=pool.policy.score.__getitem__), True)
@@ -123,17 +153,20 @@ class Calls(RuleBasedStateMachine):
         at=st.integers(0, 12),
         after=st.booleans(),
         predicts=st.booleans(),
+        mode=st.sampled_from(MISSES),
     )
-    def interrupted(self, layer, experts, at, after, predicts):
+    def interrupted(self, layer, experts, at, after, predicts, mode):
         """An exception in the middle of a call leaves no wrong expert and no lost row."""
         keys = [(layer, expert) for expert in experts]
         self.driver.stop_at, self.driver.after = at, after
-        actions = self.residency.predict(layer, keys, 1) if predicts else self.residency.begin(layer, keys)
+        self.residency.misses = MissRule(mode, MissCosts(2.0, 3.0, 1.0))
+        begin = self.residency.begin(layer, keys, [1] * len(keys))
+        actions = self.residency.predict(layer, keys, 1) if predicts else begin
         try:
             self.driver.carry_out(actions, [])
         except Interrupted:
             actions.close()
-        self.driver.stop_at = None
+        self.driver.stop_at, self.residency.misses = None, MissRule()
         for of in range(N_LAYERS):
             self._as_it_is(of)
 

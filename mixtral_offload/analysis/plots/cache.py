@@ -26,7 +26,7 @@ from mixtral_offload.analysis.plots.style import (
 from mixtral_offload.analysis.recall import Recall
 from mixtral_offload.analysis.replay import hit_rate_curves, reuse_distances
 from mixtral_offload.analysis.replay_setup import BELADY
-from mixtral_offload.core.trace import HIT, MISS, PREFETCHED, RoutingTrace
+from mixtral_offload.core.trace import COMPUTED, HIT, MISS, PREFETCHED, RoutingTrace
 
 STYLES = {
     "lru": (BLUE, "o", "LRU"),
@@ -113,7 +113,8 @@ def plot_speculation(trace: RoutingTrace) -> tuple[Figure, np.ndarray]:
     """
     count = trace.n_layers
     right = np.bincount(trace.use_layer[trace.use_outcome == PREFETCHED], minlength=count)
-    missed = np.bincount(trace.use_layer[trace.use_outcome == MISS], minlength=count)
+    unpredicted = (trace.use_outcome == MISS) | (trace.use_outcome == COMPUTED)
+    missed = np.bincount(trace.use_layer[unpredicted], minlength=count)
     wrong = np.bincount(trace.wasted_layer, minlength=count)
     shown = np.stack([right / np.maximum(right + wrong, 1), right / np.maximum(right + missed, 1)])
     figure = new_figure(6.4, 3.6, "Predictions by layer")

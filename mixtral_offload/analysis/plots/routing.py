@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 
 from mixtral_offload.analysis.plots.style import (
     BLACK,
+    GREEN,
     SKY,
     heat_map,
     layer_rows,
@@ -24,10 +25,10 @@ from mixtral_offload.analysis.plots.style import (
     patches,
 )
 from mixtral_offload.analysis.replay import cache_contents
-from mixtral_offload.core.trace import MISS, PREFETCHED, RoutingTrace
+from mixtral_offload.core.trace import COMPUTED, MISS, PREFETCHED, RoutingTrace
 
-HIT_CELL, PREDICTED_CELL, STALL_CELL = 0, 1, 2
-CELLS = {"hit": "#E4EEF5", "right prediction": SKY, "stall": "#8A2F00"}
+HIT_CELL, PREDICTED_CELL, CPU_CELL, STALL_CELL = range(4)
+CELLS = {"hit": "#E4EEF5", "right prediction": SKY, "computed by the CPU": GREEN, "stall": "#8A2F00"}
 
 
 def token_labels(trace: RoutingTrace, tokens: Sequence[int]) -> list[str]:
@@ -102,15 +103,14 @@ def cells(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
     """Find what became of each token in each layer.
 
     Returns:
-        HIT_CELL, PREDICTED_CELL or STALL_CELL, the worst of its uses, int `[N, L]`; and the wrong
+        HIT_CELL, PREDICTED_CELL, CPU_CELL or STALL_CELL, the worst of its uses, int `[N, L]`; and the wrong
         predictions, int `[N, L]` (a pass's at its first token).
     """
     outcomes = trace.outcomes()
-    found = np.where(
-        (outcomes == MISS).any(-1),
-        STALL_CELL,
-        np.where((outcomes == PREFETCHED).any(-1), PREDICTED_CELL, HIT_CELL),
-    )
+    worse = {PREFETCHED: PREDICTED_CELL, COMPUTED: CPU_CELL, MISS: STALL_CELL}
+    found = np.full(outcomes.shape[:2], HIT_CELL)
+    for outcome, cell in worse.items():
+        found[(outcomes == outcome).any(-1)] = cell
     wasted = np.zeros((trace.n_tokens, trace.n_layers), int)
     first = np.searchsorted(trace.passes, np.arange(trace.n_passes))
     np.add.at(wasted, (first[trace.wasted_pass], trace.wasted_layer), 1)
@@ -121,7 +121,7 @@ def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figur
     """Draw, token by layer, if experts were cached, predicted or waited for. Crosses: wasted predictions.
 
     Returns:
-        The figure, and int `[L, tokens]` of HIT_CELL, PREDICTED_CELL, STALL_CELL.
+        The figure, and int `[L, tokens]` of HIT_CELL, PREDICTED_CELL, CPU_CELL, STALL_CELL.
     """
     chosen = range(trace.n_tokens)[tokens]
     found, wasted = cells(trace)
@@ -132,9 +132,8 @@ def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figur
         "Hits, predictions and stalls, token by layer",
     )
     axes = figure.subplots()
-    axes.imshow(
-        shown, cmap=ListedColormap(list(CELLS.values())), vmin=0, vmax=2, aspect="auto", interpolation="none"
-    )
+    colours = ListedColormap(list(CELLS.values()))
+    axes.imshow(shown, cmap=colours, vmin=0, vmax=STALL_CELL, aspect="auto", interpolation="none")
     layer, column = wasted[chosen].T.nonzero()
     axes.plot(column, layer, "x", color=BLACK, markersize=4, markeredgewidth=0.9)
     layer_rows(axes, trace.settings["layers"])
@@ -143,11 +142,12 @@ def plot_cells(trace: RoutingTrace, tokens: slice = slice(0, 64)) -> tuple[Figur
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
     _label_tokens(axes, trace, chosen)
+    cells_of_run = [(*CELLS.items(),)[cell] for cell in range(4) if cell != CPU_CELL or (found == cell).any()]
     handles = [
-        *patches(CELLS, edgecolor="0.6"),
+        *patches(dict(cells_of_run), edgecolor="0.6"),
         *axes.plot([], [], "x", color=BLACK, label="wasted prediction"),
     ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper right", ncols=5, fontsize=8)
     return figure, shown
 
 

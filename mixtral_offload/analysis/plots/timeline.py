@@ -28,6 +28,7 @@ from mixtral_offload.analysis.plots.style import (
 from mixtral_offload.analysis.timed_replay import (
     ATTENTION,
     EXPERT,
+    ON_CPU,
     OUTSIDE,
     PARTS,
     Events,
@@ -36,15 +37,16 @@ from mixtral_offload.analysis.timed_replay import (
 )
 from mixtral_offload.core.copy_order import KINDS, NEEDED, RIGHT, WRONG
 from mixtral_offload.core.costs import DeviceCosts
-from mixtral_offload.core.trace import MISS, PREFETCHED, RoutingTrace
+from mixtral_offload.core.trace import COMPUTED, MISS, PREFETCHED, RoutingTrace
 from mixtral_offload.errors import OptionError
 
 LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "v"), (SKY, "P"), (BLACK, "X"))
 STALL = len(PARTS)
-DEVICE, LINK = range(2)
+DEVICE, LINK, PROCESSOR = range(3)
 COLOURS = {
     DEVICE: {OUTSIDE: "0.55", ATTENTION: "0.82", EXPERT: BLUE, STALL: RED},
     LINK: {NEEDED: ORANGE, RIGHT: GREEN, WRONG: "0.35"},
+    PROCESSOR: {ON_CPU: SKY},
 }
 RECORDED_ROWS = {
     "attention, norms, router": "0.75",
@@ -53,8 +55,10 @@ RECORDED_ROWS = {
     "copy on demand": ORANGE,
     "right prediction": GREEN,
     "wasted prediction": "0.35",
+    "experts on the CPU": SKY,
 }
-NAMES = {DEVICE: (*PARTS, "stall: waiting for a copy"), LINK: KINDS}
+ON_CPU_ROW = len(RECORDED_ROWS) - 1  # drawn if the CPU computed something
+NAMES = {DEVICE: (*PARTS, "stall: waiting"), LINK: KINDS, PROCESSOR: PARTS}
 
 
 def plot_time_over_slots(
@@ -104,7 +108,9 @@ def plot_time_over_slots(
 def plot_replayed_pass(
     timed: TimedReplay, pass_number: int | None = None, unit: str = "s"
 ) -> tuple[Figure, np.ndarray]:
-    """Draw what the device and the link do during one pass; copies are labelled with their expert.
+    """Draw what the device, the link and (if it computes experts) the CPU do during one pass.
+
+    Copies, and experts on the CPU, are labelled with their number.
 
     Args:
         timed: With its events.
@@ -113,7 +119,7 @@ def plot_replayed_pass(
 
     Returns:
         The figure, and float64 `[bars, 4]` of (lane, kind, begin, length) from the pass's begin; lane DEVICE
-        with the parts of `Events` and STALL, or LINK with its kinds.
+        with the parts of `Events` and STALL, LINK with its kinds, or PROCESSOR with ON_CPU.
 
     Raises:
         OptionError: There are no events, or no such pass.
@@ -130,15 +136,16 @@ def plot_replayed_pass(
     bars, labels, layers = _replayed_bars(timed.events, begin, end)
     stall = timed.stall_s[pass_number].sum()
     title = f"Pass {pass_number}: {end - begin:.4g} {unit}, of which {stall:.3g} stalled"
-    figure = new_figure(10, 2.9, title)
+    lanes = ("device", "link", "CPU")[: 3 if (bars[:, 0] == PROCESSOR).any() else 2]
+    figure = new_figure(10, 1.7 + 0.6 * len(lanes), title)
     axes = figure.subplots()
     for (lane, kind, start, length), label in zip(bars, labels):
         spans(axes, lane, 0.7, [(start, length)], COLOURS[lane][kind], 0.4)
         if label and length > 0.012 * (end - begin):
             axes.text(start + length / 2, lane, label, fontsize=7, ha="center", va="center", color="white")
     mark_layers(axes, layers, -0.55, "0.8", "left")
-    axes.set_yticks((DEVICE, LINK), ("device", "link"))
-    axes.set_ylim(1.5, -0.75)
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_ylim(len(lanes) - 0.5, -0.75)
     axes.set_xlim(0, end - begin)
     axes.set_xlabel(
         f"{unit} from the pass's begin (above: where a layer begins; on the link: the expert copied)"
@@ -156,8 +163,13 @@ def _replayed_bars(
     layers: list[tuple[float, int]] = []
     last = begin
     tiny = 1e-9 * (end - begin)
-    for kind, layer, (start, stop) in zip(events.part_kind, events.part_layer, events.part_span_s):
+    parts = zip(events.part_kind, events.part_layer, events.part_expert, events.part_span_s)
+    for kind, layer, expert, (start, stop) in parts:
         if start < begin - tiny or stop > end + tiny:
+            continue
+        if kind == ON_CPU:
+            bars.append((PROCESSOR, kind, start - begin, stop - start))
+            labels.append(str(expert))
             continue
         if start > last + tiny:
             bars.append((DEVICE, STALL, last - begin, start - last))
@@ -208,12 +220,13 @@ def plot_recorded_pass(trace: RoutingTrace, number: int | None = None) -> tuple[
     bars[:, 1:] = np.stack([bars[:, 1] - begin, bars[:, 2] - bars[:, 1]], 1) * 1e3
     figure = new_figure(9, 3.2, f"One token's generation (pass {number}, {1e3 * (end - begin):.1f} ms)")
     axes = figure.subplots()
-    for row, colour in enumerate(RECORDED_ROWS.values()):
+    rows = [*RECORDED_ROWS][: None if (bars[:, 0] == ON_CPU_ROW).any() else ON_CPU_ROW]
+    for row, colour in enumerate(RECORDED_ROWS[name] for name in rows):
         spans(axes, row, 0.8, [(start, length) for at, start, length in bars if at == row], colour, 0.3)
     begins = 1e3 * (trace.spans[number, :, 0] - begin)
     mark_layers(axes, zip(begins, trace.settings["layers"]), -0.75, "0.85", "center")
-    axes.set_yticks(range(len(RECORDED_ROWS)), RECORDED_ROWS, fontsize=8)
-    axes.set_ylim(len(RECORDED_ROWS) - 0.4, -1)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -1)
     axes.set_xlim(0, 1e3 * (end - begin))
     axes.set_xlabel("ms (numbers above: where a layer's experts begin)")
     return figure, bars
@@ -230,7 +243,8 @@ def _recorded_bars(
         uses = (trace.use_pass == number) & (trace.use_layer == layer)
         ready, waits = trace.use_at_s[uses], trace.use_wait_s[uses]
         ends = np.append((ready - waits)[1:], stop)
-        bars += [(1, a, b) for a, b in zip(ready, ends)]
+        computed = trace.use_outcome[uses] == COMPUTED
+        bars += [(ON_CPU_ROW if on_cpu else 1, a, b) for a, b, on_cpu in zip(ready, ends, computed)]
         bars += [(2, at - wait, at) for at, wait in zip(ready, waits) if wait > 0]
         last = stop
     kinds = [
