@@ -203,6 +203,21 @@ def t4() -> str:
         "experts on the device",
         "store of the others",
     ]
+    return f"{text}\n\n{table(head, rows)}\n\n{_misses(found)}"
+
+
+def _misses(found: dict) -> str:
+    where, rows = found["machine"], []
+    for row in found["misses"]:
+        speeds = [f"{row['tokens_per_s'][of]:.1f}" for of in ("copy", "cpu", "auto")]
+        times = f"{1e3 * row['copy_s']:.1f}", f"{1e3 * row['cpu_expert_s']:.1f}"
+        computed = f"{row['computed_per_token']['auto']:.1f} of {row['misses_per_token']['auto']:.1f}"
+        rows.append([f"{row['model']}, {row['bits']} bits, {row['link']}", *times, *speeds, computed])
+    text = (
+        "The same with RAM for all experts and 15 GB on the card: misses copied, computed by the CPU, or "
+        f"split (`misses=`), tokens/s. The CPU's rate is that of one core here ({in_words(where)})."
+    )
+    head = ["", "a copy, ms", "on the CPU, ms", "copy", "cpu", "auto", "misses that auto computes, per token"]
     return f"{text}\n\n{table(head, rows)}"
 
 

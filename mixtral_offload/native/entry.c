@@ -275,20 +275,48 @@ static int64_t largest_scratch(const Expert *of, int64_t tokens) {
 /* Bytes of scratch that run_experts needs. */
 EXPORT int64_t experts_scratch(const Expert *of, int64_t rows, int64_t most_tokens, int64_t threads) {
     int64_t inner = up(of->gate.n, BLOCK);
-    return threads * largest_scratch(of, most_tokens) + 4 * rows * (2 * inner + up(of->gate.k, BLOCK)) + 64;
+    return threads * largest_scratch(of, most_tokens) + 4 * rows * (2 * inner + up(of->gate.k, BLOCK) + of->gate.k) + 64;
 }
 
 EXPORT int64_t matrix_scratch(const Matrix *m, int64_t tokens, int64_t threads) {
     return threads * scratch_bytes(m, tokens) + 4 * tokens * up(m->k, BLOCK) + 64;
 }
 
+typedef struct {
+    const float *results, *weights;
+    float *y;
+    int64_t tokens, n, hidden, next, n_tasks;
+} Sums;
+
+static void run_sums(void *data) {
+    Sums *all = data;
+    for (int64_t task; (task = NEXT(&all->next)) < all->n_tasks;)
+        for (int64_t t = all->tokens * task / all->n_tasks; t < all->tokens * (task + 1) / all->n_tasks; t++) {
+            const float *of = all->results + t * all->n * all->hidden, *weights = all->weights + t * all->n;
+            float *restrict y = all->y + t * all->hidden;
+            for (int64_t i = 0; i < all->hidden; i++) y[i] = of[i] * weights[0];
+            for (int64_t e = 1; e < all->n; e++)
+                for (int64_t i = 0; i < all->hidden; i++) y[i] += of[e * all->hidden + i] * weights[e];
+        }
+}
+
+/* y [tokens, hidden]: sums of results [tokens, n, hidden] times weights [tokens, n], one expert after the other. */
+EXPORT void weighted_sums(const float *results, const float *weights, int64_t tokens, int64_t n, int64_t hidden,
+                          float *y, int64_t threads) {
+    int64_t most = 1 + tokens * n * hidden / 65536;
+    if (most > tokens) most = tokens;
+    Sums sums = {results, weights, y, tokens, n, hidden, 0, most};
+    in_parallel(run_sums, &sums, most < threads ? most : threads);
+}
+
 /*
  * y [rows, hidden]: the results of n experts, expert e for the rows first[e] <= row < first[e + 1] of x, or for
- * the single row of x if is_shared. n is at most MAX_EXPERTS.
+ * the single row of x if is_shared. n is at most MAX_EXPERTS. With weights [n], each expert has one row, and y
+ * [hidden] is their weighted sum.
  */
 EXPORT void run_experts(const Kernels *kernels, const Expert *layout, const uint8_t *const *slots,
-                        const int64_t *first, int64_t n, const float *x, int64_t is_shared, float *y, int64_t threads,
-                        int64_t fast, uint8_t *scratch) {
+                        const int64_t *first, int64_t n, const float *x, int64_t is_shared, const float *weights,
+                        float *y, int64_t threads, int64_t fast, uint8_t *scratch) {
     Expert experts[MAX_EXPERTS];
     Product products[2 * MAX_EXPERTS];
     const int64_t rows = first[n], hidden = layout->gate.k, inner = layout->gate.n, padded = up(inner, BLOCK);
@@ -296,6 +324,7 @@ EXPORT void run_experts(const Kernels *kernels, const Expert *layout, const uint
     for (int64_t e = 0; e < n; e++) most = first[e + 1] - first[e] > most ? first[e + 1] - first[e] : most;
     const int64_t each = largest_scratch(layout, most), padded_in = up(hidden, BLOCK);
     float *gate = (float *)(scratch + threads * each), *by = gate + rows * padded, *copy = by + rows * padded;
+    float *results = weights ? copy + rows * padded_in : y;
     x = padded_rows(x, is_shared ? 1 : rows, hidden, copy);
     for (int64_t e = 0; e < n; e++) {
         const float *input = x + (is_shared ? 0 : first[e] * padded_in);
@@ -316,8 +345,9 @@ EXPORT void run_experts(const Kernels *kernels, const Expert *layout, const uint
     Gates gates = {kernels, gate, by, rows * padded / BLOCK, 0, 1 + rows * padded / 4096};
     in_parallel(run_gates, &gates, gates.n_tasks < threads ? gates.n_tasks : threads);
     for (int64_t e = 0; e < n; e++)
-        products[e] = (Product){&experts[e].down, gate + first[e] * padded, y + first[e] * hidden,
+        products[e] = (Product){&experts[e].down, gate + first[e] * padded, results + first[e] * hidden,
                                 first[e + 1] - first[e], hidden};
     all.n = n;
     multiply_all(&all);
+    if (weights) weighted_sums(results, weights, 1, n, hidden, y, threads);
 }

@@ -19,6 +19,7 @@ from mixtral_offload.runtime.cache import OnCpu, Views
 from mixtral_offload.runtime.offload import ExpertsModule, Offload
 from mixtral_offload.weights.hqq import refuse_second_order
 from mixtral_offload.weights.layout import ROWS
+from mixtral_offload.weights.native import MOST_EXPERTS
 from mixtral_offload.weights.products import Run
 
 
@@ -67,8 +68,18 @@ def _experts(
 ) -> Tensor:
     if module.offload.options.dequantize_on_load:
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
-    y = run_experts(module, hidden_states, top_k_index, top_k_weights)
-    return _weighted_sum(y, top_k_weights)
+    if len(top_k_index) == 1:
+        return _run_token(module.offload, module.layer, hidden_states, top_k_index, top_k_weights)
+    y = run_tokens(module.offload, module.layer, hidden_states, top_k_index, top_k_weights)
+    return _sum(module.offload, y, top_k_weights)
+
+
+def _sum(offload: Offload, y: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`_weighted_sum`, by the kernels where they compute the experts: a token alone has the same bits."""
+    native = offload.computation.products.native
+    if native is None or y.dtype != torch.float32 or top_k_weights.dtype != torch.float32:
+        return _weighted_sum(y, top_k_weights)
+    return native.weighted_sums(y, top_k_weights)
 
 
 def run_experts(module: ExpertsModule, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -81,8 +92,7 @@ def run_experts(module: ExpertsModule, x: Tensor, top_k_index: Tensor, top_k_wei
     Returns:
         `[T, k, H]`, without weights.
     """
-    run = run_token if len(top_k_index) == 1 else run_tokens
-    return run(module.offload, module.layer, x, top_k_index, top_k_weights)
+    return run_tokens(module.offload, module.layer, x, top_k_index, top_k_weights)
 
 
 def _weighted_sum(y: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ def with_gradients(
         return _grouped(module, hidden_states, top_k_index, top_k_weights)
     _refuse_recording(module.offload)
     y = _FrozenExperts.apply(hidden_states, module, top_k_index, top_k_weights.detach())
-    return _weighted_sum(y, top_k_weights)
+    return _weighted_sum(y, top_k_weights)  # which autograd follows
 
 
 def _refuse_recording(offload: Offload) -> None:
@@ -170,26 +180,34 @@ def _grouped(
     return y
 
 
-def run_token(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Do what `run_experts` does for one token, x `[1, H]`: nothing to sort."""
+def _run_token(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute one token's experts and their weighted sum, x `[1, H]` -> `[1, H]`: nothing to sort.
+
+    One call of the kernels does all of it where all experts are on the device, with the same bits.
+    """
     chosen, meanwhile = read_routing(offload, layer, top_k_index[0], 1)
     results: dict[int, Tensor] = {}
-    began_s = time.perf_counter()
-    at_once, run, needed = offload.computation.experts, offload.computation.run, sorted(chosen)
+    began_s, computation = time.perf_counter(), offload.computation
+    at_once, needed = computation.experts, sorted(chosen)
     with offload.cache.lock:
         if at_once is not None and (rows := offload.cache.rows_here(layer, needed, meanwhile)) is not None:
             row_of = dict(zip(needed, rows))
-            y = at_once.run(x, [row_of[expert] for expert in chosen])
+            addresses = [row_of[expert] for expert in chosen]
+            if x.dtype == top_k_weights.dtype == torch.float32 and len(addresses) <= MOST_EXPERTS:
+                y = at_once.run_token(x, addresses, top_k_weights)
+            else:
+                y = _sum(offload, at_once.run(x, addresses).to(x.dtype).unsqueeze(0), top_k_weights)
             tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
-            return y.to(x.dtype).unsqueeze(0)
+            return y
         on_cpu = None
-        if offload.computation.on_cpu is not None and offload.cache.lacks(layer, needed):
-            on_cpu = _token_on_cpu(offload.computation.on_cpu, x, needed, results)
+        if computation.on_cpu is not None and offload.cache.lacks(layer, needed):
+            on_cpu = _token_on_cpu(computation.on_cpu, x, needed, results)
         for expert, views in offload.cache.fetch(layer, needed, meanwhile, on_cpu):
-            results[expert] = run(x, views)
+            results[expert] = computation.run(x, views)
         tell_routed(offload, layer, top_k_index, top_k_weights, began_s)
     # under autocast results are of another dtype than the tokens, as they are in transformers' own experts
-    return torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)
+    y = torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)
+    return _sum(offload, y, top_k_weights)
 
 
 def run_tokens(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

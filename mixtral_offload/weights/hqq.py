@@ -24,6 +24,8 @@ from mixtral_offload.weights.bitpack import WORDS, pack, unpack
 Fields = dict[str, Tensor]
 FieldSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Linear = Callable[[Tensor, Fields, tuple[int, int], "Quantization"], Tensor]  # see `matmul`
+#: makes a product with one matrix, valid as long as its memory; None: `Linear` must do it
+Prepare = Callable[[Fields, tuple[int, int], "Quantization"], "Callable[[Tensor], Tensor] | None"]
 Sizes = dict[str, tuple[torch.dtype, int]]  # field -> dtype, number of elements
 
 
@@ -423,6 +425,10 @@ class QuantizedLinear(torch.nn.Linear):
         self.out_features, self.in_features = shape
         self.quantization, self.product, self.dtype = quantization, product, dtype
         self._names = {name: name.replace(".", "__") for name in field_specs(shape, quantization)}
+        # of a product that can be prepared: what it made, and the memory that this is valid for
+        self._prepare: Prepare | None = getattr(product, "prepare", None)
+        self._prepared: Callable[[Tensor], Tensor] | None = None
+        self._prepared_for: list[int] | None = None
         for name, (dtype, dims) in field_specs(shape, quantization).items():
             self.register_buffer(self._names[name], torch.empty(dims, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
@@ -494,7 +500,16 @@ class QuantizedLinear(torch.nn.Linear):
 
     def multiply(self, rows: Tensor) -> Tensor:
         """Compute `rows [T, K] @ W.T` -> `[T, N]`."""
-        return self.product(rows, self.fields, (self.out_features, self.in_features), self.quantization)
+        shape = self.out_features, self.in_features
+        if self._prepare is not None:
+            buffers: dict[str, Any] = self._buffers
+            memory = [buffers[name].data_ptr() for name in self._names.values()]
+            if memory != self._prepared_for:  # layers are filled, moved and loaded after they are made
+                self._prepared = self._prepare(self.fields, shape, self.quantization)
+                self._prepared_for = memory
+            if self._prepared is not None:
+                return self._prepared(rows)
+        return self.product(rows, self.fields, shape, self.quantization)
 
     @torch.compiler.disable  # or a compiled model would round differently from an eager one
     def forward(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -112,9 +113,11 @@ class Native:
             *(pointer, pointer, pointer, integer, pointer, integer, integer, pointer)
         ]
         library.run_experts.argtypes = [
-            *(pointer, pointer, pointer, pointer, integer, pointer, integer, pointer),
+            *(pointer, pointer, pointer, pointer, integer, pointer, integer, pointer, pointer),
             *(integer, integer, pointer),
         ]
+        library.weighted_sums.restype = None
+        library.weighted_sums.argtypes = [pointer, pointer, integer, integer, integer, pointer, integer]
         library.set_pool.argtypes = [pointer]
         library.set_pool(_torch_pool())
         self._scratch = _Scratch()
@@ -132,23 +135,94 @@ class Native:
         Args:
             fast: Activations as int8 in blocks of 256; else int16.
         """
+        product = self.prepare(fields, shape, quantization, fast)
+        return matmul(x, fields, shape, quantization) if product is None else product(x)
+
+    def prepare(
+        self, fields: Fields, shape: tuple[int, int], quantization: Quantization, fast: bool = False
+    ) -> NativeProduct | None:
+        """Return what multiplies by this matrix, valid as long as its tensors' memory; None: torch must."""
         if not can_pack(shape, quantization):
-            return matmul(x, fields, shape, quantization)
+            return None
         if quantization.bits == 16 and fields["weight"].dtype == torch.float32:
-            return matmul(x, fields, shape, quantization)  # nothing to unpack
-        matrix, rows = matrix_of(fields, shape, quantization), x.float().contiguous()
-        y = torch.empty(len(x), shape[0], device="cpu")
-        threads = torch.get_num_threads()
-        scratch = self._scratch.of(self._library.matrix_scratch(ctypes.byref(matrix), len(x), threads))
-        self._library.multiply_matrix(
-            *(self._kernels, ctypes.byref(matrix), rows.data_ptr(), len(x), y.data_ptr(), threads, fast),
-            scratch,
+            return None  # nothing to unpack
+        return NativeProduct(self, matrix_of(fields, shape, quantization), fast)
+
+    def weighted_sums(self, y: Tensor, weights: Tensor) -> Tensor:
+        """Sum each token's results: fp32 `y [T, k, H]`, `weights [T, k]` -> `[T, H]`, in the order of k.
+
+        torch's own sum has another order for other shapes: a token's bits would depend on those beside it.
+        """
+        tokens, k, hidden = y.shape
+        y, weights, found = y.contiguous(), weights.contiguous(), torch.empty(tokens, hidden, device="cpu")
+        self._library.weighted_sums(
+            *(y.data_ptr(), weights.data_ptr(), tokens, k, hidden, found.data_ptr()),
+            torch.get_num_threads(),
         )
-        return y.to(x.dtype)
+        return found
 
     def experts(self, layout: ExpertLayout, fast: bool = False) -> NativeExperts:
         """Return what runs experts of a layout, whose activation is `silu(gate) * up`."""
         return NativeExperts(self, layout, fast)
+
+
+class NativeProduct:
+    """Multiplies by one matrix, which is described to the kernels once.
+
+    Args:
+        native: The kernels.
+        matrix: What describes it.
+        fast: See `Native.linear`.
+    """
+
+    def __init__(self, native: Native, matrix: Matrix, fast: bool):
+        self._native, self._matrix, self._fast = native, matrix, fast
+        self._at, self._rows = ctypes.byref(matrix), int(matrix.n)
+        self._scratch_bytes: dict[tuple[int, int], int] = {}  # (tokens, threads) -> bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute `x [T, K] @ W.T` -> `[T, N]` in x's dtype."""
+        native, library, tokens, threads = (
+            self._native,
+            self._native._library,
+            len(x),
+            torch.get_num_threads(),
+        )
+        rows = x.float().contiguous()
+        n_bytes = self._scratch_bytes.get((tokens, threads))
+        if n_bytes is None:
+            n_bytes = library.matrix_scratch(self._at, tokens, threads)
+            self._scratch_bytes[tokens, threads] = n_bytes
+        y = torch.empty(tokens, self._rows, device="cpu")
+        library.multiply_matrix(
+            *(native._kernels, self._at, rows.data_ptr(), tokens, y.data_ptr(), threads, self._fast),
+            native._scratch.of(n_bytes),
+        )
+        return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+class NativeLinear:
+    """A quantized layer's product by the kernels; `hqq.QuantizedLinear` prepares it once.
+
+    Args:
+        native: The kernels.
+        fast: See `Native.linear`.
+    """
+
+    def __init__(self, native: Native, fast: bool = False):
+        self._native, self._fast = native, fast
+
+    def __call__(
+        self, x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization
+    ) -> Tensor:
+        """See `Native.linear`."""
+        return self._native.linear(x, fields, shape, quantization, self._fast)
+
+    def prepare(
+        self, fields: Fields, shape: tuple[int, int], quantization: Quantization
+    ) -> NativeProduct | None:
+        """See `Native.prepare`."""
+        return self._native.prepare(fields, shape, quantization, self._fast)
 
 
 class NativeExperts:
@@ -163,7 +237,11 @@ class NativeExperts:
     def __init__(self, native: Native, layout: ExpertLayout, fast: bool):
         self._native, self._fast = native, fast
         self._layout = expert_of(layout)
+        self._at = ctypes.byref(self._layout)
         self.hidden = layout.shapes["gate"][1]
+        self._scratch_bytes: dict[
+            tuple[int, int, int], int
+        ] = {}  # (rows, most of an expert, threads) -> bytes
 
     def run(self, x: Tensor, addresses: Sequence[int], counts: Sequence[int] | None = None) -> Tensor:
         """Run experts.
@@ -176,7 +254,6 @@ class NativeExperts:
         Returns:
             `[rows, H]`, fp32; a row for each expert if all have the same.
         """
-        native, library, threads = self._native, self._native._library, torch.get_num_threads()
         n = len(addresses)
         if n > MOST_EXPERTS:
             first, rest = addresses[:MOST_EXPERTS], addresses[MOST_EXPERTS:]
@@ -189,30 +266,58 @@ class NativeExperts:
                     self.run(x[at:], rest, counts[MOST_EXPERTS:]),
                 )
             )
-        starts = list(range(n + 1)) if counts is None else [0]
-        for count in counts or ():
-            starts.append(starts[-1] + count)
-        rows = x.float().contiguous()
-        y = torch.empty(starts[-1], self.hidden, device="cpu")
-        layout = ctypes.byref(self._layout)
-        most = max(counts) if counts else 1
-        scratch = native._scratch.of(library.experts_scratch(layout, starts[-1], most, threads))
-        library.run_experts(
-            *(
-                native._kernels,
-                layout,
-                (ctypes.c_void_p * n)(*addresses),
-                (ctypes.c_int64 * (n + 1))(*starts),
-                n,
-            ),
-            *(rows.data_ptr(), counts is None, y.data_ptr(), threads, self._fast, scratch),
-        )
+        y = torch.empty(n if counts is None else sum(counts), self.hidden, device="cpu")
+        self._call(x, addresses, counts, None, y)
         return y
+
+    def run_token(self, x: Tensor, addresses: Sequence[int], weights: Tensor) -> Tensor:
+        """Run the experts of one token and sum their results, as `Native.weighted_sums` does.
+
+        Args:
+            x: fp32 `[1, H]`.
+            addresses: Of each expert's row in memory, in the order of the sum; at most MOST_EXPERTS.
+            weights: fp32 `[1, experts]`.
+
+        Returns:
+            fp32 `[1, H]`.
+        """
+        y = torch.empty(1, self.hidden, device="cpu")
+        self._call(x, addresses, None, weights.contiguous(), y)
+        return y
+
+    def _call(
+        self,
+        x: Tensor,
+        addresses: Sequence[int],
+        counts: Sequence[int] | None,
+        weights: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        native, library, threads = self._native, self._native._library, torch.get_num_threads()
+        n = len(addresses)
+        starts = range(n + 1) if counts is None else (0, *accumulate(counts))
+        rows, most = x.float().contiguous(), max(counts) if counts else 1
+        kind = starts[-1], most, threads
+        n_bytes = self._scratch_bytes.get(kind)
+        if n_bytes is None:
+            n_bytes = self._scratch_bytes[kind] = library.experts_scratch(self._at, *kind)
+        pointers, integers = _arrays(n)
+        library.run_experts(
+            *(native._kernels, self._at, pointers(*addresses), integers(*starts), n),
+            *(rows.data_ptr(), counts is None, None if weights is None else weights.data_ptr()),
+            *(y.data_ptr(), threads, self._fast, native._scratch.of(n_bytes)),
+        )
 
     def run_one(self, x: Tensor, views: dict[str, Fields]) -> Tensor:
         """Run one expert, `x [T, H]` -> `[T, H]` in x's dtype, from views of its row."""
         first = next(iter(views["gate"].values()))  # the row begins with it
         return self.run(x, [first.data_ptr()], [len(x)]).to(x.dtype)
+
+
+@functools.cache
+def _arrays(n: int) -> tuple[type[ctypes.Array], type[ctypes.Array]]:
+    """The types of n pointers and of n + 1 integers."""
+    return ctypes.c_void_p * n, ctypes.c_int64 * (n + 1)
 
 
 def _format(quantization: Quantization, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ from mixtral_offload.weights import kernels
 from mixtral_offload.weights.hqq import Linear, Quantization, matmul
 from mixtral_offload.weights.kernels import Run, can_pack
 from mixtral_offload.weights.layout import MATRICES, ExpertLayout, expert_forward
-from mixtral_offload.weights.native import Native, NativeExperts, find_native, is_missing
+from mixtral_offload.weights.native import Native, NativeExperts, NativeLinear, find_native, is_missing
 
 Gate = Callable[[Tensor], Tensor]  # [T, 2 * intermediate] -> [T, intermediate]
 PRECISIONS = ("exact", "fast")
@@ -56,7 +56,7 @@ class Products:
     def linear(self) -> Linear:
         """The product with one quantized matrix."""
         if self.native is not None:
-            return functools.partial(self.native.linear, fast=self.fast)
+            return NativeLinear(self.native, self.fast)
         return kernels.linear if self.kind is Kind.COMPILED else matmul
 
     def make_run(self, layout: ExpertLayout, apply_gate: Gate, experts: NativeExperts | None = None) -> Run:

