@@ -1,6 +1,7 @@
 /* What Python calls: the choice of an instruction set, the division of work among torch's threads. */
 #include "interface.h"
 
+#include <math.h>
 #include <string.h>
 
 #if defined(_WIN32)
@@ -307,6 +308,20 @@ EXPORT void weighted_sums(const float *results, const float *weights, int64_t to
     if (most > tokens) most = tokens;
     Sums sums = {results, weights, y, tokens, n, hidden, 0, most};
     in_parallel(run_sums, &sums, most < threads ? most : threads);
+}
+
+/* y [rows, n] = x / sqrt(mean(x * x) + eps) * (plus + weight), for each row */
+EXPORT void rms_norm(const float *x, const float *weight, int64_t rows, int64_t n, float eps, float plus, float *y) {
+    for (; rows--; x += n, y += n) {
+        float sums[8] = {0}, rest = 0;
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8)
+            for (int j = 0; j < 8; j++) sums[j] += x[i + j] * x[i + j];
+        for (; i < n; i++) rest += x[i] * x[i];
+        float sum = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7])) + rest;
+        float scale = 1 / sqrtf(sum / (float)n + eps);
+        for (i = 0; i < n; i++) y[i] = (plus + weight[i]) * (x[i] * scale);
+    }
 }
 
 /*

@@ -32,6 +32,7 @@ from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_dense
 from mixtral_offload.runtime.engines import make_engine
 from mixtral_offload.runtime.miss_costs import measure_miss_costs
+from mixtral_offload.runtime.norms import replace_norms
 from mixtral_offload.runtime.offload import Computation, ExpertsModule, Offload, OffloadedModel, refuse_copy
 from mixtral_offload.runtime.options import (
     CheckedOptions,
@@ -157,6 +158,8 @@ def _build(source: str | Path | None, hub: dict[str, Any], given: OffloadOptions
             cache.misses = MissRule(options.misses, costs)
     model.offload = Offload(checkpoint, options, plan, cache, layers, computation)
     _attach(model)
+    if products.native is not None:
+        replace_norms(model, products.native)
     if products.kind is Kind.COMPILED:
         model.offload.compile_s = _compile_now(model)
     if generation is not None:

@@ -498,8 +498,8 @@ class QuantizedLinear(torch.nn.Linear):
         """The stored tensors, by their names in a checkpoint."""
         return {name: getattr(self, buffer) for name, buffer in self._names.items()}
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        """Compute `rows [T, K] @ W.T` -> `[T, N]`."""
+    def multiply(self, x: Tensor) -> Tensor:
+        """Compute `x [..., K] @ W.T` -> `[..., N]`, without the bias."""
         shape = self.out_features, self.in_features
         if self._prepare is not None:
             buffers: dict[str, Any] = self._buffers
@@ -508,17 +508,16 @@ class QuantizedLinear(torch.nn.Linear):
                 self._prepared = self._prepare(self.fields, shape, self.quantization)
                 self._prepared_for = memory
             if self._prepared is not None:
-                return self._prepared(rows)
-        return self.product(rows, self.fields, shape, self.quantization)
+                return self._prepared(x)
+        rows = x.reshape(-1, self.in_features)
+        return self.product(rows, self.fields, shape, self.quantization).view(*x.shape[:-1], shape[0])
 
     @torch.compiler.disable  # or a compiled model would round differently from an eager one
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        needs_grad = torch.is_grad_enabled() and rows.requires_grad
-        y = _FrozenProduct.apply(rows, self) if needs_grad else self.multiply(rows)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        y = _FrozenProduct.apply(x, self) if needs_grad else self.multiply(x)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.quantization}, bias={self.bias is not None}"
@@ -542,8 +541,8 @@ class _FrozenProduct(torch.autograd.Function):
     """`QuantizedLinear.multiply` for autograd. Backward dequantizes the matrix again, to save memory."""
 
     @staticmethod
-    def forward(rows: Tensor, layer: QuantizedLinear) -> Tensor:
-        return layer.multiply(rows)
+    def forward(x: Tensor, layer: QuantizedLinear) -> Tensor:
+        return layer.multiply(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, QuantizedLinear], output: Tensor) -> None:

@@ -95,7 +95,7 @@ class Native:
     """
 
     def __init__(self, library: ctypes.CDLL, name: str = ""):
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         library.find_kernels.restype, library.name_of.restype = pointer, ctypes.c_char_p
         found = library.find_kernels(name.encode())
         if not found:
@@ -116,7 +116,8 @@ class Native:
             *(pointer, pointer, pointer, pointer, integer, pointer, integer, pointer, pointer),
             *(integer, integer, pointer),
         ]
-        library.weighted_sums.restype = None
+        library.weighted_sums.restype = library.rms_norm.restype = None
+        library.rms_norm.argtypes = [pointer, pointer, integer, integer, real, real, pointer]
         library.weighted_sums.argtypes = [pointer, pointer, integer, integer, integer, pointer, integer]
         library.set_pool.argtypes = [pointer]
         library.set_pool(_torch_pool())
@@ -161,6 +162,18 @@ class Native:
         )
         return found
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, plus: float) -> Tensor:
+        """Compute `x / sqrt(mean(x**2) + eps) * (plus + weight)` over the last dimension, in fp32.
+
+        Args:
+            x: fp32 `[..., N]`, with few rows: one thread.
+            weight: fp32 `[N]`, contiguous.
+        """
+        x = x.contiguous()
+        y, n = torch.empty_like(x), weight.numel()
+        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), x.numel() // n, n, eps, plus, y.data_ptr())
+        return y
+
     def experts(self, layout: ExpertLayout, fast: bool = False) -> NativeExperts:
         """Return what runs experts of a layout, whose activation is `silu(gate) * up`."""
         return NativeExperts(self, layout, fast)
@@ -177,23 +190,22 @@ class NativeProduct:
 
     def __init__(self, native: Native, matrix: Matrix, fast: bool):
         self._native, self._matrix, self._fast = native, matrix, fast
-        self._at, self._rows = ctypes.byref(matrix), int(matrix.n)
+        self._at, self._rows, self._columns = ctypes.byref(matrix), int(matrix.n), int(matrix.k)
         self._scratch_bytes: dict[tuple[int, int], int] = {}  # (tokens, threads) -> bytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute `x [T, K] @ W.T` -> `[T, N]` in x's dtype."""
-        native, library, tokens, threads = (
-            self._native,
-            self._native._library,
-            len(x),
-            torch.get_num_threads(),
-        )
-        rows = x.float().contiguous()
+        """Compute `x [..., K] @ W.T` -> `[..., N]` in x's dtype."""
+        native, threads, shape = self._native, torch.get_num_threads(), x.shape[:-1]
+        if x.shape[-1] != self._columns:
+            raise RuntimeError(
+                f"{x.shape[-1]} columns, expected {self._columns}"
+            )  # as torch's own product does
+        library, rows, tokens = native._library, x.float().contiguous(), shape.numel()
         n_bytes = self._scratch_bytes.get((tokens, threads))
         if n_bytes is None:
             n_bytes = library.matrix_scratch(self._at, tokens, threads)
             self._scratch_bytes[tokens, threads] = n_bytes
-        y = torch.empty(tokens, self._rows, device="cpu")
+        y = rows.new_empty((*shape, self._rows))
         library.multiply_matrix(
             *(native._kernels, self._at, rows.data_ptr(), tokens, y.data_ptr(), threads, self._fast),
             native._scratch.of(n_bytes),
