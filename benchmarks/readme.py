@@ -182,6 +182,26 @@ def _fullsize(path: Path) -> str:
     return f"{text}\n\n{table([*head, 'GB read per token', 'hits'], rows)}"
 
 
+def fullsize_in_ram() -> str:
+    found, rows = load("in-ram-avx2"), []
+    for name, run in found["runs"].items():
+        if "llama.cpp" not in run["contestants"]:
+            continue
+        ours, theirs = run["contestants"]["ours"], run["contestants"]["llama.cpp"]
+        prompt, speeds = run["settings"]["prompt"], (ours["tokens_per_s"], theirs["tokens_per_s"])
+        shown = [f"{speed:.2f}" for speed in speeds] if prompt == 64 else ["", ""]
+        ratio = f"{speeds[0] / speeds[1]:.2f}" if prompt == 64 else ""
+        firsts = [f"{of['first_token_s']:.0f}" for of in (ours, theirs)]
+        rows.append([f"{name.split(',')[0]}, prompt of {prompt}", *shown, ratio, *firsts])
+    head = ["", "tokens/s", "llama.cpp", "ratio", "first token, s", "llama.cpp"]
+    return (
+        "**Full size, everything in RAM, beside llama.cpp** (`python benchmarks/fullsize.py --ram 21GB "
+        '--prompt 64 --rivals llama.cpp`, with `--options \'{"precision": "fast"}\'` for fast; '
+        f"{in_words(found['machine'])}): 2-bit experts; llama.cpp {found['machine']['llama_cpp_python']} "
+        f"with Q2_K experts of the same shape, both of random weights.\n\n{table(head, rows)}"
+    )
+
+
 def t4() -> str:
     found, rows = load("t4-projection"), []
     text = (
@@ -272,7 +292,17 @@ def reliability() -> str:
 
 
 def results() -> str:
-    parts = [ablation(), overlap(), batch(), assisted(), kernels(), shipped(), fullsize(), t4()]
+    parts = [
+        ablation(),
+        overlap(),
+        batch(),
+        assisted(),
+        kernels(),
+        shipped(),
+        fullsize_in_ram(),
+        fullsize(),
+        t4(),
+    ]
     return "\n\n".join(parts)
 
 

@@ -155,7 +155,7 @@ def answer(request: PlanRequest) -> PlanAnswer:
     if plan.store == "disk" and request.misses != COPY:
         raise CapacityError(
             f"misses={request.misses!r} needs the experts in RAM",
-            found=plan.reasons[-1],
+            found="; ".join(plan.reasons),
             hint="more --ram, fewer --bits, or --misses copy",
         )
     if trace is None:

@@ -98,7 +98,7 @@ def replay(
         costs: Replay in time too (`timed_replay`). prefetch and look_ahead matter only then.
         prefetch: Experts to predict for each of the next `look_ahead` layers, by the trace's own predictions.
         look_ahead: Layers.
-        misses: Which missing experts the CPU computes; not in time, where the costs say it.
+        misses: Which missing experts the CPU computes; None: as in the run.
 
     Raises:
         OptionError: For settings that no run could have, and for a run in which the CPU computed misses and
@@ -149,6 +149,7 @@ def replay(
             shared=shared,
             prefetch=prefetch,
             look_ahead=look_ahead,
+            misses=misses,
         )
     settings = {"slots": slots, "policy": policy, "shared_slots": shared}
     return Replay(trace, in_order[0], in_order[1], settings, timing)

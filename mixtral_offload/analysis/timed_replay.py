@@ -143,7 +143,7 @@ def timed_replay(
     look_ahead: int = 1,
     perfect: bool = False,
     keep_events: bool = False,
-    misses: str | None = None,
+    misses: str | MissRule | None = None,
 ) -> TimedReplay:
     """Replay the trace's passes one after the other on a device of these costs.
 
@@ -154,7 +154,7 @@ def timed_replay(
         perfect: Predict what those layers will really need and not have, also across the end of a token: the
             bound for any predictor.
         keep_events: For a timeline.
-        misses: As in `OffloadOptions`, by the costs; None: by the run's own rule.
+        misses: As in `OffloadOptions`, by the costs; or a rule; None: the run's own rule.
 
     Raises:
         OptionError: For settings that no run could have, and for more predictions than the trace has.
@@ -199,14 +199,14 @@ def timed_replay(
     return TimedReplay(costs, pass_s, stall_s, compute_s, n_tokens, n_missed, n_computed, **device.totals())
 
 
-def _rule(trace: RoutingTrace, costs: DeviceCosts, misses: str | None) -> MissRule:
-    """The rule for misses; its choices by the run's costs, if it is the run's."""
-    if misses == COPY:
-        return MissRule()
-    rule = rule_of_run(trace) if misses is None else MissRule(misses, costs.of_misses)
-    if rule.mode != COPY:
+def _rule(trace: RoutingTrace, costs: DeviceCosts, misses: str | MissRule | None) -> MissRule:
+    if misses is None:
+        misses = rule_of_run(trace)
+    if isinstance(misses, str):
+        return MissRule() if misses == COPY else MissRule(misses, costs.of_misses)
+    if misses.mode != COPY:
         _ = costs.of_misses  # what the CPU computes takes time
-    return rule
+    return misses
 
 
 def _check_predictions(trace: RoutingTrace, prefetch: int, look_ahead: int, perfect: bool) -> None:

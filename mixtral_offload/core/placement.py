@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.units import gb
 
+#: measured by benchmarks/in_place.py
+READ_INTO_SLOTS = "experts on disk are read into slots: from a mapping of the file, new ones come slower"
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -114,10 +117,11 @@ def make_plan(
     if cache_size == "auto":
         held = f"all that {gb(device_bytes)} of device memory holds"
         reason = f"cache of {room} experts over {len(sizes.layers)} layers: {held}"
+    read_why = [READ_INTO_SLOTS] if shared_memory else []
     slots = _slots(sizes, 0, room, wanted)
     assert slots is not None  # _check: each layer has room for top_k
     if store == "disk":
-        return _plan(sizes, 0, slots, "disk", [reason, "the other experts are on disk: as asked"])
+        return _plan(sizes, 0, slots, "disk", [reason, "the other experts are on disk: as asked", *read_why])
     must_stay = 0
     if shared_memory:
         ram_bytes = device_bytes - sum(slots.values()) * sizes.expert_bytes
@@ -159,7 +163,8 @@ def _on_disk(
         )
     which = "in addition to the cache" if shared_memory else "that do not fit on the device"
     reason = f"the other experts are on disk: {gb(ram_bytes)} of RAM cannot hold the experts {which}"
-    return _plan(sizes, 0, slots, "disk", [*reasons, reason])
+    read_why = [READ_INTO_SLOTS] if shared_memory else []
+    return _plan(sizes, 0, slots, "disk", [*reasons, reason, *read_why])
 
 
 def _plan_by_layer(
@@ -189,7 +194,9 @@ def _plan_by_layer(
     reasons = [f"cache of {sum(wanted)} experts, by layer {wanted}: {why}"]
     slots = dict(zip(sizes.layers, wanted))
     if store == "disk":
-        return _plan(sizes, 0, slots, "disk", [*reasons, "the other experts are on disk: as asked"])
+        read_why = [READ_INTO_SLOTS] if shared_memory else []
+        reasons += ["the other experts are on disk: as asked", *read_why]
+        return _plan(sizes, 0, slots, "disk", reasons)
     if sizes.total * sizes.expert_bytes <= ram_bytes:
         return _in_ram(sizes, 0, slots, ram_bytes, reasons)
     return _on_disk(sizes, slots, device_bytes, ram_bytes, store, shared_memory, reasons)

@@ -21,7 +21,7 @@ from mixtral_offload.core.misses import MissRule
 from mixtral_offload.core.policies import LRU, Policy
 from mixtral_offload.core.residency import Action, Do, Load, Pool, Residency
 from mixtral_offload.core.trace import COMPUTED, HIT, MISS, PREFETCHED
-from mixtral_offload.errors import CapacityError
+from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.checkpoint import ExpertId
 from mixtral_offload.runtime.engines import Copy, Engine
 from mixtral_offload.runtime.observer import Dropped, Observer, Observers, Use
@@ -160,12 +160,14 @@ class ExpertCache:
     def misses(self) -> MissRule:
         """Which missing experts the CPU computes, from a store in RAM. Default: none.
 
-        Another one may be set between layer calls.
+        Another one may be set between layer calls, but not during a recording.
         """
         return self._residency.misses
 
     @misses.setter
     def misses(self, rule: MissRule) -> None:
+        if self.observers.is_exclusive:
+            raise OptionError("the rule for misses cannot change while a model is recorded", found=rule.mode)
         self._residency.misses = rule
 
     def lacks(self, layer: int, experts: Sequence[int]) -> bool:

@@ -77,9 +77,15 @@ def _experts(
 def _sum(offload: Offload, y: Tensor, top_k_weights: Tensor) -> Tensor:
     """`_weighted_sum`, by the kernels where they compute the experts: a token alone has the same bits."""
     native = offload.computation.products.native
-    if native is None or y.dtype != torch.float32 or top_k_weights.dtype != torch.float32:
+    if native is None or not _is_plain(y, top_k_weights):
         return _weighted_sum(y, top_k_weights)
     return native.weighted_sums(y, top_k_weights)
+
+
+def _is_plain(x: Tensor, top_k_weights: Tensor) -> bool:
+    """Whether the kernels may sum: a router may be trained while all before it is frozen."""
+    needs_grad = torch.is_grad_enabled() and top_k_weights.requires_grad
+    return not needs_grad and x.dtype == top_k_weights.dtype == torch.float32
 
 
 def run_experts(module: ExpertsModule, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -193,7 +199,7 @@ def _run_token(offload: Offload, layer: int, x: Tensor, top_k_index: Tensor, top
         if at_once is not None and (rows := offload.cache.rows_here(layer, needed, meanwhile)) is not None:
             row_of = dict(zip(needed, rows))
             addresses = [row_of[expert] for expert in chosen]
-            if x.dtype == top_k_weights.dtype == torch.float32 and len(addresses) <= MOST_EXPERTS:
+            if _is_plain(x, top_k_weights) and len(addresses) <= MOST_EXPERTS:
                 y = at_once.run_token(x, addresses, top_k_weights)
             else:
                 y = _sum(offload, at_once.run(x, addresses).to(x.dtype).unsqueeze(0), top_k_weights)

@@ -5,7 +5,8 @@ Knows modules of transformers by what they compute. Knows nothing of experts.
 
 from __future__ import annotations
 
-import weakref
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,68 +15,85 @@ from mixtral_offload.weights.native import Native
 
 #: numbers of one pass; more are worth torch's threads
 MOST_NUMBERS = 1 << 16
+EPS_NAMES = ("variance_epsilon", "eps")
 
 
-class _Forward:
-    """Takes the place of a norm's `forward`: that one still computes what the kernels do not.
+class ByKernels(nn.Module):
+    """Comes before a norm's own class: that one still computes what the kernels do not.
 
-    Args:
+    Attributes:
+        own: The norm's own class.
+        native: The kernels.
+        eps_name: The attribute that holds what is added to the mean square.
         plus: What is added to the weight: 1 in some families, else 0.
     """
 
-    def __init__(self, native: Native, norm: nn.Module, eps: float, plus: float):
-        self._native, self._norm, self._eps, self._plus = native, weakref.ref(norm), eps, plus
+    own: type[nn.Module]
+    native: Native
+    eps_name: str
+    plus: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        norm = self._norm()
-        assert norm is not None  # which calls this
-        weight = norm._parameters["weight"]
-        is_plain = weight is not None and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Compute the norm, by its own class for other inputs than few fp32 rows without gradients."""
+        x, weight = (
+            arguments[0] if len(arguments) == 1 and not named else None,
+            self._parameters.get("weight"),
+        )
         if (
-            not is_plain
+            weight is None
+            or type(x) is not Tensor
+            or not x.dtype == weight.dtype == torch.float32
+            or not (x.is_cpu and weight.is_cpu and weight.is_contiguous())
+            or x.shape[-1:] != weight.shape
             or x.numel() > MOST_NUMBERS
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
         ):
-            return type(norm).forward(norm, x)
-        assert weight is not None
-        return self._native.rms_norm(x, weight, self._eps, self._plus)
+            return self.own.forward(self, *arguments, **named)
+        return self.native.rms_norm(x, weight, getattr(self, self.eps_name), self.plus)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the norm's own class."""
+        return object.__new__, (self.own,), self.__dict__
+
+
+@functools.cache
+def _class_of(own: type[nn.Module], native: Native, eps_name: str, plus: float) -> type[nn.Module]:
+    """A class of the same name, which asks the kernels first."""
+    values = {"own": own, "native": native, "eps_name": eps_name, "plus": plus, "__module__": own.__module__}
+    return type(own.__name__, (ByKernels, own), values)
 
 
 def replace_norms(model: nn.Module, native: Native) -> int:
     """Let the kernels compute a model's RMS norms, found by trying; return how many there are."""
     found = 0
     for norm in model.modules():
-        plus = _plus_of(norm, native)
-        if plus is not None:
-            norm.forward = _Forward(native, norm, _eps(norm), plus)  # type: ignore[assignment]
+        eps_name = next((name for name in EPS_NAMES if isinstance(getattr(norm, name, None), float)), None)
+        plus = None if eps_name is None else _plus_of(norm, native, eps_name)
+        if eps_name is not None and plus is not None:
+            norm.__class__ = _class_of(type(norm), native, eps_name, plus)  # type: ignore[arg-type]
             found += 1
     return found
 
 
-def _eps(norm: nn.Module) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
-
-
 @torch.inference_mode()
-def _plus_of(norm: nn.Module, native: Native) -> float | None:
+def _plus_of(norm: nn.Module, native: Native, eps_name: str) -> float | None:
     """What a norm adds to its weight; None if it is no RMS norm that the kernels can compute."""
-    weight = norm._parameters.get("weight")
-    if not type(norm).__name__.endswith("RMSNorm") or len(norm._parameters) != 1 or norm._buffers:
+    weight, is_named = norm._parameters.get("weight"), type(norm).__name__.endswith("RMSNorm")
+    if not is_named or isinstance(norm, ByKernels) or len(norm._parameters) != 1 or norm._buffers:
         return None
-    if weight is None or weight.ndim != 1 or weight.dtype != torch.float32 or not weight.is_contiguous():
+    if weight is None or weight.ndim != 1 or weight.dtype != torch.float32 or not weight.is_cpu:
         return None
-    if weight.device.type != "cpu" or "forward" in vars(norm) or [*norm.children()]:
-        return None
-    random = torch.Generator().manual_seed(0)
-    x = 3 * torch.randn(2, 3, weight.numel(), generator=random, device="cpu")
-    other = torch.randn(weight.numel(), generator=random, device="cpu")  # its own may be all ones
+    random, n = torch.Generator().manual_seed(0), weight.numel()
+    sizes = torch.tensor([3.0, 1e-3, 0.0], device="cpu")  # the smaller ones show what eps is
+    x = sizes[:, None, None] * torch.randn(3, 2, n, generator=random, device="cpu")
+    other = torch.randn(n, generator=random, device="cpu")  # its own weight may be all ones
     try:
         expected = torch.func.functional_call(norm, {"weight": other}, (x,))
     except Exception:  # other arguments: not one of these
         return None
     for plus in (0.0, 1.0):
-        found = native.rms_norm(x, other, _eps(norm), plus)
-        if isinstance(expected, Tensor) and torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+        found = native.rms_norm(x, other, getattr(norm, eps_name), plus)
+        if type(expected) is Tensor and torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
             return plus
     return None

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mixtral_offload.core.counters import CacheStats
+from mixtral_offload.core.misses import MissRule
 from mixtral_offload.core.placement import Plan
 from mixtral_offload.errors import OptionError
 from mixtral_offload.models.checkpoint import Checkpoint
@@ -142,7 +143,7 @@ class Offload:
             "shared_slots": options.shared_slots,
             "prefetch": options.prefetch,
             "look_ahead": options.look_ahead,
-            "misses": asdict(self.cache.misses),
+            "misses": asdict(self.cache.misses if self.computation.on_cpu else MissRule()),
             "device": str(options.device),
         }
 

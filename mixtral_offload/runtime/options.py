@@ -169,7 +169,7 @@ def plan_for(checkpoint: Checkpoint, options: CheckedOptions) -> Plan:
     if plan.store == "disk" and options.misses != COPY:
         raise CapacityError(
             f"misses={options.misses!r} needs the experts in RAM",
-            found=plan.reasons[-1],
+            found="; ".join(plan.reasons),
             hint='use misses="copy", or a smaller cache_size, or fewer bits per expert',
         )
     if not options.dequantize_on_load:

@@ -503,7 +503,8 @@ class QuantizedLinear(torch.nn.Linear):
         shape = self.out_features, self.in_features
         if self._prepare is not None:
             buffers: dict[str, Any] = self._buffers
-            memory = [buffers[name].data_ptr() for name in self._names.values()]
+            stored = [buffers[name] for name in self._names.values()]
+            memory = [value.data_ptr() if value.is_contiguous() else -1 for value in stored]
             if memory != self._prepared_for:  # layers are filled, moved and loaded after they are made
                 self._prepared = self._prepare(self.fields, shape, self.quantization)
                 self._prepared_for = memory

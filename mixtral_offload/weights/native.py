@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mixtral_offload.errors import OptionError
-from mixtral_offload.weights.hqq import Fields, Quantization, matmul
+from mixtral_offload.weights.hqq import Fields, Quantization, field_specs, matmul
 from mixtral_offload.weights.kernels import can_pack
 from mixtral_offload.weights.layout import MATRICES, ExpertLayout
 
@@ -155,6 +156,8 @@ class Native:
         torch's own sum has another order for other shapes: a token's bits would depend on those beside it.
         """
         tokens, k, hidden = y.shape
+        if k == 0:
+            return torch.zeros(tokens, hidden, device="cpu")
         y, weights, found = y.contiguous(), weights.contiguous(), torch.empty(tokens, hidden, device="cpu")
         self._library.weighted_sums(
             *(y.data_ptr(), weights.data_ptr(), tokens, k, hidden, found.data_ptr()),
@@ -227,13 +230,19 @@ class NativeLinear:
     def __call__(
         self, x: Tensor, fields: Fields, shape: tuple[int, int], quantization: Quantization
     ) -> Tensor:
-        """See `Native.linear`."""
-        return self._native.linear(x, fields, shape, quantization, self._fast)
+        """Compute `x [T, K] @ W.T` -> `[T, N]`."""
+        product = self.prepare(fields, shape, quantization)
+        return matmul(x, fields, shape, quantization) if product is None else product(x)
 
     def prepare(
         self, fields: Fields, shape: tuple[int, int], quantization: Quantization
     ) -> NativeProduct | None:
-        """See `Native.prepare`."""
+        """See `Native.prepare`; None also for tensors that were exchanged for others than stored ones."""
+        for name, (dtype, dims) in field_specs(shape, quantization).items():
+            value, is_float = fields[name], quantization.bits == 16
+            known = value.dtype in FLOATS if is_float else value.dtype == dtype
+            if not (known and value.is_cpu and value.is_contiguous() and value.numel() == math.prod(dims)):
+                return None
         return self._native.prepare(fields, shape, quantization, self._fast)
 
 

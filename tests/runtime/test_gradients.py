@@ -184,3 +184,31 @@ def test_functional_gradients_are_refused_with_one_message(offloaded):
     embeds = model.get_input_embeddings()(torch.tensor([[300, 700]])).detach()
     with pytest.raises(OptionError, match="second-order gradients"):
         torch.func.grad(lambda of: model(inputs_embeds=of).logits.logsumexp(-1).sum())(embeds)
+
+
+@pytest.mark.both_products
+@pytest.mark.parametrize("cache_size", [2, 8])
+@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("also_a_norm", [False, True])
+def test_a_router_learns_where_all_before_it_is_frozen(
+    offloaded, reference, cache_size, n_tokens, also_a_norm
+):
+    """Then only the weights of its choice need gradients, not what the experts read."""
+    ids, gradients = torch.tensor([[300, 700, 900, 5, 6][:n_tokens]]), []
+    for model in (offloaded(cache_size=cache_size), reference):
+        trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name.endswith("mlp.gate.weight")
+            or (also_a_norm and name == "model.layers.3.input_layernorm.weight")
+        }
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        model(ids).logits[0, -1].max().backward()
+        gradients.append([parameter.grad.clone() for parameter in trained.values()])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
+    for found, expected in zip(*gradients, strict=True):
+        assert relative_error(found, expected) < limit(1e-4, 3e-2)

@@ -111,6 +111,28 @@ def test_costs_are_measured_where_the_model_runs(offloaded):
     assert slow.offload.settings()["misses"]["costs"]["copy_s"] == costs.copy_s
 
 
+def test_a_trace_says_what_the_run_did(offloaded):
+    model = offloaded(DEMO, cache_size=2, store="ram")
+    model.offload.cache.misses = MissRule("cpu")  # but the model was built to copy
+    with record(model) as recording:
+        answer(model)
+        with pytest.raises(OptionError, match="cannot change"):
+            model.offload.cache.misses = MissRule()
+    found, stats = replay(recording.trace), model.offload.stats
+    assert (found.hits, found.misses, stats.computed) == (stats.hits, stats.misses, 0)
+
+
+def test_a_replay_in_time_counts_the_same(offloaded):
+    model = offloaded(DEMO, cache_size=2, store="ram", misses="cpu")
+    with record(model) as recording:
+        answer(model)
+    costs = DeviceCosts(5.0, 1.0, 1.0, cpu_expert_s=3.0)
+    for rule in (None, MissRule(), MissRule("cpu"), EVEN):
+        found = replay(recording.trace, misses=rule, costs=costs)
+        stats = found.timing.stats
+        assert (found.hits, found.misses, found.on_cpu.sum()) == (stats.hits, stats.misses, stats.computed)
+
+
 def test_an_error_on_the_cpu_leaves_a_sound_cache(offloaded, expected):
     model = offloaded(DEMO, cache_size=2, store="ram", misses="cpu")
     computation, calls = model.offload.computation, []

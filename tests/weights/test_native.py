@@ -303,6 +303,25 @@ def test_a_layer_follows_its_tensors(quantization):
         assert torch.equal(layer(x), LEVELS[0].linear(x, layer.fields, shape, quantization))
 
 
+def test_what_is_not_stored_so_is_left_to_torch():
+    """Buffers that were exchanged for others: strided, or of another type."""
+    shape, quantization, x = (128, 192), Quantization(4, 64), torch.randn(2, 192)
+    layer = QuantizedLinear(shape, quantization, NativeLinear(LEVELS[0]))
+    layer.to_empty(device="cpu")
+    for name, value in fields_of(shape, quantization).items():
+        layer.set_field(name, value)
+    expected = layer(x)
+    for name, buffer in layer._names.items():
+        for other in (
+            torch.stack([layer.fields[name]] * 2, -1)[..., 0],
+            layer.fields[name].double() if "scale" in name else layer.fields[name].clone(),
+        ):
+            found = torch.func.functional_call(layer, {buffer: other}, (x,))
+            assert relative(found, expected) < 2e-3
+    assert torch.equal(layer(x), expected)
+    assert LEVELS[0].weighted_sums(torch.empty(2, 0, 8), torch.empty(2, 0)).tolist() == [[0.0] * 8] * 2
+
+
 def test_more_experts_than_a_call_takes():
     layout, _ = layout_of(Quantization(4, 64))
     rows, experts = rows_of(layout, Quantization(4, 64), 3), LEVELS[0].experts(layout)
