@@ -232,7 +232,8 @@ def _misses(found: dict) -> str:
         speeds = [f"{row['tokens_per_s'][of]:.1f}" for of in ("copy", "cpu", "auto")]
         times = f"{1e3 * row['copy_s']:.1f}", f"{1e3 * row['cpu_expert_s']:.1f}"
         computed = f"{row['computed_per_token']['auto']:.1f} of {row['misses_per_token']['auto']:.1f}"
-        rows.append([f"{row['model']}, {row['bits']} bits, {row['link']}", *times, *speeds, computed])
+        name = f"{row['model']}, {row['bits']} bits, {row['link']}, {row['prefetch']} predicted"
+        rows.append([name, *times, *speeds, computed])
     text = (
         "The same with RAM for all experts and 15 GB on the card: misses copied, computed by the CPU, or "
         f"split (`misses=`), tokens/s. The CPU's rate is that of one core here ({in_words(where)})."

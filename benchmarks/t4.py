@@ -94,8 +94,8 @@ def cpu_bytes_per_s(sizes: ModelSizes) -> float:
 def misses_rows(sizes: ModelSizes, host_s: float) -> list[dict]:
     """What the CPU's help would be worth on a T4, with links of 12 and 6 GB/s."""
     cpu, rows = cpu_bytes_per_s(sizes), []
-    for link in ("12GB/s", "6GB/s"):
-        request = PlanRequest.parse(sizes, vram="15GB", ram=ALL_RAM, link=link, cpu=cpu)
+    for link, prefetch in product(("12GB/s", "6GB/s"), (2, 0)):
+        request = PlanRequest.parse(sizes, vram="15GB", ram=ALL_RAM, link=link, cpu=cpu, prefetch=prefetch)
         found = {of: answer(replace(request, host_s=host_s, misses=of)) for of in MISSES}
         each = {of: found[of].projection for of in MISSES}
         rows.append(
@@ -103,6 +103,7 @@ def misses_rows(sizes: ModelSizes, host_s: float) -> list[dict]:
                 "model": sizes.model_type,
                 "bits": sizes.bits,
                 "link": link,
+                "prefetch": prefetch,
                 "cpu_bytes_per_s": cpu,
                 "copy_s": each["copy"].costs.copy_s,
                 "cpu_expert_s": each["cpu"].costs.cpu_expert_s,
@@ -115,7 +116,8 @@ def misses_rows(sizes: ModelSizes, host_s: float) -> list[dict]:
         )
         speeds = ", ".join(f"{of} {projection.tokens_per_s:.1f}" for of, projection in each.items())
         print(
-            f"{sizes.model_type} {sizes.bits} bits {link:6}: tokens/s {speeds}; a miss is copied in "
+            f"{sizes.model_type} {sizes.bits} bits {link:6} {prefetch} predicted: "
+            f"tokens/s {speeds}; a miss is copied in "
             f"{1e3 * rows[-1]['copy_s']:.2f} ms, computed in {1e3 * rows[-1]['cpu_expert_s']:.2f} ms "
             f"({cpu / 1e9:.1f} GB/s); of {each['auto'].misses_per_token:.1f} misses a token auto computes "
             f"{each['auto'].computed_per_token:.1f}",

@@ -41,8 +41,9 @@ class MissRule:
     Depends on nothing that changes while a model runs: a replay makes a live run's choices again.
 
     Args:
-        mode: COPY: all are copied. CPU: all are computed by the CPU, once the slots are full. AUTO: link and
-            CPU share them so that both are done soonest.
+        mode: COPY: all are copied. Otherwise as many as there are empty slots are copied, or a fast CPU would
+            leave the cache empty. CPU: the CPU computes the rest. AUTO: link and CPU share the rest so that
+            both are done soonest.
         costs: For AUTO.
 
     Raises:
@@ -73,10 +74,12 @@ class MissRule:
             Some of `missing`. AUTO: those for few tokens, as many as let link and CPU end soonest; of equally
             good numbers the smallest, because a copy also fills the cache.
         """
+        n_coming += min(n_free, len(missing))
+        missing, n_tokens = missing[n_free:], n_tokens[n_free:]
         if self.mode == COPY or not missing:
             return []
         if self.mode == CPU:
-            return [*missing[n_free:]]
+            return [*missing]
         costs = self.costs
         assert costs is not None
         order = sorted(range(len(missing)), key=lambda i: n_tokens[i])

@@ -313,17 +313,29 @@ def test_the_split_ends_soonest(data):
     """For one call: no other number of experts on the CPU ends sooner than that of "auto"."""
     costs = data.draw(st.builds(MissCosts, *[st.floats(0.1, 50)] * 2, st.floats(0, 5)))
     n_tokens = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
-    n_coming = data.draw(st.integers(0, 3))
-    found = MissRule("auto", costs).for_cpu(range(len(n_tokens)), n_tokens, n_coming, 0)
+    n_coming, n_free = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 9))
+    found = MissRule("auto", costs).for_cpu(range(len(n_tokens)), n_tokens, n_coming, n_free)
 
     def end_s(on_cpu):
         copies = len(n_tokens) - len(on_cpu) + n_coming
         return max(sum(costs.on_cpu(n_tokens[of]) for of in on_cpu), copies * costs.copy_s)
 
-    choices = chain.from_iterable(combinations(range(len(n_tokens)), n) for n in range(len(n_tokens) + 1))
+    open_ = range(n_free, len(n_tokens))  # the first ones fill empty slots
+    choices = chain.from_iterable(combinations(open_, n) for n in range(len(open_) + 1))
+    assert set(found) <= set(open_)
     best = min(map(end_s, choices))
     assert end_s(found) <= best * (1 + 1e-9)
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("cpu_expert_s", [0.1, 1.0, 4.0, 8.0, 16.0, 50.0])
+def test_a_split_is_not_slower_than_both_extremes(cpu_expert_s):
+    """Over many tokens: a fast CPU must not leave the cache empty."""
+    experts = np.random.default_rng(3).random((150, 4, 8)).argsort(-1)[..., :2]
+    trace = routed(experts, np.zeros((150, 4, 1, 1), int), 8)
+    costs = DeviceCosts(8.0, 1.0, 0.5, 1.0, cpu_expert_s=cpu_expert_s)
+    seconds = {of: timed_replay(trace, costs, cache_size=5, misses=of).pass_s[20:].mean() for of in MISSES}
+    assert seconds["auto"] <= 1.02 * min(seconds.values())
 
 
 @settings(deadline=None, max_examples=150)
