@@ -26,13 +26,13 @@ from mixtral_offload.errors import OptionError
 from mixtral_offload.models.checkpoint import Checkpoint, ExpertId, open_checkpoint
 from mixtral_offload.models.experts import FUSED, activation
 from mixtral_offload.models.family import MoELayer
+from mixtral_offload.models.norms import replace_norms
 from mixtral_offload.runtime import forward as _registers_the_experts_function  # noqa: F401
 from mixtral_offload.runtime.arguments import split_arguments
 from mixtral_offload.runtime.cache import ExpertCache
 from mixtral_offload.runtime.dense import load_dense
 from mixtral_offload.runtime.engines import make_engine
 from mixtral_offload.runtime.miss_costs import measure_miss_costs
-from mixtral_offload.runtime.norms import replace_norms
 from mixtral_offload.runtime.offload import Computation, ExpertsModule, Offload, OffloadedModel, refuse_copy
 from mixtral_offload.runtime.options import (
     CheckedOptions,

@@ -110,8 +110,8 @@ def test_the_model_is_as_it_was(offloaded, tokenizer, monkeypatch, after):
 def test_a_changed_answer_is_an_error(offloaded, tokenizer, model, monkeypatch, kind, with_resident):
     right = getattr(variants, kind).fetch
 
-    def wrong(cache, layer, experts, meanwhile=None):
-        found = dict(right(cache, layer, experts, meanwhile))
+    def wrong(cache, layer, experts, *others):
+        found = dict(right(cache, layer, experts, *others))
         yield from zip(found, [*found.values()][::-1])
 
     monkeypatch.setattr(getattr(variants, kind), "fetch", wrong)

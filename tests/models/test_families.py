@@ -215,6 +215,7 @@ def test_a_load_does_not_depend_on_which_tensor_is_read_first(order, tmp_path, o
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+@pytest.mark.both_products
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-some-dense", "deepseek_v3"])
 def test_32_bit_checkpoints_load_and_convert_exactly(name, tmp_path, offloaded):
@@ -232,7 +233,7 @@ def test_32_bit_checkpoints_load_and_convert_exactly(name, tmp_path, offloaded):
         weights = {field.dtype for field in ours.offload.layout.fields}
         assert weights == {torch.float16 if source == halved else torch.float32}
         assert ours.offload.layout.kinds == ("16-bit" if source == halved else "32-bit",)
-    assert max(errors["plain"], errors["kept"]) < 1e-6 < errors["halved"] < 0.1
+    assert max(errors["plain"], errors["kept"]) < limit(1e-6, 1e-5) < errors["halved"] < 0.1
     packed = offloaded(
         convert_checkpoint(tmp_path / "plain", tmp_path / "packed", Quantization(8, 32)), cache_size=2
     )

@@ -80,8 +80,8 @@ MUTANTS = (
     ),
     Mutant(
         "routing weights are not the router's", "runtime/forward.py",
-        "    return (y * top_k_weights.unsqueeze(-1)).sum(1).to(y.dtype)",
-        "    return (y * top_k_weights.unsqueeze(-1) * 1.1).sum(1).to(y.dtype)",
+        "    return _sum(module.offload, y, top_k_weights)\n",
+        "    return _sum(module.offload, y, 1.1 * top_k_weights)\n",
         "tests/reliability/test_detect.py",
     ),
     Mutant(
@@ -97,8 +97,8 @@ MUTANTS = (
     ),
     Mutant(
         "results are summed in the order in which experts arrive", "runtime/forward.py",
-        "    return torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)",
-        "    return torch.cat(list(results.values())).to(x.dtype).unsqueeze(0)",
+        "    y = torch.cat([results[expert] for expert in chosen]).to(x.dtype).unsqueeze(0)",
+        "    y = torch.cat(list(results.values())).to(x.dtype).unsqueeze(0)",
         "tests/reliability/test_detect.py",
     ),
     Mutant(
@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "a quantized layer drops its bias", "weights/hqq.py",
-        "        if self.bias is not None:\n", "        if self.bias is None:\n",
+        "        return y if bias is None else y + bias\n", "        return y\n",
         "tests/models/test_families.py -k quantized_attention",
     ),
     Mutant(

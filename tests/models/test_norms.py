@@ -10,7 +10,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
-from mixtral_offload.runtime.norms import MOST_NUMBERS, ByKernels, replace_norms
+from mixtral_offload.models.norms import MOST_NUMBERS, ByKernels, replace_norms
 from mixtral_offload.weights.native import find_native
 from tests.twin import relative_error
 
