@@ -8,6 +8,7 @@ is computed. Ways take turns. Writes benchmarks/results/in-place.json.
 """
 
 import argparse
+import io
 import json
 import mmap
 import os
@@ -20,7 +21,7 @@ import torch
 from kernels import random_matrix
 from machine import machine, words
 
-from mixtral_offload.runtime.store import FilePart, _open, host_slab
+from mixtral_offload.runtime.store import FilePart, host_slab
 from mixtral_offload.weights.hqq import PAPER
 from mixtral_offload.weights.layout import ExpertLayout
 from mixtral_offload.weights.native import find_native
@@ -73,8 +74,11 @@ def main() -> None:
     experts, x = native.experts(layout), torch.randn(1, HIDDEN)
     slot, pool = host_slab(1, layout.n_bytes)[0], ThreadPoolExecutor(1)
 
+    def open_file(path: Path) -> io.FileIO:
+        return open(path, "rb", buffering=0)
+
     def from_slot(path: Path) -> torch.Tensor:
-        FilePart(_open, pool, path, 0, layout.n_bytes, ahead=(0, layout.n_bytes)).read_into(slot)
+        FilePart(open_file, pool, path, 0, layout.n_bytes, ahead=(0, layout.n_bytes)).read_into(slot)
         return experts.run(x, [slot.data_ptr()])
 
     def from_mapping(path: Path, ahead: bool) -> torch.Tensor:
