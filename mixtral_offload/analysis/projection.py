@@ -26,9 +26,9 @@ OPERATIONS_PER_BYTE = 140
 #: the host's own time for one layer (Python, about 50 kernel launches): a layer of the shipped model, which
 #: is little else, takes about 1 ms on 2 CPU cores
 HOST_S = 1e-3
-#: what each further token adds to an expert's time on the CPU: 2 bits, 128 tokens in 157 ms, one in 8 ms (a
-#: 14336x4096 matrix, two AVX2 cores; LOG.md)
-CPU_TOKEN_SHARE = 0.15
+#: what each further token adds to an expert's time on the CPU, as a share of the first one's: 0.30, 0.38 and
+#: 0.36 at 2, 3 and 4 bits (128 tokens and one, benchmarks/results/kernels-avx2.json; two AVX2 cores)
+CPU_TOKEN_SHARE = 0.35
 PROMPT_TOKENS = 500
 
 

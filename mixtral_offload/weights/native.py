@@ -194,20 +194,14 @@ class NativeProduct:
     def __init__(self, native: Native, matrix: Matrix, fast: bool):
         self._native, self._matrix, self._fast = native, matrix, fast
         self._at, self._rows, self._columns = ctypes.byref(matrix), int(matrix.n), int(matrix.k)
-        self._scratch_bytes: dict[tuple[int, int], int] = {}  # (tokens, threads) -> bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute `x [..., K] @ W.T` -> `[..., N]` in x's dtype."""
         native, threads, shape = self._native, torch.get_num_threads(), x.shape[:-1]
         if x.shape[-1] != self._columns:
-            raise RuntimeError(
-                f"{x.shape[-1]} columns, expected {self._columns}"
-            )  # as torch's own product does
+            raise RuntimeError(f"input of {x.shape[-1]} columns, expected {self._columns}")
         library, rows, tokens = native._library, x.float().contiguous(), shape.numel()
-        n_bytes = self._scratch_bytes.get((tokens, threads))
-        if n_bytes is None:
-            n_bytes = library.matrix_scratch(self._at, tokens, threads)
-            self._scratch_bytes[tokens, threads] = n_bytes
+        n_bytes = library.matrix_scratch(self._at, tokens, threads)
         y = rows.new_empty((*shape, self._rows))
         library.multiply_matrix(
             *(native._kernels, self._at, rows.data_ptr(), tokens, y.data_ptr(), threads, self._fast),
@@ -260,9 +254,6 @@ class NativeExperts:
         self._layout = expert_of(layout)
         self._at = ctypes.byref(self._layout)
         self.hidden = layout.shapes["gate"][1]
-        self._scratch_bytes: dict[
-            tuple[int, int, int], int
-        ] = {}  # (rows, most of an expert, threads) -> bytes
 
     def run(self, x: Tensor, addresses: Sequence[int], counts: Sequence[int] | None = None) -> Tensor:
         """Run experts.
@@ -318,10 +309,7 @@ class NativeExperts:
         n = len(addresses)
         starts = range(n + 1) if counts is None else (0, *accumulate(counts))
         rows, most = x.float().contiguous(), max(counts) if counts else 1
-        kind = starts[-1], most, threads
-        n_bytes = self._scratch_bytes.get(kind)
-        if n_bytes is None:
-            n_bytes = self._scratch_bytes[kind] = library.experts_scratch(self._at, *kind)
+        n_bytes = library.experts_scratch(self._at, starts[-1], most, threads)
         pointers, integers = _arrays(n)
         library.run_experts(
             *(native._kernels, self._at, pointers(*addresses), integers(*starts), n),
