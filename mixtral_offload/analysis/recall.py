@@ -184,7 +184,7 @@ def first_layer_recall(layers: Sequence[MoELayer], states: States) -> dict[str, 
     """
     router, later = _router(layers[0]), ~states.first
     chosen, weight = states.chosen[0][later], router.weight
-    previous = torch.zeros(len(states.first), weight.shape[0], device=weight.device)
+    previous = weight.new_zeros(len(states.first), weight.shape[0], dtype=torch.float32)
     previous.scatter_(1, states.chosen[0], 1.0)
     shifted = later.nonzero()[:, 0] - 1
     predicted = {

@@ -231,9 +231,9 @@ class Batch:
         """Compute the prompts of `newcomers` in one pass, and join them to the batch."""
         prompts = [row.request.ids for row in newcomers]
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        ids, mask = ids.to(self._model.device), mask.to(self._model.device)
+        padding, device = [width - len(prompt) for prompt in prompts], self._model.device
+        ids = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts)], device=device)
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device)
         # None: the model makes its own kind of cache
         newest, past = self._forward(newcomers, ids, mask, DynamicCache() if self.can_join else None)
         if self._past is not None:

@@ -84,10 +84,11 @@ def _plus_of(norm: nn.Module, native: Native, eps_name: str) -> float | None:
         return None
     if weight is None or weight.ndim != 1 or weight.dtype != torch.float32 or not weight.is_cpu:
         return None
-    random, n = torch.Generator().manual_seed(0), weight.numel()
-    sizes = torch.tensor([3.0, 1e-3, 0.0], device="cpu")  # the smaller ones show what eps is
-    x = sizes[:, None, None] * torch.randn(3, 2, n, generator=random, device="cpu")
-    other = torch.randn(n, generator=random, device="cpu")  # its own weight may be all ones
+    n, like = weight.numel(), torch.empty(0, dtype=torch.float32, device="cpu")
+    random = torch.Generator().manual_seed(0)
+    sizes = like.new_tensor([3.0, 1e-3, 0.0])  # the smaller ones show what eps is
+    x = sizes[:, None, None] * like.new_empty(3, 2, n).normal_(generator=random)
+    other = like.new_empty(n).normal_(generator=random)  # its own weight may be all ones
     try:
         expected = torch.func.functional_call(norm, {"weight": other}, (x,))
     except Exception:  # other arguments: not one of these

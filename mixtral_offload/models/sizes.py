@@ -22,6 +22,7 @@ from mixtral_offload.models.experts import ExpertsShape, Shape, experts_shape, h
 from mixtral_offload.models.family import MoELayer, first_attribute
 from mixtral_offload.models.kv_cache import kv_bytes, kv_layout
 from mixtral_offload.models.registry import FAMILIES, family_of
+from mixtral_offload.models.skeleton import from_config
 from mixtral_offload.weights.hqq import PAPER, Quantization, field_specs
 from mixtral_offload.weights.kernels import dequantized_bytes
 from mixtral_offload.weights.layout import ALIGNMENT
@@ -217,11 +218,10 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.quantization_config = None  # the shapes of the plain weights count
     try:
-        with torch.device("meta"):
-            try:
-                return AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-            except ValueError:  # a language model inside another one
-                return AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
+        try:
+            return from_config(AutoModelForCausalLM, config, torch.float16)
+        except ValueError:  # a language model inside another one
+            return from_config(AutoModelForImageTextToText, config, torch.float16)
     except Exception as error:  # transformers raises many kinds for numbers that make no model
         raise OptionError(
             f"transformers cannot build a {config.model_type} language model of this configuration",

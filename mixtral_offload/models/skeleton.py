@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -13,6 +15,16 @@ from mixtral_offload.models.experts import FUSED, ExpertsShape, experts_shape, h
 from mixtral_offload.models.family import MoELayer
 from mixtral_offload.models.registry import family_of
 from mixtral_offload.weights.manifest import plain_config
+
+#: transformers changes torch's default dtype while it builds, for all threads, and then restores what it
+#: found: two at once would leave the other's
+_building = threading.Lock()
+
+
+def from_config(kind: type, config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """Call transformers' `kind.from_config` on the meta device, one thread at a time."""
+    with _building, torch.device("meta"):
+        return kind.from_config(config, dtype=dtype, **options)  # type: ignore[attr-defined]
 
 
 def build_meta(
@@ -38,8 +50,7 @@ def build_meta(
         del config.quantization_config
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        return from_config(AutoModelForCausalLM, config, dtype, **options)
     except Exception as error:  # transformers raises many kinds for numbers that make no model
         text = " ".join(str(error).split())[:300]
         if options:

@@ -111,7 +111,7 @@ def convert_checkpoint(
         raise target_exists(target)
     manifest = _check_before(checkpoint, experts, attention)
     small = _small_files(checkpoint, manifest, config_extra or {})
-    with _write_errors(target), WorkFolder(target, settings, report) as work:
+    with _write_errors(target), torch.device("cpu"), WorkFolder(target, settings, report) as work:
         weight_map = _write_weights(checkpoint, work, experts, attention, torch.device(device), progress)
         total = sum((work.path / name).stat().st_size for name in work.finished)
         metadata = {"total_size": total, "checksums": as_metadata(work.finished, True, small)}
@@ -160,7 +160,7 @@ def save_checkpoint(
     weight_map: dict[str, str] = {}
     checksums: dict[str, str] = {}
     cpu = torch.device("cpu")
-    with _write_errors(folder):
+    with _write_errors(folder), cpu:
         folder.mkdir(parents=True, exist_ok=True)
         for number, expert in enumerate([*sorted(checkpoint.experts), None], 1):
             name = f"model-{number:05d}-of-{n_files:05d}.safetensors"

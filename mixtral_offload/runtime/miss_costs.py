@@ -35,7 +35,7 @@ def measure_miss_costs(cache: ExpertCache, run: Run, stored: Sequence[ExpertId])
     store, hidden = cache.store, cache.layout.shapes["gate"][1]
     assert isinstance(store, RamStore)
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(MANY_TOKENS, hidden, generator=random)
+    x = torch.randn(MANY_TOKENS, hidden, generator=random, dtype=torch.float32, device="cpu")
     keys = [stored[i % len(stored)] for i in range(3 * REPEATS)]
     with cache.lock:
         copy_s = _median(keys[:REPEATS], lambda key: _copy(cache, key))

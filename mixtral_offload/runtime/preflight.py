@@ -38,9 +38,10 @@ def check_loads(checkpoint: Checkpoint) -> None:
     """
     emptied = replace(checkpoint, dense={key: unread(stored) for key, stored in checkpoint.dense.items()})
     try:
-        model, _, options = build_skeleton(emptied, parse_options({"device": "cpu"}))
-        device_needs(emptied, options)
-        load_dense(model, emptied, options.device, options.dtype)
+        with torch.device("cpu"):  # as `from_pretrained` does
+            model, _, options = build_skeleton(emptied, parse_options({"device": "cpu"}))
+            device_needs(emptied, options)
+            load_dense(model, emptied, options.device, options.dtype)
     except OffloadError:
         raise
     except Exception as error:  # transformers and odd configurations raise many kinds

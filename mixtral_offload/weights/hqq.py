@@ -313,7 +313,8 @@ def _nearly_equal(zeros: Tensor) -> tuple[Tensor, Fields]:
     """
     largest = zeros.abs().max().float()
     scale = (largest / 255).to(torch.float16)
-    zero = torch.tensor(255.0 if zeros.flatten()[0] < 0 else 0.0, device=zeros.device)
+    largest_byte = 255.0 if zeros.flatten()[0] < 0 else 0.0
+    zero = torch.tensor(largest_byte, dtype=torch.float32, device=zeros.device)
     return (zeros.float() / scale.float() + zero).round().clamp(0, 255), {"scale": scale, "zero": zero}
 
 

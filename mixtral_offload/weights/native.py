@@ -81,6 +81,22 @@ class _Scratch(threading.local):
         return self.memory.data_ptr()
 
 
+def _pointer(numbers: Tensor) -> int:
+    """Address of a tensor that the kernels read or write: fp32 in RAM without gaps, or a RuntimeError.
+
+    They trust it, and another type's memory ends earlier.
+    """
+    if numbers.dtype != torch.float32 or not numbers.is_cpu or not numbers.is_contiguous():
+        found = f"{numbers.dtype} on {numbers.device}, strides {numbers.stride()}"
+        raise RuntimeError(f"the kernels need contiguous float32 numbers on the CPU, found {found}")
+    return numbers.data_ptr()
+
+
+def _empty(*shape: int) -> Tensor:
+    """What the kernels write: of their type, whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 class Native:
     """The kernels of one instruction set.
 
@@ -157,10 +173,12 @@ class Native:
         """
         tokens, k, hidden = y.shape
         if k == 0:
-            return torch.zeros(tokens, hidden, device="cpu")
-        y, weights, found = y.contiguous(), weights.contiguous(), torch.empty(tokens, hidden, device="cpu")
+            return _empty(tokens, hidden).zero_()
+        if weights.shape != (tokens, k):
+            raise RuntimeError(f"weights {tuple(weights.shape)}, expected {(tokens, k)}")
+        y, weights, found = y.contiguous(), weights.contiguous(), _empty(tokens, hidden)
         self._library.weighted_sums(
-            *(y.data_ptr(), weights.data_ptr(), tokens, k, hidden, found.data_ptr()),
+            *(_pointer(y), _pointer(weights), tokens, k, hidden, _pointer(found)),
             torch.get_num_threads(),
         )
         return found
@@ -172,9 +190,11 @@ class Native:
             x: fp32 `[..., N]`, with few rows: one thread.
             weight: fp32 `[N]`, contiguous.
         """
-        x = x.contiguous()
-        y, n = torch.empty_like(x), weight.numel()
-        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), x.numel() // n, n, eps, plus, y.data_ptr())
+        x, n = x.contiguous(), weight.numel()
+        if x.shape[-1:] != weight.shape:
+            raise RuntimeError(f"input of {x.shape[-1]} columns, expected {n}")
+        y = torch.empty_like(x)
+        self._library.rms_norm(_pointer(x), _pointer(weight), x.numel() // n, n, eps, plus, _pointer(y))
         return y
 
     def experts(self, layout: ExpertLayout, fast: bool = False) -> NativeExperts:
@@ -202,9 +222,9 @@ class NativeProduct:
             raise RuntimeError(f"input of {x.shape[-1]} columns, expected {self._columns}")
         library, rows, tokens = native._library, x.float().contiguous(), shape.numel()
         n_bytes = library.matrix_scratch(self._at, tokens, threads)
-        y = rows.new_empty((*shape, self._rows))
+        y = _empty(*shape, self._rows)
         library.multiply_matrix(
-            *(native._kernels, self._at, rows.data_ptr(), tokens, y.data_ptr(), threads, self._fast),
+            *(native._kernels, self._at, _pointer(rows), tokens, _pointer(y), threads, self._fast),
             native._scratch.of(n_bytes),
         )
         return y if x.dtype == y.dtype else y.to(x.dtype)
@@ -278,7 +298,7 @@ class NativeExperts:
                     self.run(x[at:], rest, counts[MOST_EXPERTS:]),
                 )
             )
-        y = torch.empty(n if counts is None else sum(counts), self.hidden, device="cpu")
+        y = _empty(n if counts is None else sum(counts), self.hidden)
         self._call(x, addresses, counts, None, y)
         return y
 
@@ -293,7 +313,9 @@ class NativeExperts:
         Returns:
             fp32 `[1, H]`.
         """
-        y = torch.empty(1, self.hidden, device="cpu")
+        if weights.shape != (1, len(addresses)):
+            raise RuntimeError(f"weights {tuple(weights.shape)}, expected {(1, len(addresses))}")
+        y = _empty(1, self.hidden)
         self._call(x, addresses, None, weights.contiguous(), y)
         return y
 
@@ -309,12 +331,15 @@ class NativeExperts:
         n = len(addresses)
         starts = range(n + 1) if counts is None else (0, *accumulate(counts))
         rows, most = x.float().contiguous(), max(counts) if counts else 1
+        expected = (1 if counts is None else starts[-1], self.hidden)
+        if rows.shape != expected:
+            raise RuntimeError(f"input {tuple(rows.shape)}, expected {expected}")
         n_bytes = library.experts_scratch(self._at, starts[-1], most, threads)
         pointers, integers = _arrays(n)
         library.run_experts(
             *(native._kernels, self._at, pointers(*addresses), integers(*starts), n),
-            *(rows.data_ptr(), counts is None, None if weights is None else weights.data_ptr()),
-            *(y.data_ptr(), threads, self._fast, native._scratch.of(n_bytes)),
+            *(_pointer(rows), counts is None, None if weights is None else _pointer(weights)),
+            *(_pointer(y), threads, self._fast, native._scratch.of(n_bytes)),
         )
 
     def run_one(self, x: Tensor, views: dict[str, Fields]) -> Tensor:

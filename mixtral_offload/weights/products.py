@@ -89,7 +89,7 @@ class Products:
 def is_silu_gate(apply_gate: Gate, intermediate: int) -> bool:
     """Return whether a family's activation is `silu(gate) * up`, which the kernels compute, by trying it."""
     random = torch.Generator().manual_seed(0)
-    x = 30 * torch.randn(8, 2 * intermediate, generator=random, device="cpu")
+    x = 30 * torch.randn(8, 2 * intermediate, generator=random, dtype=torch.float32, device="cpu")
     gate, up = x.chunk(2, dim=-1)
     return torch.allclose(apply_gate(x), F.silu(gate) * up, rtol=1e-5, atol=1e-6)
 
