@@ -9,10 +9,10 @@ benchmarks/results/ablation.json.
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
 import torch
+from machine import machine
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.errors import CapacityError
@@ -78,7 +78,7 @@ def main():
     first = found[arguments.cache_sizes[0]]
     settings = {k: str(v) for k, v in vars(arguments).items() if k != "out"} | {"model": arguments.model.name}
     result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
+        "machine": machine(arguments.device),
         "layer_s": first.layer_s,
         "copy_s": first.copy_s,
         "runs": runs,

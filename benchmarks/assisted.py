@@ -11,12 +11,12 @@ Prints a table and writes benchmarks/results/assisted.json.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from machine import machine
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.experiments.ablation import encode_prompt
@@ -105,7 +105,7 @@ def main() -> None:
                         flush=True,
                     )
     settings = {
-        "machine": f"{platform.machine()}, 1 thread",
+        "machine": machine(),
         **{k: str(v) for k, v in vars(arguments).items()},
     }
     (RESULTS / "assisted.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")

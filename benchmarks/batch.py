@@ -11,11 +11,11 @@ and .png.
 import argparse
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
 import torch
+from machine import machine
 from packed_vs_transformers import DEQUANTIZED, PACKED, compare_passes
 
 from mixtral_offload import from_pretrained, load_tokenizer
@@ -132,7 +132,7 @@ def main() -> None:
     }
     ablated = ablations(arguments, mixed, model, resident, layer_s)
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "settings": {name: str(of) for name, of in vars(arguments).items() if name != "out"},
         "requests": [[len(of.ids), of.max_new_tokens] for of in mixed],
         "layer_s": layer_s,

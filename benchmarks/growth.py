@@ -10,13 +10,13 @@ times one copy's seconds. Writes benchmarks/results/growth.json and .png.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import machine
 from matplotlib.figure import Figure
 from transformers import DynamicCache
 
@@ -146,7 +146,7 @@ def main() -> None:
     with throttled(model, arguments.ratio):
         result = measure(model, resident, tokenizer, arguments.repeats)
     result |= {
-        "machine": f"{platform.machine()}, 1 thread",
+        "machine": machine(),
         "settings": {k: str(v) for k, v in vars(arguments).items()},
     }
     (RESULTS / "growth.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import machine
 from synthetic import mixtral_config, write_checkpoint
 
 from mixtral_offload.weights.hqq import PAPER
@@ -145,9 +145,8 @@ def main() -> None:
             f"build {r['build_s']:.2f} s, reading {r['read_s']:.2f} s, ratio of speeds {r['speed_ratio']:.2f}"
         )
     if arguments.json:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
         arguments.json.write_text(
-            json.dumps({"machine": machine, "checkpoint_bytes": n_bytes, "cases": results}, indent=1) + "\n"
+            json.dumps({"machine": machine(), "checkpoint_bytes": n_bytes, "cases": results}, indent=1) + "\n"
         )
 
 

@@ -11,7 +11,6 @@ device and on the link.
 
 import argparse
 import json
-import platform
 import statistics
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import machine
 from matplotlib.figure import Figure
 
 from mixtral_offload import from_pretrained, load_tokenizer, record
@@ -144,7 +144,7 @@ def main() -> None:
     model, resident = from_pretrained(store="ram", **most, **same), from_pretrained(cache_size=8, **same)
     prompts = [encode_prompt(tokenizer, text).to(model.device) for text in PROMPTS]
     result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
+        "machine": machine(arguments.device),
         "sizes": {},
         "settings": {k: str(v) for k, v in vars(arguments).items() if k != "out"},
     }

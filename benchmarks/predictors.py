@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import machine
 
 from mixtral_offload import from_pretrained, load_tokenizer
 from mixtral_offload.analysis.recall import SOURCES, collect_states, first_layer_recall, measure_recall
@@ -70,7 +71,8 @@ def main():
         f"{len(states.first)} tokens. "
         f"Recall of the two likeliest (chance {chance:.2f}); in brackets of three\n"
     )
-    found = {"tokens": len(states.first), "texts": len(texts), "chance_of_two": chance}
+    found = {"machine": machine(), "tokens": len(states.first), "texts": len(texts)}
+    found["chance_of_two"] = chance
     found["recall_of_two"] = recalls(layers, states)
     print("\nlayer 0:")
     found["layer_0"] = {name: curve[2] for name, curve in first_layer_recall(layers, states).items()}

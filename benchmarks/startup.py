@@ -16,7 +16,6 @@ model. Writes benchmarks/results/startup.json; seconds are medians, parts:
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 
 import loading
-import psutil
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("import", "skeleton", "dense part", "experts", "the rest", "first token")
@@ -134,7 +133,7 @@ def main() -> None:
         return
     options = {name: getattr(arguments, name) for name in ("device", "store", "cache_size")}
     result = measure(arguments.folder, options, arguments.repeats)
-    result |= {"machine": f"{platform.machine()}, {psutil.cpu_count()} cores", "options": options}
+    result |= {"machine": machine(), "options": options}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     for part, seconds in result["seconds"].items():

@@ -8,7 +8,6 @@ writes benchmarks/results/tracing.json.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ablation import PROMPTS, RESULTS, generate
+from machine import machine
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mixtral_offload import from_pretrained, load_tokenizer, record, replay
@@ -114,7 +114,7 @@ def main():
     ]
     with record(model, tokenizer) as run:
         generate(model, prompts, arguments.tokens)  # also warms up
-    result = {"machine": f"{platform.machine()}, {arguments.device}"}
+    result = {"machine": machine(arguments.device)}
     result["recording"] = recording(model, prompts, arguments)
     result["replay"] = replaying(run.trace, arguments.replays)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -260,3 +260,12 @@ def test_the_plain_model_is_transformers_own_with_our_weights(offloaded):
     plain = plain_model(model)
     assert type(plain) is type(model) and not hasattr(plain, "offload")
     assert all(not parameter.is_meta for parameter in plain.parameters())
+
+
+@pytest.mark.parametrize(
+    "program", sorted(path.name for path in BENCHMARKS.glob("*.py") if "RESULTS /" in path.read_text())
+)
+def test_results_say_where_they_were_measured(program):
+    """A figure of one kind of processor is not a figure of another."""
+    text = (BENCHMARKS / program).read_text()
+    assert program == "readme.py" or ("machine(" in text and "platform.machine" not in text)
