@@ -98,8 +98,8 @@ def ablation() -> str:
     text = (
         "**The effect of the cache and of speculative loading** (`python benchmarks/ablation.py`; "
         f"{where(found)}; the paper's table 2). The link is throttled: the copy of an expert takes as long "
-        f"as {layers:.1f} layers' compute ({copy_ms:.1f} ms), as for 2-bit Mixtral-8x7B on a T4. Tokens/s while decoding; in "
-        "brackets, as a multiple of the naive variant:"
+        f"as {layers:.1f} layers' compute ({copy_ms:.1f} ms), as for 2-bit Mixtral-8x7B on a T4. "
+        "Tokens/s while decoding; in brackets, as a multiple of the naive variant:"
     )
     for name, words in VARIANTS.items():
         row = [words]
@@ -124,8 +124,8 @@ def overlap() -> str:
     found, rows = load("overlap"), []
     text = (
         f"**Overlap** (`python benchmarks/overlap.py`; {where(found)}): the shipped model behind a link "
-        f"whose copies take {found['copy_over_layer']:.1f} layers' compute. The floor is the larger of a token's compute and "
-        "of the copies that its misses need; the replay is the best schedule for the same trace "
+        f"whose copies take {found['copy_over_layer']:.1f} layers' compute. The floor is the larger of a token's "
+        "compute and of the copies that its misses need; the replay is the best schedule for the same trace "
         "(`mixtral_offload/analysis/timed_replay.py`)."
     )
     for size, of in found["sizes"].items():
@@ -144,7 +144,8 @@ def assisted() -> str:
     found = result["rows"]
     text = (
         f"**Several tokens per pass** (`python benchmarks/assisted.py`; {where(result['settings'])}): "
-        "transformers' assisted generation over the same link; speed as a multiple of plain decoding, in brackets tokens per pass. "
+        "transformers' assisted generation over the same link; speed as a multiple of plain "
+        "decoding, in brackets tokens per pass. "
         "`prompt_lookup_num_tokens` needs no second model. The draft model here is the same model with "
         "everything on the device: it is always right, so its row is an upper bound."
     )
@@ -264,8 +265,8 @@ def batch() -> str:
     passes = [[name, *(f"{ratio:.2f}" for ratio in of.values())] for name, of in over_best.items()]
     return (
         f"**Many sequences at once** (`python benchmarks/batch.py`; {where(found)}; 2211.10017): "
-        f"{n_requests} requests of {settings['even']} new tokens, over a link throttled as in the ablation. Tokens/s, prompts' time "
-        f"included; in brackets, the multiple of a batch of 1, and kB moved per token:\n\n{sweeps}\n\nA few "
+        f"{n_requests} requests of {settings['even']} new tokens, over a link throttled as in the ablation. "
+        f"Tokens/s, prompts' time included; in brackets, the multiple of a batch of 1, and kB moved per token:\n\n{sweeps}\n\nA few "
         "sequences gain little behind a slow link: together they need nearly all experts of a layer, while "
         "one sequence mostly reuses the experts of its last token.\n\nOne optimization switched off at a "
         f"time, at batch {settings['ablation_batch']}, answers of {new[0]} to {new[-1]} tokens; throughput "
