@@ -266,8 +266,8 @@ def batch() -> str:
     return (
         f"**Many sequences at once** (`python benchmarks/batch.py`; {where(found)}; 2211.10017): "
         f"{n_requests} requests of {settings['even']} new tokens, over a link throttled as in the ablation. "
-        f"Tokens/s, prompts' time included; in brackets, the multiple of a batch of 1, and kB moved per token:\n\n{sweeps}\n\nA few "
-        "sequences gain little behind a slow link: together they need nearly all experts of a layer, while "
+        f"Tokens/s, prompts' time included; in brackets, the multiple of a batch of 1, and kB moved per token:"
+        f"\n\n{sweeps}\n\nA few sequences gain little behind a slow link: together they need nearly all experts of a layer, while "
         "one sequence mostly reuses the experts of its last token.\n\nOne optimization switched off at a "
         f"time, at batch {settings['ablation_batch']}, answers of {new[0]} to {new[-1]} tokens; throughput "
         f"relative to all of them:\n\n{table(['', *variants], shares)}\n\nOne pass with everything on the "
