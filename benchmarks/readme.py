@@ -124,9 +124,9 @@ def overlap() -> str:
     found, rows = load("overlap"), []
     text = (
         f"**Overlap** (`python benchmarks/overlap.py`; {where(found)}): the shipped model behind a link "
-        f"whose copies take {found['copy_over_layer']:.1f} layers' compute. The floor is the larger of a token's "
-        "compute and of the copies that its misses need; the replay is the best schedule for the same trace "
-        "(`mixtral_offload/analysis/timed_replay.py`)."
+        f"whose copies take {found['copy_over_layer']:.1f} layers' compute. The floor is the larger of a "
+        "token's compute and of the copies that its misses need; the replay is the best schedule for the same "
+        "trace (`mixtral_offload/analysis/timed_replay.py`)."
     )
     for size, of in found["sizes"].items():
         for ahead in ("0", "1", "3"):
