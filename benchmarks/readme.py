@@ -125,8 +125,8 @@ def overlap() -> str:
     text = (
         f"**Overlap** (`python benchmarks/overlap.py`; {where(found)}): the shipped model behind a link "
         f"whose copies take {found['copy_over_layer']:.1f} layers' compute. The floor is the larger of a "
-        "token's compute and of the copies that its misses need; the replay is the best schedule for the same "
-        "trace (`mixtral_offload/analysis/timed_replay.py`)."
+        "token's compute and of the copies that its misses need; the replay is the best schedule for the "
+        "same trace (`mixtral_offload/analysis/timed_replay.py`)."
     )
     for size, of in found["sizes"].items():
         for ahead in ("0", "1", "3"):
@@ -266,9 +266,9 @@ def batch() -> str:
     return (
         f"**Many sequences at once** (`python benchmarks/batch.py`; {where(found)}; 2211.10017): "
         f"{n_requests} requests of {settings['even']} new tokens, over a link throttled as in the ablation. "
-        f"Tokens/s, prompts' time included; in brackets, the multiple of a batch of 1, and kB moved per token:"
-        f"\n\n{sweeps}\n\nA few sequences gain little behind a slow link: together they need nearly all experts of a layer, while "
-        "one sequence mostly reuses the experts of its last token.\n\nOne optimization switched off at a "
+        f"Tokens/s, prompts' time included; in brackets, the multiple of a batch of 1, and kB moved per "
+        f"token:\n\n{sweeps}\n\nA few sequences gain little behind a slow link: together they need nearly "
+        "all experts of a layer, while one sequence mostly reuses the experts of its last token.\n\nOne optimization switched off at a "
         f"time, at batch {settings['ablation_batch']}, answers of {new[0]} to {new[-1]} tokens; throughput "
         f"relative to all of them:\n\n{table(['', *variants], shares)}\n\nOne pass with everything on the "
         "device, by batch size: speed relative to the fastest of transformers' own experts implementations "
