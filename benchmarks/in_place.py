@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from kernels import random_matrix
 from machine import machine, words
+from products import random_matrix
 
 from mixtral_offload.runtime.store import FilePart, host_slab
 from mixtral_offload.weights.hqq import PAPER

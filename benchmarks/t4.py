@@ -21,8 +21,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from kernels import SPREAD_BYTES, random_matrix, take_turns
 from machine import machine, words
+from products import SPREAD_BYTES, random_matrix, take_turns
 from synthetic import mixtral_config
 from transformers import AutoConfig
 

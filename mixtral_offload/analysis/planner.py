@@ -94,7 +94,7 @@ class PlanRequest:
                 "impossible misses",
                 expected=f"{', '.join(MISSES)}; and for cpu and auto the CPU's rate",
                 found=f"misses={request.misses!r}, cpu={request.cpu}",
-                hint="--cpu 8GB/s: packed bytes per second, as benchmarks/kernels.py measures them",
+                hint="--cpu 8GB/s: packed bytes per second, as benchmarks/products.py measures them",
             )
         if request.curve not in CURVES:
             raise OptionError("unknown curve", expected=", ".join(CURVES), found=request.curve)

@@ -91,7 +91,7 @@ def project(
         disk_bytes_per_s: Limits copies where the plan's store is on disk.
         misses: As in `OffloadOptions`.
         cpu_bytes_per_s: Packed bytes of experts that the CPU's kernels read for one token, where it computes
-            misses (`benchmarks/kernels.py` measures it).
+            misses (`benchmarks/products.py` measures it).
 
     Raises:
         OptionError: A rate is not more than 0, or the trace is of another model.

@@ -13,12 +13,10 @@
  */
 #ifdef __GNUC__
 #define UNROLL _Pragma("GCC unroll 16")
-#define NOINLINE __attribute__((noinline))
 #define UNLIKELY(condition) __builtin_expect(condition, 0)
 #define PREFETCH(address) __builtin_prefetch(address)
 #else
 #define UNROLL
-#define NOINLINE __declspec(noinline)
 #define UNLIKELY(condition) (condition)
 #define PREFETCH(address) ((void)0)
 #endif
@@ -32,7 +30,8 @@ typedef struct {
     const uint16_t *scales, *zeros; /* of scales, so that [offset + k] is right for every k */
     int64_t classes;              /* of groups whose scales have the same scales */
     int64_t ahead;                /* from a group to the next in the order of classes, in columns */
-    float *u, *centre;            /* of a class: [tokens, padded], and zeros of scales [padded] */
+    float *u;                     /* of a class, [tokens, padded]: x times the scales of scales */
+    float *centre;                /* of a class: zeros of scales [padded]; of int16, -zeros * u [tokens, padded] */
     void *t;                      /* int16 or int8 [tokens, padded] */
     float *unit;                  /* [tokens, blocks]: what 1 stands for in t */
     float *zero;                  /* [tokens]: sum_k zero * t */
@@ -103,16 +102,65 @@ static INLINE const uint8_t *whole_block(const uint8_t *from, int64_t n, int ite
     return memcpy(copy, from, (size_t)(n * item));
 }
 
-/* Groups whose scales have the same scales, g mod classes: u = (scale of scales * x) for all of them. */
-static void FUNCTION(set_class)(const Work *w, int64_t g, const float *x, int64_t tokens) {
+/*
+ * What groups have in common whose scales have the same scales, g mod classes: u, centre. int16 has room for a bound in
+ * place of each group's largest product, so that these have their units in common too: a scale is at most the farther
+ * end of a byte. u and centre are divided by the unit then.
+ */
+static void FUNCTION(set_class)(const Work *w, int64_t g, const float *x, int64_t tokens, int fast) {
     const int64_t meta = g * w->m->k % w->m->n_meta;
-    for (int64_t k = 0; k < w->padded; k += LANES) {
-        const int is_in = k < w->m->k; /* the rest of the last block has no scales */
-        vf scale = is_in ? float_of_half(w->scales + meta + k) : zero_float();
-        store_float(w->centre + k, is_in ? float_of_half(w->zeros + meta + k) : zero_float());
-        for (int64_t t = 0; t < tokens; t++)
-            store_float(w->u + t * w->padded + k, multiply(scale, load_float(x + t * w->padded + k)));
+    for (int64_t block = 0; block < w->blocks; block++)
+        for (int64_t t = 0; t < tokens; t++) {
+            vf products[BLOCK / LANES], centres[BLOCK / LANES];
+            vi largest = zero_int();
+            for (int i = 0; i < BLOCK / LANES; i++) {
+                const int64_t k = block * BLOCK + i * LANES;
+                const int is_in = k < w->m->k; /* the rest of the last block has no scales */
+                vf scale = is_in ? float_of_half(w->scales + meta + k) : zero_float();
+                centres[i] = is_in ? float_of_half(w->zeros + meta + k) : zero_float();
+                products[i] = multiply(scale, load_float(x + t * w->padded + k));
+                vf farther = maximum(absolute(centres[i]), absolute(subtract(set_float(255), centres[i])));
+                largest = max_bits(largest, multiply(products[i], farther));
+            }
+            const float most = largest_of_bits(largest); /* NaN if there is one */
+            const vf per_unit = set_float(fast ? 1 : most < 1e-30f ? 0 : 32767 / most);
+            w->unit[t * w->blocks + block] = most < 1e-30f ? 0 : most / 32767; /* too small for a reciprocal: zero */
+            for (int i = 0; i < BLOCK / LANES; i++) {
+                const int64_t k = block * BLOCK + i * LANES;
+                const vf u = multiply(products[i], per_unit);
+                store_float(w->u + t * w->padded + k, u);
+                if (!fast) store_float(w->centre + t * w->padded + k, subtract(zero_float(), multiply(centres[i], u)));
+                else if (t == 0) store_float(w->centre + k, centres[i]);
+            }
+        }
+}
+
+/* Four vectors of ints as int16, in the order that the words' values come in. */
+static INLINE vh *put_int16(const Work *w, const vi q[4], vh *out) {
+    if (w->m->format == TEN_IN_32) {
+        out[0] = halves(q[0], q[1]);
+        out[1] = halves(q[2], q[3]);
+    } else {
+        even_odd(q, out, out + 1);
     }
+    return out + 2;
+}
+
+/* What integers() does where set_class() has bound the block: scales are bytes. */
+static INLINE void bound_integers(const Work *w, const uint8_t *scale, const float *u, const float *centre, int64_t n,
+                                  const float *zeros, float unit, vf *zero_sum, vh *out) {
+    vf zero = zero_float();
+    for (int64_t i = 0; i < n; i += BYTES) {
+        vi q[4];
+        UNROLL for (int j = 0; j < 4; j++) {
+            const int64_t at = i + j * LANES;
+            q[j] = to_int(multiply_add(float_of_bytes(scale + at), load_float(u + at), load_float(centre + at)));
+        }
+        if (zeros)
+            UNROLL for (int j = 0; j < 4; j++) zero = multiply_add(load_float(zeros + i + j * LANES), to_float(q[j]), zero);
+        out = put_int16(w, q, out);
+    }
+    if (zeros) *zero_sum = multiply_add(zero, set_float(unit), *zero_sum);
 }
 
 /*
@@ -138,15 +186,8 @@ static INLINE float integers(const Work *w, const uint8_t *scale, const float *c
         UNROLL for (int j = 0; j < 4; j++) q[j] = to_int(multiply(load_float(t + i + j * LANES), per_unit));
         if (zeros)
             UNROLL for (int j = 0; j < 4; j++) zero = multiply_add(load_float(zeros + i + j * LANES), to_float(q[j]), zero);
-        if (fast) {
-            *out++ = pack8(q);
-        } else if (w->m->format == TEN_IN_32) {
-            *out++ = halves(q[0], q[1]);
-            *out++ = halves(q[2], q[3]);
-        } else {
-            even_odd(q, out, out + 1);
-            out += 2;
-        }
+        if (fast) *out++ = pack8(q);
+        else out = put_int16(w, q, out);
     }
     if (zeros) *zero_sum = multiply_add(zero, set_float(unit), *zero_sum);
     return unit;
@@ -166,7 +207,8 @@ static INLINE void activations(const Work *w, int64_t g, const float *x, const i
         const uint8_t *scale = whole_block(m->scale + at * (w->scales ? 1 : 2), left, w->scales ? 1 : 2, some_scales);
         const uint8_t *zero = is_bytes ? whole_block(m->zero + at, left, 1, some_zeros) : NULL;
         if (!is_bytes) FUNCTION(zeros)(w, g, k, zeros);
-        if (!w->scales || tokens > 1) /* once for all tokens */
+        const int is_bound = w->scales && !fast;
+        if (!is_bound && (!w->scales || tokens > 1)) /* once for all tokens */
             for (int64_t i = 0; i < n; i += LANES)
                 store_float(scales + i, w->scales ? subtract(float_of_bytes(scale + i), load_float(w->centre + k + i))
                                                   : float_of_half((const uint16_t *)scale + i));
@@ -177,9 +219,11 @@ static INLINE void activations(const Work *w, int64_t g, const float *x, const i
         for (int64_t t = 0; t < tokens; t++) {
             vh *out = (vh *)((uint8_t *)w->t + (t * w->padded + k) * item);
             const float *u = (w->scales ? w->u : x) + t * w->padded + k, *some = is_bytes ? NULL : zeros;
-            float unit = !w->scales || tokens > 1
-                             ? integers(w, (const uint8_t *)scales, NULL, u, n, 1, fast, some, zero_sum + t, out)
-                             : integers(w, scale, w->centre + k, u, n, 0, fast, some, zero_sum + t, out);
+            float unit = w->unit[t * w->blocks + block];
+            if (is_bound) bound_integers(w, scale, u, w->centre + t * w->padded + k, n, some, unit, zero_sum + t, out);
+            else if (!w->scales || tokens > 1)
+                unit = integers(w, (const uint8_t *)scales, NULL, u, n, 1, fast, some, zero_sum + t, out);
+            else unit = integers(w, scale, w->centre + k, u, n, 0, fast, some, zero_sum + t, out);
             w->unit[t * w->blocks + block] = unit;
             if (!is_bytes) continue;
             vi of_zero = zero_int(), of_one = zero_int(); /* zeros that are bytes: with the same integers */
@@ -204,66 +248,73 @@ static INLINE void activations(const Work *w, int64_t g, const float *x, const i
 
 /* ---- products of words --------------------------------------------------------------------------------- */
 
-/* Pointers to the last columns of some rows, fewer than a vector, from where whole vectors may be read. */
-static NOINLINE void copy_rest(const uint8_t **rows, int n_rows, int64_t n_bytes, uint8_t (*rest)[64]) {
-    for (int i = 0; i < n_rows; i++) rows[i] = padded_copy(rest[i], rows[i], n_bytes);
+/* The sums of one vector of each row, added to `of`: see byte_rows. t: of the first token, `next` bytes before the next. */
+static INLINE void byte_step(const int bits, const int n_rows, const int n_tokens, const int fast,
+                             const uint8_t *const *from, int first_high, const uint8_t *t, int64_t next, vi *of) {
+    const int low = bits == 3 ? 2 : bits, values = 8 / low;
+    vh high = mask16(0);
+    if (bits == 3) high = load_words(from[n_rows]);
+    UNROLL for (int row = 0; row < n_rows; row++) {
+        const vh word = load_words(from[row]);
+        const int b = first_high + row;
+        for (int half = 0; half < (fast ? 1 : 2); half++) { /* exact: even columns, then odd ones */
+            const vh part = half ? shift_right16(word, 8) : word;
+            const vh moved = bits == 3 && !fast ? shift_left16(half ? shift_right16(high, 8) : high, 1 + b) : part;
+            UNROLL for (int i = 0; i < values; i++) {
+                const int shift = 8 - low * (i + 1);
+                vh q;
+                if (!fast) { /* in place */
+                    q = bits_and(part, mask16(((1 << low) - 1) << shift));
+                    if (bits == 3) q = bits_or(q, bits_and(moved, mask16(4 << shift)));
+                } else if (bits == 3) { /* the high bit of value i is bit 7 - (2 * i + b) of its word */
+                    const int up = 7 - (2 * i + b);
+                    const vh bit = up >= 2 ? shift_right16(high, up - 2) : shift_left16(high, 2 - up);
+                    q = bits_or(bits_and(shift_right16(word, shift), mask8(3)), bits_and(bit, mask8(4)));
+                } else if (bits == 2 && (shift & 2)) { /* two bits up: sums of 16 bits have room for that */
+                    q = bits_and(shift_right16(word, shift - 2), mask8(12));
+                } else {
+                    q = bits_and(shift_right16(word, shift), mask8((1 << low) - 1));
+                }
+                UNROLL for (int j = 0; j < n_tokens; j++) {
+                    const vh x = load_words(t + j * next + half * BYTES);
+                    vi *sum = &of[(row * values + i) * n_tokens + j];
+                    *sum = fast ? dot8(*sum, q, x) : dot16(*sum, q, x);
+                }
+            }
+        }
+    }
 }
 
 /*
  * The sums [n_rows, values of a word, n_tokens] of some rows of words of 2, 4 or 8 bits, or of 2 bits with a row of
  * high ones (3 bits): the rows' high bits are then first_high, first_high + 1. The constants bits, n_rows, n_tokens,
- * fast make one loop of each combination.
+ * fast make one loop of each combination. No function is called in its innermost loop: the sums stay in registers.
  */
 static INLINE void byte_rows(const Work *w, const int bits, const int n_rows, const int n_tokens, const int fast,
                              const uint8_t *const *words, const uint8_t *const *ahead, int first_high, int64_t token,
                              float *y) {
-    const int low = bits == 3 ? 2 : bits, values = 8 / low, n_pointers = n_rows + (bits == 3);
-    const int64_t columns = w->m->k;
+    const int low = bits == 3 ? 2 : bits, values = 8 / low, n_pointers = n_rows + (bits == 3), item = fast ? 1 : 2;
+    const int64_t columns = w->m->k, next = w->padded * item;
     vf sums[4 * 2 * 2];
     UNROLL for (int i = 0; i < n_rows * values * n_tokens; i++) sums[i] = zero_float();
     for (int64_t block = 0; block < w->blocks; block++) {
-        int64_t k = block * BLOCK, end = columns - k < BLOCK ? columns : k + BLOCK;
-        const uint8_t *t = (const uint8_t *)w->t + (token * w->padded + k) * (fast ? 1 : 2);
-        const int64_t next = w->padded * (fast ? 1 : 2);
+        const int64_t first = block * BLOCK, left = columns - first < BLOCK ? columns - first : BLOCK;
+        const uint8_t *t = (const uint8_t *)w->t + (token * w->padded + first) * item, *from[5];
         vi of[4 * 2 * 2];
         UNROLL for (int i = 0; i < n_rows * values * n_tokens; i++) of[i] = zero_int();
-        for (; k < end; k += BYTES, t += fast ? BYTES : 2 * BYTES) {
-            uint8_t rest[5][64];
-            const uint8_t *from[5];
-            vh high = mask16(0);
-            UNROLL for (int row = 0; row < n_pointers; row++) from[row] = words[row] + k;
-            UNROLL for (int row = 0; row < n_pointers; row++) PREFETCH(ahead[row] + k);
-            if (UNLIKELY(columns - k < BYTES)) copy_rest(from, n_pointers, columns - k, rest);
-            if (bits == 3) high = load_words(from[n_rows]);
-            UNROLL for (int row = 0; row < n_rows; row++) {
-                const vh word = load_words(from[row]);
-                const int b = first_high + row;
-                for (int half = 0; half < (fast ? 1 : 2); half++) { /* exact: even columns, then odd ones */
-                    const vh part = half ? shift_right16(word, 8) : word;
-                    const vh moved = bits == 3 && !fast ? shift_left16(half ? shift_right16(high, 8) : high, 1 + b) : part;
-                    UNROLL for (int i = 0; i < values; i++) {
-                        const int shift = 8 - low * (i + 1);
-                        vh q;
-                        if (!fast) { /* in place */
-                            q = bits_and(part, mask16(((1 << low) - 1) << shift));
-                            if (bits == 3) q = bits_or(q, bits_and(moved, mask16(4 << shift)));
-                        } else if (bits == 3) { /* the high bit of value i is bit 7 - (2 * i + b) of its word */
-                            const int up = 7 - (2 * i + b);
-                            const vh bit = up >= 2 ? shift_right16(high, up - 2) : shift_left16(high, 2 - up);
-                            q = bits_or(bits_and(shift_right16(word, shift), mask8(3)), bits_and(bit, mask8(4)));
-                        } else if (bits == 2 && (shift & 2)) { /* two bits up: sums of 16 bits have room for that */
-                            q = bits_and(shift_right16(word, shift - 2), mask8(12));
-                        } else {
-                            q = bits_and(shift_right16(word, shift), mask8((1 << low) - 1));
-                        }
-                        UNROLL for (int j = 0; j < n_tokens; j++) {
-                            const vh x = load_words(t + j * next + half * BYTES);
-                            vi *sum = &of[(row * values + i) * n_tokens + j];
-                            *sum = fast ? dot8(*sum, q, x) : dot16(*sum, q, x);
-                        }
-                    }
-                }
+        int64_t k = 0;
+        for (; k + 64 <= left; k += 64) { /* a line of the cache */
+            UNROLL for (int row = 0; row < n_pointers; row++) PREFETCH(ahead[row] + first + k);
+            UNROLL for (int step = 0; step < 64; step += BYTES) {
+                UNROLL for (int row = 0; row < n_pointers; row++) from[row] = words[row] + first + k + step;
+                byte_step(bits, n_rows, n_tokens, fast, from, first_high, t + (k + step) * item, next, of);
             }
+        }
+        for (; UNLIKELY(k < left); k += BYTES) {
+            uint8_t rest[5][64];
+            const int64_t n = left - k < BYTES ? left - k : BYTES;
+            UNROLL for (int row = 0; row < n_pointers; row++) from[row] = padded_copy(rest[row], words[row] + first + k, n);
+            byte_step(bits, n_rows, n_tokens, fast, from, first_high, t + k * item, next, of);
         }
         UNROLL for (int i = 0; i < n_rows * values; i++)
             UNROLL for (int j = 0; j < n_tokens; j++) {
@@ -578,7 +629,7 @@ static void FUNCTION(prepare)(Work *w, const Matrix *m, int64_t tokens, uint8_t 
     scratch += 64;
     w->u = (float *)scratch;
     w->centre = w->u + few * w->padded;
-    scratch += 4 * (few + 1) * w->padded;
+    scratch += 4 * 2 * few * w->padded;
     w->classes = 1;
     if (m->meta_scale && tokens <= MAX_TOKENS) {
         int64_t a = m->n_meta, b = m->k; /* classes: n_meta / the greatest common divisor */
@@ -633,7 +684,7 @@ static void FUNCTION(product)(const Matrix *m, const float *x, int64_t tokens, f
         return;
     }
     for (int64_t c = first; c < first + w.classes && c < last; c++) {
-        if (w.scales) FUNCTION(set_class)(&w, c, x, tokens);
+        if (w.scales) FUNCTION(set_class)(&w, c, x, tokens, fast);
         for (int64_t g = c; g < last; g += w.classes) {
             Target to = {y, stride, g};
             if (fast) tokens == 1 ? activations(&w, g, x, 1, 1) : activations(&w, g, x, tokens, 1);

@@ -61,12 +61,12 @@ static INLINE float sum_float(vf v) {
 }
 /* 32 ints in their order -> int16, those of even columns and those of odd ones */
 static INLINE void even_odd(const vi q[4], vh *even, vh *odd) {
-#define LOW(v) _mm256_srai_epi32(_mm256_slli_epi32(v, 16), 16)
-    vh a = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
-    vh b = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[2], q[3]), 0xd8);
-    *even = _mm256_permute4x64_epi64(_mm256_packs_epi32(LOW(a), LOW(b)), 0xd8);
-    *odd = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_srai_epi32(a, 16), _mm256_srai_epi32(b, 16)), 0xd8);
-#undef LOW
+#define EVEN(v) _mm256_srai_epi32(_mm256_slli_epi32(v, 16), 16)
+    const vi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* of pairs, after packing by halves twice */
+    vh a = _mm256_packs_epi32(q[0], q[1]), b = _mm256_packs_epi32(q[2], q[3]);
+    *even = _mm256_permutevar8x32_epi32(_mm256_packs_epi32(EVEN(a), EVEN(b)), order);
+    *odd = _mm256_permutevar8x32_epi32(_mm256_packs_epi32(_mm256_srai_epi32(a, 16), _mm256_srai_epi32(b, 16)), order);
+#undef EVEN
 }
 /* 16 ints: the first 8 columns in the low halves of 32 bits, the other 8 in the high ones */
 static INLINE vh halves(vi a, vi b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa); }

@@ -1,12 +1,12 @@
 """How fast a quantized matrix is multiplied straight from its packed bytes, at every bit width.
 
-    python benchmarks/kernels.py [--device cuda] [--shape 14336 4096] [--without compiled]
+    python benchmarks/products.py [--device cuda] [--shape 14336 4096] [--without compiled]
 
 For one token (a matrix-vector product): packed bytes per second of the package's kernels (exact and fast), of
 torch.compile's, of dequantizing first, and of the library's product in fp32, compared with this device's
 copies. For a prompt: the same ways, compared with the library's product alone. The ways take turns, over
-several copies of the matrix that no cache holds. Writes benchmarks/results/kernels-NAME.json, named after the
-kernels or the device.
+several copies of the matrix that no cache holds, on the CPU in huge pages, as the package's slots are. Writes
+benchmarks/results/kernels-NAME.json, named after the kernels or the device.
 """
 
 import argparse
@@ -21,8 +21,10 @@ from machine import machine, words
 from synthetic import random_fields
 from torch.nn import functional as F
 
+from mixtral_offload.runtime.store import host_slab
 from mixtral_offload.weights import kernels as compiled
 from mixtral_offload.weights.hqq import PAPER, Quantization, dequantize, matmul
+from mixtral_offload.weights.layout import ALIGNMENT
 from mixtral_offload.weights.native import find_native
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,6 +83,18 @@ def random_matrix(shape, quantization: Quantization, device: str) -> dict:
     return {name: value.to(device) for name, value in fields.items()}
 
 
+def in_one_row(fields: dict) -> dict:
+    """A copy of a matrix in one piece of memory, aligned as in the package's rows."""
+    sizes = [-(-value.nbytes // ALIGNMENT) * ALIGNMENT for value in fields.values()]
+    device = next(iter(fields.values())).device
+    is_cpu = device.type == "cpu"
+    row = host_slab(1, sum(sizes))[0] if is_cpu else torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    copies = {}
+    for (name, value), part in zip(fields.items(), row.split(sizes)):
+        copies[name] = part[: value.nbytes].view(value.dtype).view(value.shape).copy_(value)
+    return copies
+
+
 def ways_of(arguments: argparse.Namespace, shape, quantization: Quantization) -> dict:
     """The ways to multiply: name -> function of x and a matrix's fields."""
     native = find_native()[0] if arguments.device == "cpu" else None
@@ -102,15 +116,8 @@ def measure(shape, quantization: Quantization, arguments: argparse.Namespace, co
     device, dtype = arguments.device, torch.float32 if arguments.device == "cpu" else torch.float16
     fields = random_matrix(shape, quantization, device)
     n_bytes = sum(value.numel() * value.element_size() for value in fields.values())
-    many = itertools.cycle(
-        [
-            fields,
-            *(
-                {name: value.clone() for name, value in fields.items()}
-                for _ in range(min(SPREAD_BYTES // n_bytes, 15))
-            ),
-        ]
-    )
+    n_copies = 1 + min(SPREAD_BYTES // n_bytes, 15)
+    many = itertools.cycle([in_one_row(fields) for _ in range(n_copies)])
     x = torch.randn(arguments.prompt, shape[1], device=device, dtype=dtype)
     ways, row = ways_of(arguments, shape, quantization), {"bytes": n_bytes, "error": {}, "prompt_error": {}}
     weight = dequantize(fields, shape, quantization, torch.float32)
