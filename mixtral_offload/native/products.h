@@ -408,7 +408,7 @@ static INLINE void group_of_bytes(const Work *w, const int bits, const int n_row
         }
 }
 
-#define LOOPS(bits, alone, in_pair)                                                                                   \
+#define LOOPS(bits, exact, alone, in_pair)                                                                             \
     static void FUNCTION(group_##bits)(const Work *w, int64_t tokens, int fast, const Target *to) {                   \
         int64_t t = 0;                                                                                                \
         if (fast) {                                                                                                   \
@@ -416,14 +416,14 @@ static INLINE void group_of_bytes(const Work *w, const int bits, const int n_row
             if (t < tokens) group_of_bytes(w, bits, alone, 1, 1, t, to);                                              \
         } else {                                                                                                      \
             for (; t + 2 <= tokens; t += 2) group_of_bytes(w, bits, in_pair, 2, 0, t, to);                            \
-            if (t < tokens) group_of_bytes(w, bits, alone, 1, 0, t, to);                                              \
+            if (t < tokens) group_of_bytes(w, bits, exact, 1, 0, t, to);                                              \
         }                                                                                                             \
     }
-/* 8 sums at a time: more than 16 registers hold no more */
-LOOPS(2, 2, 1)
-LOOPS(3, 2, 1)
-LOOPS(4, 4, 2)
-LOOPS(8, 4, 4)
+/* Rows at a time, by measurement: at most 8 sums, because 16 registers hold no more. */
+LOOPS(2, 1, 2, 1)
+LOOPS(3, 2, 2, 1)
+LOOPS(4, 2, 4, 2)
+LOOPS(8, 4, 4, 4)
 
 static void FUNCTION(group_ten)(const Work *w, int64_t tokens, const Target *to) {
     const Matrix *m = w->m;
