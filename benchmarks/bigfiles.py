@@ -11,6 +11,7 @@ from pathlib import Path
 
 from contestants import drop_page_cache
 from processes import log
+from shapes import Shape
 from synthetic import write_checkpoint
 
 from mixtral_offload.errors import CapacityError, CheckpointError
@@ -22,16 +23,14 @@ SPARE_BYTES = 1_000_000_000  # of disk, left free in addition to big files
 
 def checkpoint_bytes(config: dict, bits: int) -> int:
     """Estimate the bytes that `write_checkpoint` writes."""
-    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    shape = Shape.of(config)
 
-    def packed(shape, quantization):
-        return sum(dtype.itemsize * prod(dims) for dtype, dims in field_specs(shape, quantization).values())
+    def packed(size, quantization):
+        return sum(dtype.itemsize * prod(dims) for dtype, dims in field_specs(size, quantization).values())
 
-    expert = 3 * packed((intermediate, hidden), PAPER[bits])
-    kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
-    attention = 2 * (packed((hidden, hidden), PAPER[4]) + packed((kv, hidden), PAPER[4]))
-    layers = config["num_hidden_layers"]
-    return layers * (config["num_local_experts"] * expert + attention) + 4 * config["vocab_size"] * hidden
+    expert = sum(packed(size, PAPER[bits]) for size in shape.expert().values())
+    attention = sum(packed(size, PAPER[4]) for size in shape.attention().values())
+    return shape.layers * (shape.n_experts * expert + attention) + 4 * shape.vocab * shape.hidden
 
 
 def check_disk(folder: Path, n_bytes: int, what: str) -> None:

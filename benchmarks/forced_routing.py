@@ -1,6 +1,7 @@
 """Routing replayed from a trace, for models of random weights, whose own routing is random.
 
-Works on the experts modules of transformers' Mixtral: under this package's model and under accelerate's.
+Works on the experts modules of transformers' Mixtral and Qwen3-MoE: under this package's model and under
+accelerate's.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from mixtral_offload.core.trace import RoutingTrace
+
+EXPERTS = (MixtralExperts, Qwen3MoeExperts)
 
 
 def sticky_experts(
@@ -48,7 +52,7 @@ class ForcedRouting:
     """
 
     def __init__(self, model: nn.Module, experts: np.ndarray):
-        modules = [module for module in model.modules() if isinstance(module, MixtralExperts)]
+        modules = [module for module in model.modules() if isinstance(module, EXPERTS)]
         if len(modules) != experts.shape[1]:
             raise ValueError(
                 f"a trace of {experts.shape[1]} layers for a model with {len(modules)} MoE layers"

@@ -1,6 +1,7 @@
-"""A whole Mixtral-8x7B (32 layers, 46.7 billion parameters) in a small memory: this package and its rivals.
+"""A whole Mixtral-8x7B, or a model of Qwen3-30B-A3B's shape, in a small memory: this package and its rivals.
 
     python benchmarks/fullsize.py --folder FOLDER [--device cpu --ram 13GB] [--rivals accelerate llama.cpp]
+    python benchmarks/fullsize.py --folder FOLDER --family qwen3_moe --bits 4 --ram 21GB --rivals llama.cpp
 
 Speed and memory depend on shapes and bytes, not on values: the weights are random, written packed, nothing is
 downloaded. Random weights route at random, so this package and accelerate replay a synthetic trace of a
@@ -29,7 +30,8 @@ from bigfiles import check_disk, cold_read, make_checkpoint
 from contestants import Task, drop_page_cache
 from machine import machine as describe
 from processes import STARTED_S, ballast, check_machine_ram, in_process, log
-from synthetic import mixtral_config
+from shapes import SIZES, Shape
+from synthetic import config_of
 
 from mixtral_offload.errors import OffloadError
 from mixtral_offload.units import parse_size
@@ -42,8 +44,9 @@ RIVALS = ("accelerate", "llama.cpp")
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the files are, or are to be made")
-    for name, default in (("layers", 32), ("hidden", 4096), ("intermediate", 14336), ("vocab", 32000)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--family", choices=SIZES, default="mixtral")
+    for name in ("layers", "hidden", "intermediate", "vocab"):
+        parser.add_argument(f"--{name}", type=int, help="default: the family's")
     parser.add_argument("--bits", type=int, choices=PAPER, default=2, help="of the experts; attention has 4")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ram", default="13GB", help="what the package may plan with")
@@ -67,24 +70,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="do not delete the files made")
     parser.add_argument("--out", type=Path, default=RESULTS / "fullsize.json")
     arguments = parser.parse_args()
+    arguments.config = config_of(arguments)
     arguments.accelerate_layers = min(arguments.accelerate_layers, arguments.layers)
     return arguments
-
-
-def config_of(arguments: argparse.Namespace) -> dict:
-    return mixtral_config(arguments.layers, arguments.hidden, arguments.intermediate, vocab=arguments.vocab)
-
-
-def n_parameters(config: dict) -> int:
-    """Of the whole model: 46.7 billion for Mixtral-8x7B."""
-    hidden, n_experts = config["hidden_size"], config["num_local_experts"]
-    kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
-    layer = (
-        3 * n_experts * hidden * config["intermediate_size"]
-        + 2 * hidden * (hidden + kv)
-        + (n_experts + 2) * hidden
-    )
-    return config["num_hidden_layers"] * layer + (2 * config["vocab_size"] + 1) * hidden
 
 
 def rival_files(name: str, arguments, config: dict) -> tuple[Path, int, str | None]:
@@ -92,9 +80,13 @@ def rival_files(name: str, arguments, config: dict) -> tuple[Path, int, str | No
     if name == "llama.cpp":
         from llama_cpp_rival import file_bytes, missing
 
-        return arguments.folder / "llama.gguf", file_bytes(config), missing()
+        config = config | {"bits": arguments.bits}
+        why = missing(arguments.bits)
+        return arguments.folder / "llama.gguf", 0 if why else file_bytes(config), why
+    if arguments.family != "mixtral":
+        return arguments.folder, 0, "accelerate's part of this benchmark knows Mixtral only"
     hidden, layers = arguments.hidden, arguments.accelerate_layers
-    experts = 3 * config["num_local_experts"] * hidden * arguments.intermediate
+    experts = 3 * Shape.of(config).n_experts * hidden * arguments.intermediate
     n_bytes = 2 * (layers * (experts + 4 * hidden**2) + 2 * arguments.vocab * hidden)
     return arguments.folder / f"accelerate-{layers}", n_bytes, None
 
@@ -148,7 +140,7 @@ def machine(arguments) -> dict:
 
 def run(arguments) -> dict:
     """Run all contestants, one after the other; write the JSON after each."""
-    config = config_of(arguments)
+    config = arguments.config
     folder, ram = arguments.folder / "checkpoint", parse_size(arguments.ram)
     machine_ram = arguments.machine_ram and parse_size(arguments.machine_ram)
     check_machine_ram(machine_ram, ram)
@@ -168,7 +160,7 @@ def run(arguments) -> dict:
         options={"cache_size": cache_size} | arguments.options,
     )
     result = {
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("folder", "out")},
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("folder", "out", "config")},
         **machine(arguments),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +171,7 @@ def run(arguments) -> dict:
         cold = cold_read(folder)
         result["checkpoint"] = {
             "bytes": n_bytes,
-            "parameters": n_parameters(config),
+            "parameters": Shape.of(config).n_parameters,
             "write_s": write_s,
             "cold_read_bytes_per_s": cold,
         }

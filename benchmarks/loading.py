@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 
 from machine import machine
-from synthetic import mixtral_config, write_checkpoint
+from shapes import mixtral_config
+from synthetic import write_checkpoint
 
 from mixtral_offload.weights.hqq import PAPER
 

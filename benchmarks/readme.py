@@ -40,8 +40,8 @@ def kernels() -> str:
             continue
         n, k = found["shape"]
         text = (
-            f"**Straight from packed bytes** (`python benchmarks/products.py`; {in_words(found['machine'])}): "
-            f"one token times a {n} x {k} matrix, in GB of packed bytes per second, with relative errors; a "
+            "**Straight from packed bytes** (`python benchmarks/products.py`; "
+            f"{in_words(found['machine'])}): one token times a {n} x {k} matrix, in GB of packed bytes per second, with relative errors; a "
             f"prompt of {found['prompt']} tokens, as a multiple of the library's product with an fp32 "
             f"matrix; and one token times a {found['small'][0]} x {found['small'][1]} matrix, in us."
         )

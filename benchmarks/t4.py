@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from machine import machine, words
 from products import SPREAD_BYTES, random_matrix, take_turns
-from synthetic import mixtral_config
+from shapes import mixtral_config
 from transformers import AutoConfig
 
 from mixtral_offload import from_pretrained

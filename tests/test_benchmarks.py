@@ -262,6 +262,21 @@ def test_the_plain_model_is_transformers_own_with_our_weights(offloaded):
     assert all(not parameter.is_meta for parameter in plain.parameters())
 
 
+def test_fullsize_in_the_shape_of_qwen3(tmp_path):
+    arguments = ["--family", "qwen3_moe", "--bits", 4, "--ram", "200MB", "--prompt", 5, "--tokens", 4]
+    found = fullsize(tmp_path, *arguments, "--rivals", "accelerate")["contestants"]
+    assert len(found["ours"]["seconds_per_token"]) == 4
+    assert found["ours"]["run"]["n_experts"] == 128
+    assert "knows Mixtral only" in found["accelerate"]["missing"]
+
+
+def test_parameters_of_the_shapes():
+    from shapes import CONFIGS, Shape
+
+    count = {family: Shape.of(make()).n_parameters / 1e9 for family, make in CONFIGS.items()}
+    assert count == {"mixtral": pytest.approx(46.7, abs=0.01), "qwen3_moe": pytest.approx(30.53, abs=0.01)}
+
+
 @pytest.mark.parametrize(
     "program", sorted(path.name for path in BENCHMARKS.glob("*.py") if "RESULTS /" in path.read_text())
 )

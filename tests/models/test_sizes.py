@@ -19,7 +19,7 @@ from mixtral_offload.weights.hqq import PAPER, quantize
 from mixtral_offload.weights.source import DEMO
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from synthetic import mixtral_config
+from shapes import mixtral_config
 
 QWEN3_30B = {
     "hidden_size": 2048,
