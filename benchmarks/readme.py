@@ -41,9 +41,10 @@ def kernels() -> str:
         n, k = found["shape"]
         text = (
             "**Straight from packed bytes** (`python benchmarks/products.py`; "
-            f"{in_words(found['machine'])}): one token times a {n} x {k} matrix, in GB of packed bytes per second, with relative errors; a "
-            f"prompt of {found['prompt']} tokens, as a multiple of the library's product with an fp32 "
-            f"matrix; and one token times a {found['small'][0]} x {found['small'][1]} matrix, in us."
+            f"{in_words(found['machine'])}): one token times a {n} x {k} matrix, in GB of packed bytes per "
+            f"second, with relative errors; a prompt of {found['prompt']} tokens, as a multiple of the "
+            "library's product with an fp32 matrix; and one token times a "
+            f"{found['small'][0]} x {found['small'][1]} matrix, in us."
         )
         ways = list(next(iter(found["widths"].values()))["gb_per_s"])
         head = ["", *ways, "copies here", "prompt: exact", "prompt: dequantized first"]
