@@ -22,4 +22,5 @@ def machine(device: str = "cpu") -> dict:
 def words(of: dict) -> str:
     """A machine in one line."""
     sets = f" ({of['instruction_sets']})" if of["instruction_sets"] else ""
-    return of.get("card") or f"{of['processor']}{sets}, {of['threads']} threads, kernels: {of['kernels']}"
+    threads = f"{of['threads']} thread{'s' if of['threads'] > 1 else ''}"
+    return of.get("card") or f"{of['processor']}{sets}, {threads}, kernels: {of['kernels']}"
