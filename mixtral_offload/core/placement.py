@@ -117,11 +117,10 @@ def make_plan(
     if cache_size == "auto":
         held = f"all that {gb(device_bytes)} of device memory holds"
         reason = f"cache of {room} experts over {len(sizes.layers)} layers: {held}"
-    read_why = [READ_INTO_SLOTS] if shared_memory else []
     slots = _slots(sizes, 0, room, wanted)
     assert slots is not None  # _check: each layer has room for top_k
     if store == "disk":
-        return _plan(sizes, 0, slots, "disk", [reason, "the other experts are on disk: as asked", *read_why])
+        return _plan(sizes, 0, slots, "disk", [reason, *_why_on_disk("as asked", shared_memory)])
     must_stay = 0
     if shared_memory:
         ram_bytes = device_bytes - sum(slots.values()) * sizes.expert_bytes
@@ -162,9 +161,13 @@ def _on_disk(
             hint='use store="disk" or store="auto"',
         )
     which = "in addition to the cache" if shared_memory else "that do not fit on the device"
-    reason = f"the other experts are on disk: {gb(ram_bytes)} of RAM cannot hold the experts {which}"
-    read_why = [READ_INTO_SLOTS] if shared_memory else []
-    return _plan(sizes, 0, slots, "disk", [*reasons, reason, *read_why])
+    reason = f"{gb(ram_bytes)} of RAM cannot hold the experts {which}"
+    return _plan(sizes, 0, slots, "disk", reasons + _why_on_disk(reason, shared_memory))
+
+
+def _why_on_disk(reason: str, shared_memory: bool) -> list[str]:
+    in_slots = [READ_INTO_SLOTS] if shared_memory else []
+    return [f"the other experts are on disk: {reason}", *in_slots]
 
 
 def _plan_by_layer(
@@ -194,9 +197,7 @@ def _plan_by_layer(
     reasons = [f"cache of {sum(wanted)} experts, by layer {wanted}: {why}"]
     slots = dict(zip(sizes.layers, wanted))
     if store == "disk":
-        read_why = [READ_INTO_SLOTS] if shared_memory else []
-        reasons += ["the other experts are on disk: as asked", *read_why]
-        return _plan(sizes, 0, slots, "disk", reasons)
+        return _plan(sizes, 0, slots, "disk", reasons + _why_on_disk("as asked", shared_memory))
     if sizes.total * sizes.expert_bytes <= ram_bytes:
         return _in_ram(sizes, 0, slots, ram_bytes, reasons)
     return _on_disk(sizes, slots, device_bytes, ram_bytes, store, shared_memory, reasons)
