@@ -82,7 +82,9 @@ def _plus_of(norm: nn.Module, native: Native, eps_name: str) -> float | None:
     weight, is_named = norm._parameters.get("weight"), type(norm).__name__.endswith("RMSNorm")
     if not is_named or isinstance(norm, ByKernels) or len(norm._parameters) != 1 or norm._buffers:
         return None
-    if weight is None or weight.ndim != 1 or weight.dtype != torch.float32 or not weight.is_cpu:
+    if weight is None or weight.ndim != 1 or not weight.numel():
+        return None
+    if weight.dtype != torch.float32 or not weight.is_cpu:
         return None
     n, like = weight.numel(), torch.empty(0, dtype=torch.float32, device="cpu")
     random = torch.Generator().manual_seed(0)

@@ -135,7 +135,7 @@ static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 /* What one thread needs, in bytes; FUNCTION(prepare) in products.h divides it. */
 static int64_t scratch_bytes(const Matrix *m, int64_t tokens) {
     int64_t padded = up(m->k, BLOCK), few = tokens < MAX_TOKENS ? tokens : MAX_TOKENS;
-    int64_t bytes = few * padded * 2 + up(few * (padded / BLOCK) * 4, 64) + 64 + 4 * 2 * few * padded;
+    int64_t bytes = few * padded * 2 + up(few * (padded / BLOCK) * 4, 64) + 64 + 4 * (few + 1) * padded;
     if (tokens > MAX_TOKENS) bytes += 4 * (TILE_ROWS * BLOCK + TILE_TOKENS * TILE_ROWS * MAX_LANES + TILE_TOKENS * padded);
     return up(bytes + 4 * (m->n_meta + padded), 64) + 64;
 }

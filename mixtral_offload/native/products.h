@@ -30,8 +30,7 @@ typedef struct {
     const uint16_t *scales, *zeros; /* of scales, so that [offset + k] is right for every k */
     int64_t classes;              /* of groups whose scales have the same scales */
     int64_t ahead;                /* from a group to the next in the order of classes, in columns */
-    float *u;                     /* of a class, [tokens, padded]: x times the scales of scales */
-    float *centre;                /* of a class: zeros of scales [padded]; of int16, -zeros * u [tokens, padded] */
+    float *u, *centre;            /* of a class: [tokens, padded], and zeros of scales [padded] */
     void *t;                      /* int16 or int8 [tokens, padded] */
     float *unit;                  /* [tokens, blocks]: what 1 stands for in t */
     float *zero;                  /* [tokens]: sum_k zero * t */
@@ -102,37 +101,16 @@ static INLINE const uint8_t *whole_block(const uint8_t *from, int64_t n, int ite
     return memcpy(copy, from, (size_t)(n * item));
 }
 
-/*
- * What groups have in common whose scales have the same scales, g mod classes: u, centre. int16 has room for a bound in
- * place of each group's largest product, so that these have their units in common too: a scale is at most the farther
- * end of a byte. u and centre are divided by the unit then.
- */
-static void FUNCTION(set_class)(const Work *w, int64_t g, const float *x, int64_t tokens, int fast) {
+/* Groups whose scales have the same scales, g mod classes: u = (scale of scales * x) for all of them. */
+static void FUNCTION(set_class)(const Work *w, int64_t g, const float *x, int64_t tokens) {
     const int64_t meta = g * w->m->k % w->m->n_meta;
-    for (int64_t block = 0; block < w->blocks; block++)
-        for (int64_t t = 0; t < tokens; t++) {
-            vf products[BLOCK / LANES], centres[BLOCK / LANES];
-            vi largest = zero_int();
-            for (int i = 0; i < BLOCK / LANES; i++) {
-                const int64_t k = block * BLOCK + i * LANES;
-                const int is_in = k < w->m->k; /* the rest of the last block has no scales */
-                vf scale = is_in ? float_of_half(w->scales + meta + k) : zero_float();
-                centres[i] = is_in ? float_of_half(w->zeros + meta + k) : zero_float();
-                products[i] = multiply(scale, load_float(x + t * w->padded + k));
-                vf farther = maximum(absolute(centres[i]), absolute(subtract(set_float(255), centres[i])));
-                largest = max_bits(largest, multiply(products[i], farther));
-            }
-            const float most = largest_of_bits(largest); /* NaN if there is one */
-            const vf per_unit = set_float(fast ? 1 : most < 1e-30f ? 0 : 32767 / most);
-            w->unit[t * w->blocks + block] = most < 1e-30f ? 0 : most / 32767; /* too small for a reciprocal: zero */
-            for (int i = 0; i < BLOCK / LANES; i++) {
-                const int64_t k = block * BLOCK + i * LANES;
-                const vf u = multiply(products[i], per_unit);
-                store_float(w->u + t * w->padded + k, u);
-                if (!fast) store_float(w->centre + t * w->padded + k, subtract(zero_float(), multiply(centres[i], u)));
-                else if (t == 0) store_float(w->centre + k, centres[i]);
-            }
-        }
+    for (int64_t k = 0; k < w->padded; k += LANES) {
+        const int is_in = k < w->m->k; /* the rest of the last block has no scales */
+        vf scale = is_in ? float_of_half(w->scales + meta + k) : zero_float();
+        store_float(w->centre + k, is_in ? float_of_half(w->zeros + meta + k) : zero_float());
+        for (int64_t t = 0; t < tokens; t++)
+            store_float(w->u + t * w->padded + k, multiply(scale, load_float(x + t * w->padded + k)));
+    }
 }
 
 /* Four vectors of ints as int16, in the order that the words' values come in. */
@@ -146,40 +124,48 @@ static INLINE vh *put_int16(const Work *w, const vi q[4], vh *out) {
     return out + 2;
 }
 
-/* What integers() does where set_class() has bound the block: scales are bytes. */
-static INLINE void bound_integers(const Work *w, const uint8_t *scale, const float *u, const float *centre, int64_t n,
-                                  const float *zeros, float unit, vf *zero_sum, vh *out) {
-    vf zero = zero_float();
-    for (int64_t i = 0; i < n; i += BYTES) {
-        vi q[4];
-        UNROLL for (int j = 0; j < 4; j++) {
-            const int64_t at = i + j * LANES;
-            q[j] = to_int(multiply_add(float_of_bytes(scale + at), load_float(u + at), load_float(centre + at)));
-        }
-        if (zeros)
-            UNROLL for (int j = 0; j < 4; j++) zero = multiply_add(load_float(zeros + i + j * LANES), to_float(q[j]), zero);
-        out = put_int16(w, q, out);
-    }
-    if (zeros) *zero_sum = multiply_add(zero, set_float(unit), *zero_sum);
-}
+/*
+ * Largest product over the mean of a block from where int16 could lose the smaller ones: an error of 6e-4 of their mean
+ * remains below it. The largest may count for nothing, in a column that is zero.
+ */
+#define WIDE 64
 
 /*
  * t of one block of one token, as integers in the order that the words' values come in; returns their unit.
- * scale: quantized ones, or floats that were made of them (is_float).
+ * scale: quantized ones, or floats that were made of them (is_float). is_rest: what these integers leave of t is made
+ * into integers, of a finer unit. is_wide: set where that counts.
  */
 static INLINE float integers(const Work *w, const uint8_t *scale, const float *centre, const float *u, int64_t n,
-                             const int is_float, const int fast, const float *zeros, vf *zero_sum, vh *out) {
+                             const int is_float, const int fast, const int is_rest, const float *zeros, int *is_wide,
+                             vf *zero_sum, vh *out) {
+    const float limit = fast ? 127 : 32767;
     float t[BLOCK];
     vi largest = zero_int();
+    vf sum = zero_float();
     for (int64_t i = 0; i < n; i += LANES) {
         vf of = is_float ? load_float((const float *)scale + i) : subtract(float_of_bytes(scale + i), load_float(centre + i));
         vf product = multiply(of, load_float(u + i));
         store_float(t + i, product);
         largest = max_bits(largest, product);
+        if (!fast) sum = add(sum, absolute(product));
     }
-    float most = largest_of_bits(largest);                        /* NaN if there is one */
-    float unit = most < 1e-30f ? 0 : most / (fast ? 127 : 32767); /* too small for a reciprocal: zero */
-    vf per_unit = set_float(most < 1e-30f ? 0 : (fast ? 127 : 32767) / most);
+    float most = largest_of_bits(largest);            /* NaN if there is one */
+    float unit = most < 1e-30f ? 0 : most / limit;    /* too small for a reciprocal: zero */
+    vf per_unit = set_float(most < 1e-30f ? 0 : limit / most);
+    if (is_rest) {
+        largest = zero_int();
+        for (int64_t i = 0; i < n; i += LANES) {
+            vf q = to_float(to_int(multiply(load_float(t + i), per_unit)));
+            vf rest = multiply_add(q, set_float(-unit), load_float(t + i));
+            store_float(t + i, rest);
+            largest = max_bits(largest, rest);
+        }
+        most = largest_of_bits(largest);
+        unit = most < 1e-30f ? 0 : most / limit;
+        per_unit = set_float(most < 1e-30f ? 0 : limit / most);
+    } else if (!fast && most * (float)n > WIDE * sum_float(sum)) {
+        *is_wide = 1;
+    }
     vf zero = zero_float();
     for (int64_t i = 0; i < n; i += BYTES) {
         vi q[4];
@@ -193,12 +179,17 @@ static INLINE float integers(const Work *w, const uint8_t *scale, const float *c
     return unit;
 }
 
-/* t, unit and zero of a work for group g */
-static INLINE void activations(const Work *w, int64_t g, const float *x, const int64_t tokens, const int fast) {
+/*
+ * t, unit and zero of a work for group g, of `tokens` tokens from `first` on. Returns a bit for each of them whose
+ * is_rest is to be added: small products beside a large one.
+ */
+static INLINE unsigned activations(const Work *w, int64_t g, const float *x, int64_t first, const int64_t tokens,
+                                   const int fast, const int is_rest) {
     const Matrix *m = w->m;
     float scales[BLOCK + LANES], zeros[BLOCK + LANES];
     vf zero_sum[MAX_TOKENS], one_sum[MAX_TOKENS];
     const int item = fast ? 1 : 2, is_bytes = m->zero_scale && m->format != TEN_IN_32;
+    unsigned wide = 0;
     for (int64_t t = 0; t < tokens; t++) zero_sum[t] = one_sum[t] = zero_float();
     for (int64_t block = 0; block < w->blocks; block++) {
         const int64_t k = block * BLOCK, at = g * m->k + k, left = m->k - k < BLOCK ? m->k - k : BLOCK;
@@ -207,8 +198,7 @@ static INLINE void activations(const Work *w, int64_t g, const float *x, const i
         const uint8_t *scale = whole_block(m->scale + at * (w->scales ? 1 : 2), left, w->scales ? 1 : 2, some_scales);
         const uint8_t *zero = is_bytes ? whole_block(m->zero + at, left, 1, some_zeros) : NULL;
         if (!is_bytes) FUNCTION(zeros)(w, g, k, zeros);
-        const int is_bound = w->scales && !fast;
-        if (!is_bound && (!w->scales || tokens > 1)) /* once for all tokens */
+        if (!w->scales || tokens > 1) /* once for all tokens */
             for (int64_t i = 0; i < n; i += LANES)
                 store_float(scales + i, w->scales ? subtract(float_of_bytes(scale + i), load_float(w->centre + k + i))
                                                   : float_of_half((const uint16_t *)scale + i));
@@ -217,14 +207,15 @@ static INLINE void activations(const Work *w, int64_t g, const float *x, const i
             if (is_bytes) PREFETCH(zero + i + w->ahead);
         }
         for (int64_t t = 0; t < tokens; t++) {
-            vh *out = (vh *)((uint8_t *)w->t + (t * w->padded + k) * item);
-            const float *u = (w->scales ? w->u : x) + t * w->padded + k, *some = is_bytes ? NULL : zeros;
-            float unit = w->unit[t * w->blocks + block];
-            if (is_bound) bound_integers(w, scale, u, w->centre + t * w->padded + k, n, some, unit, zero_sum + t, out);
-            else if (!w->scales || tokens > 1)
-                unit = integers(w, (const uint8_t *)scales, NULL, u, n, 1, fast, some, zero_sum + t, out);
-            else unit = integers(w, scale, w->centre + k, u, n, 0, fast, some, zero_sum + t, out);
-            w->unit[t * w->blocks + block] = unit;
+            vh *out = (vh *)((uint8_t *)w->t + ((first + t) * w->padded + k) * item);
+            const float *u = (w->scales ? w->u : x) + (first + t) * w->padded + k, *some = is_bytes ? NULL : zeros;
+            int is_wide = 0;
+            float unit = !w->scales || tokens > 1 ? integers(w, (const uint8_t *)scales, NULL, u, n, 1, fast, is_rest, some,
+                                                             &is_wide, zero_sum + t, out)
+                                                  : integers(w, scale, w->centre + k, u, n, 0, fast, is_rest, some,
+                                                             &is_wide, zero_sum + t, out);
+            w->unit[(first + t) * w->blocks + block] = unit;
+            wide |= (unsigned)is_wide << t;
             if (!is_bytes) continue;
             vi of_zero = zero_int(), of_one = zero_int(); /* zeros that are bytes: with the same integers */
             for (int64_t i = 0; i < n; i += BYTES) {
@@ -243,7 +234,13 @@ static INLINE void activations(const Work *w, int64_t g, const float *x, const i
         }
     }
     const float scale = is_bytes ? half_to_float(*m->zero_scale) : 1, zero = is_bytes ? half_to_float(*m->zero_zero) : 0;
-    for (int64_t t = 0; t < tokens; t++) w->zero[t] = scale * (sum_float(zero_sum[t]) - zero * sum_float(one_sum[t]));
+    for (int64_t t = 0; t < tokens; t++)
+        w->zero[first + t] = scale * (sum_float(zero_sum[t]) - zero * sum_float(one_sum[t]));
+    return wide;
+}
+
+static void FUNCTION(rest)(const Work *w, int64_t g, const float *x, int64_t token) {
+    activations(w, g, x, token, 1, 0, 1);
 }
 
 /* ---- products of words --------------------------------------------------------------------------------- */
@@ -373,10 +370,13 @@ typedef struct {
     float *y;
     int64_t stride;
     int64_t g;
+    int adds; /* to what is there */
 } Target;
 
 static INLINE void put(const Work *w, const Target *to, int64_t row, int64_t token, float sum) {
-    if (row < w->m->group) to->y[token * to->stride + row * w->groups + to->g] = sum - w->zero[token];
+    if (row >= w->m->group) return;
+    float *y = to->y + token * to->stride + row * w->groups + to->g;
+    *y = (to->adds ? *y : 0) + (sum - w->zero[token]);
 }
 
 /* All rows of group g for n_tokens tokens from `token` on. The last rows are computed twice if n_rows divides no more. */
@@ -409,8 +409,7 @@ static INLINE void group_of_bytes(const Work *w, const int bits, const int n_row
 }
 
 #define LOOPS(bits, exact, alone, in_pair)                                                                             \
-    static void FUNCTION(group_##bits)(const Work *w, int64_t tokens, int fast, const Target *to) {                   \
-        int64_t t = 0;                                                                                                \
+    static void FUNCTION(group_##bits)(const Work *w, int64_t t, int64_t tokens, int fast, const Target *to) {        \
         if (fast) {                                                                                                   \
             for (; t + 2 <= tokens; t += 2) group_of_bytes(w, bits, in_pair, 2, 1, t, to);                            \
             if (t < tokens) group_of_bytes(w, bits, alone, 1, 1, t, to);                                              \
@@ -425,12 +424,12 @@ LOOPS(3, 2, 2, 1)
 LOOPS(4, 2, 4, 2)
 LOOPS(8, 4, 4, 4)
 
-static void FUNCTION(group_ten)(const Work *w, int64_t tokens, const Target *to) {
+static void FUNCTION(group_ten)(const Work *w, int64_t first, int64_t tokens, const Target *to) {
     const Matrix *m = w->m;
     const int64_t n_words = (m->group + 9) / 10, row_bytes = 4 * w->groups * m->k;
     float y[10];
     for (int64_t p = 0; p < n_words; p++)
-        for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t t = first; t < tokens; t++) {
             ten_in_32_row(w, m->words + 4 * to->g * m->k + p * row_bytes, t, y);
             for (int i = 0; i < 10; i++) put(w, to, i * n_words + p, t, y[i]);
         }
@@ -629,7 +628,7 @@ static void FUNCTION(prepare)(Work *w, const Matrix *m, int64_t tokens, uint8_t 
     scratch += 64;
     w->u = (float *)scratch;
     w->centre = w->u + few * w->padded;
-    scratch += 4 * 2 * few * w->padded;
+    scratch += 4 * (few + 1) * w->padded;
     w->classes = 1;
     if (m->meta_scale && tokens <= MAX_TOKENS) {
         int64_t a = m->n_meta, b = m->k; /* classes: n_meta / the greatest common divisor */
@@ -657,6 +656,17 @@ static void FUNCTION(prepare)(Work *w, const Matrix *m, int64_t tokens, uint8_t 
     }
 }
 
+/* The sums of group g for the tokens first <= t < last, from a work's t, unit and zero. */
+static void FUNCTION(rows_of_group)(const Work *w, int64_t first, int64_t last, int fast, const Target *to) {
+    switch (w->m->format) {
+    case BITS2: FUNCTION(group_2)(w, first, last, fast, to); break;
+    case BITS3: FUNCTION(group_3)(w, first, last, fast, to); break;
+    case BITS4: FUNCTION(group_4)(w, first, last, fast, to); break;
+    case BITS8: FUNCTION(group_8)(w, first, last, 0, to); break;
+    default: FUNCTION(group_ten)(w, first, last, to);
+    }
+}
+
 static void FUNCTION(product)(const Matrix *m, const float *x, int64_t tokens, float *y, int64_t stride, int64_t first,
                               int64_t last, int fast, void *scratch) {
     Work w;
@@ -671,7 +681,7 @@ static void FUNCTION(product)(const Matrix *m, const float *x, int64_t tokens, f
             const int64_t n = tokens - t < TILE_TOKENS ? tokens - t : TILE_TOKENS;
             const float *at = by_blocks(&w, x + t * w.padded, n);
             for (int64_t g = first; g < last; g++) {
-                Target to = {y + t * stride, stride, g};
+                Target to = {y + t * stride, stride, g, 0};
                 switch (m->format) {
                 case BITS2: tiled_group(&w, 2, 1, at, n, &to); break;
                 case BITS3: tiled_group(&w, 3, 1, at, n, &to); break;
@@ -684,18 +694,19 @@ static void FUNCTION(product)(const Matrix *m, const float *x, int64_t tokens, f
         return;
     }
     for (int64_t c = first; c < first + w.classes && c < last; c++) {
-        if (w.scales) FUNCTION(set_class)(&w, c, x, tokens, fast);
+        if (w.scales) FUNCTION(set_class)(&w, c, x, tokens);
         for (int64_t g = c; g < last; g += w.classes) {
-            Target to = {y, stride, g};
-            if (fast) tokens == 1 ? activations(&w, g, x, 1, 1) : activations(&w, g, x, tokens, 1);
-            else tokens == 1 ? activations(&w, g, x, 1, 0) : activations(&w, g, x, tokens, 0);
-            switch (m->format) {
-            case BITS2: FUNCTION(group_2)(&w, tokens, fast, &to); break;
-            case BITS3: FUNCTION(group_3)(&w, tokens, fast, &to); break;
-            case BITS4: FUNCTION(group_4)(&w, tokens, fast, &to); break;
-            case BITS8: FUNCTION(group_8)(&w, tokens, 0, &to); break;
-            default: FUNCTION(group_ten)(&w, tokens, &to);
-            }
+            Target to = {y, stride, g, 0};
+            unsigned wide = 0;
+            if (fast) tokens == 1 ? activations(&w, g, x, 0, 1, 1, 0) : activations(&w, g, x, 0, tokens, 1, 0);
+            else wide = tokens == 1 ? activations(&w, g, x, 0, 1, 0, 0) : activations(&w, g, x, 0, tokens, 0, 0);
+            FUNCTION(rows_of_group)(&w, 0, tokens, fast, &to);
+            to.adds = 1;
+            for (int64_t t = 0; UNLIKELY(wide); t++, wide >>= 1)
+                if (wide & 1) {
+                    FUNCTION(rest)(&w, g, x, t);
+                    FUNCTION(rows_of_group)(&w, t, t + 1, 0, &to);
+                }
         }
     }
 }

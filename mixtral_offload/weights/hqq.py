@@ -429,7 +429,7 @@ class QuantizedLinear(torch.nn.Linear):
         # of a product that can be prepared: what it made, and the memory that this is valid for
         self._prepare: Prepare | None = getattr(product, "prepare", None)
         self._prepared: Callable[[Tensor], Tensor] | None = None
-        self._prepared_for: list[int] | None = None
+        self._prepared_for: list[Any] | None = None
         for name, (dtype, dims) in field_specs(shape, quantization).items():
             self.register_buffer(self._names[name], torch.empty(dims, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
@@ -505,7 +505,10 @@ class QuantizedLinear(torch.nn.Linear):
         if self._prepare is not None:
             buffers: dict[str, Any] = self._buffers
             stored = [buffers[name] for name in self._names.values()]
-            memory = [value.data_ptr() if value.is_contiguous() else -1 for value in stored]
+            memory = [
+                (value.data_ptr(), value.dtype, value.numel()) if value.is_contiguous() else None
+                for value in stored
+            ]
             if memory != self._prepared_for:  # layers are filled, moved and loaded after they are made
                 self._prepared = self._prepare(self.fields, shape, self.quantization)
                 self._prepared_for = memory

@@ -218,8 +218,9 @@ class NativeProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """Compute `x [..., K] @ W.T` -> `[..., N]` in x's dtype."""
         native, threads, shape = self._native, torch.get_num_threads(), x.shape[:-1]
-        if x.shape[-1] != self._columns:
-            raise RuntimeError(f"input of {x.shape[-1]} columns, expected {self._columns}")
+        if x.shape[-1:] != (self._columns,) or not x.is_floating_point():
+            found = f"{x.dtype} of shape {tuple(x.shape)}"
+            raise RuntimeError(f"input {found}, expected floating point, {self._columns} columns")
         library, rows, tokens = native._library, x.float().contiguous(), shape.numel()
         n_bytes = library.matrix_scratch(self._at, tokens, threads)
         y = _empty(*shape, self._rows)

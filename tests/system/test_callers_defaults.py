@@ -18,7 +18,8 @@ from torch import nn
 
 from mixtral_offload import from_pretrained
 from mixtral_offload.models.norms import ByKernels, replace_norms
-from mixtral_offload.weights.native import find_native
+from mixtral_offload.weights.hqq import PAPER, QuantizedLinear, quantize
+from mixtral_offload.weights.native import NativeLinear, find_native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -128,3 +129,31 @@ def test_models_built_while_others_answer(defaults):
     reader.join(60)
     assert not problems, set(problems)
     assert torch.get_default_dtype() == torch.float32
+
+
+def layer_of_128() -> QuantizedLinear:
+    layer = QuantizedLinear((128, 128), PAPER[4], NativeLinear(kernels()))
+    for name, value in quantize(torch.randn(128, 128), PAPER[4]).items():
+        layer.set_field(name, value)
+    return layer
+
+
+REFUSED = [torch.ones(2, 128, dtype=torch.int64), torch.ones(2, 128) * 1j, torch.tensor(1.0)]
+
+
+@pytest.mark.parametrize("x", REFUSED, ids=["integer", "complex", "no dimension"])
+def test_activations_that_a_layer_refuses(x):
+    """As torch.nn.Linear does."""
+    with pytest.raises(RuntimeError):
+        nn.Linear(128, 128)(x)
+    with pytest.raises(RuntimeError, match="expected floating point, 128 columns"):
+        layer_of_128()(x)
+
+
+def test_a_layer_follows_a_shorter_view_of_the_same_memory():
+    layer, x = layer_of_128(), torch.randn(1, 128)
+    layer(x)
+    name = next(name for name in layer._buffers if name.endswith("W_q"))
+    layer._buffers[name] = layer._buffers[name][:8]
+    with pytest.raises(RuntimeError):  # torch's product, which refuses it
+        layer(x)

@@ -23,6 +23,8 @@ from mixtral_offload.weights.hqq import (
     dequantize,
     field_specs,
     matmul,
+    quantize,
+    values,
 )
 from mixtral_offload.weights.layout import ExpertLayout, expert_forward
 from mixtral_offload.weights.native import NativeLinear
@@ -181,6 +183,40 @@ def test_the_largest_values_do_not_overflow(kernels, quantization):
     for sign, fast in product((1, -1), (False, True)):
         x = torch.full((2, 1024), 0.7 * sign)
         assert relative(kernels.linear(x, fields, shape, quantization, fast), x @ weight.T) < 2e-3
+
+
+def unrounded(fields, shape, quantization):
+    """The matrix in fp64, without fp16's rounding of its scales and zeros."""
+    of = {name: value.double() for name, value in fields.items()}
+    scale, zero = of.get("meta.scale"), of.get("meta.zero")
+    if scale is None:
+        scale = (of["meta.scale_q"] - of["meta.meta_scale.zero"]) * of["meta.meta_scale.scale"]
+    if zero is None:
+        zero = (of["meta.zero_q"] - of["meta.meta_zero.zero"]) * of["meta.meta_zero.scale"]
+    q = values(fields, quantization).double()
+    return ((q - zero.view(1, -1)) * scale.view(1, -1)).view(shape)
+
+
+WIDTHS = [*(PAPER[bits] for bits in (2, 3, 4, 8)), Quantization(4, 64), Quantization(3, 64, 128, True)]
+
+
+@each_level
+@pytest.mark.parametrize("quantization", WIDTHS, ids=str)
+def test_a_large_activation_of_a_small_column(kernels, quantization):
+    """Its products may be the largest by far and count for nothing: the others keep their digits."""
+    shape, wide = (128, 512), [1.0, 30.0, 1e3, 1e5]
+    for size in (1.0, 0.1, 0.01, 0.0):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
+        weight[:, 100] *= size
+        fields = quantize(weight, quantization)
+        exact = unrounded(fields, shape, quantization)
+        x = torch.randn(len(wide), shape[1], generator=torch.Generator().manual_seed(2))
+        x[:, 100] = torch.tensor(wide)
+        found = kernels.linear(x, fields, shape, quantization)
+        for row, expected in zip(found, x.double() @ exact.T):
+            assert relative(row.double(), expected) < 1e-3
+        for n in (1, 3):  # with others or alone: the same bits
+            assert torch.equal(found[n : n + 1], kernels.linear(x[n : n + 1], fields, shape, quantization))
 
 
 @each_level
