@@ -201,13 +201,17 @@ def fullsize_in_ram() -> str:
         shown = [f"{speed:.2f}" for speed in speeds] if prompt == 64 else ["", ""]
         ratio = f"{speeds[0] / speeds[1]:.2f}" if prompt == 64 else ""
         firsts = [f"{of['first_token_s']:.0f}" for of in (ours, theirs)]
-        rows.append([f"{name.split(',')[0]}, prompt of {prompt}", *shown, ratio, *firsts])
+        family = run["settings"].get("family", "mixtral")
+        model = {"mixtral": "Mixtral-8x7B, 2 bits", "qwen3_moe": "Qwen3-30B-A3B, 4 bits"}[family]
+        precision = "fast" if "fast" in name else "exact"
+        rows.append([f"{model}, {precision}, prompt of {prompt}", *shown, ratio, *firsts])
     head = ["", "tokens/s", "llama.cpp", "ratio", "first token, s", "llama.cpp"]
     return (
         "**Full size, everything in RAM, beside llama.cpp** (`python benchmarks/fullsize.py --ram 21GB "
-        '--prompt 64 --rivals llama.cpp`, with `--options \'{"precision": "fast"}\'` for fast; '
-        f"{in_words(found['machine'])}): 2-bit experts; llama.cpp {found['machine']['llama_cpp_python']} "
-        f"with Q2_K experts of the same shape, both of random weights.\n\n{table(head, rows)}"
+        '--prompt 64 --rivals llama.cpp`, with `--options \'{"precision": "fast"}\'` for fast, with '
+        "`--family qwen3_moe --bits 4 --ram 20GB` for the other shape; "
+        f"{in_words(found['machine'])}): random weights of these shapes; llama.cpp "
+        f"{found['machine']['llama_cpp_python']} with Q2_K experts, or with Q4_K_M.\n\n{table(head, rows)}"
     )
 
 
