@@ -248,7 +248,7 @@ def _misses(found: dict) -> str:
         name = f"{row['model']}, {row['bits']} bits, {row['link']}, {row['prefetch']} predicted"
         rows.append([name, *times, *speeds, computed])
     text = (
-        "The same with RAM for all experts and 15 GB on the card: misses copied, computed by the CPU, or "
+        "The same with RAM for all experts and 15 GB on the device: misses copied, computed by the CPU, or "
         f"split (`misses=`), tokens/s. The CPU's rate is that of one core here ({in_words(where)})."
     )
     head = ["", "a copy, ms", "on the CPU, ms", "copy", "cpu", "auto", "misses that auto computes, per token"]

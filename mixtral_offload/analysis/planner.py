@@ -17,6 +17,7 @@ from mixtral_offload.analysis.replay import best_allocation, replay
 from mixtral_offload.analysis.synthetic import CURVES, MIXTRAL_RECALL, recall_by_layer, sticky_trace
 from mixtral_offload.core.misses import AUTO, COPY, MISSES
 from mixtral_offload.core.placement import Plan
+from mixtral_offload.core.policies import check_predictions
 from mixtral_offload.core.trace import RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.sizes import ModelSizes
@@ -83,12 +84,7 @@ class PlanRequest:
         request = cls(sizes, **given)
         for name, least in (("prefetch", 0), ("look_ahead", 1), ("context_length", 1)):
             check_whole(name, getattr(request, name), least)
-        if request.prefetch > sizes.n_experts or request.look_ahead >= len(sizes.layers):
-            raise OptionError(
-                "impossible predictions",
-                expected=f"at most {sizes.n_experts} experts, less than {len(sizes.layers)} layers ahead",
-                found=f"prefetch {request.prefetch}, look_ahead {request.look_ahead}",
-            )
+        check_predictions(request.prefetch, request.look_ahead, sizes.n_experts, len(sizes.layers))
         if request.misses not in MISSES or (request.misses != COPY and not request.cpu):
             raise OptionError(
                 "impossible misses",

@@ -165,7 +165,7 @@ def refuse_contradictions(arguments: Namespace) -> None:
             if getattr(arguments, name) is not None:
                 arguments.refuse(f"--{name.replace('_', '-')} belongs to --input")
     elif "-" in (arguments.input, arguments.output):
-        arguments.refuse("--input and --output are files: an interrupted job goes on from them")
+        arguments.refuse("--input and --output are files: an interrupted job resumes from them")
     elif arguments.output is None:
         arguments.refuse("--input needs --output, the file for the answers")
 

@@ -91,6 +91,20 @@ def make_policy(name: str) -> Policy:
     return POLICIES[name]()
 
 
+def check_predictions(prefetch: int, look_ahead: int, n_experts: int, n_layers: int) -> None:
+    """Refuse more predictions than a model can need.
+
+    Raises:
+        OptionError: More experts than a layer has, or layers beyond the last one.
+    """
+    if prefetch and (prefetch > n_experts or look_ahead > max(1, n_layers - 1)):
+        raise OptionError(
+            "impossible predictions",
+            expected=f"at most {n_experts} experts, less than {n_layers} layers ahead",
+            found=f"prefetch {prefetch}, look_ahead {look_ahead}",
+        )
+
+
 def staging_rows(prefetch: int, look_ahead: int) -> int:
     """Return the number of staging rows for these options.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, StoppingCriteria
 
+from mixtral_offload.core.misses import COPY
 from mixtral_offload.errors import OffloadError, OptionError
 from mixtral_offload.generation.batch import GenerationRequest, generate_batch
 from mixtral_offload.models.family import check_routers
@@ -121,8 +122,14 @@ def check_can_switch(model: OffloadedModel, verb: str, nothing: str) -> None:
         nothing: Why that is pointless with every expert on the device, for the message.
 
     Raises:
-        OptionError: Every expert is on the device, or the model is being recorded.
+        OptionError: Every expert is on the device, the CPU computes misses, or the model is being recorded.
     """
+    if model.offload.options.misses != COPY:
+        raise OptionError(
+            f"to {verb} a model, all its misses must be copied",
+            found=f"misses={model.offload.options.misses!r}",
+            hint='build it with misses="copy"',
+        )
     if model.offload.plan.store is None:
         what = f"every expert of this model is on the device: {nothing}"
         hint = "build it with a smaller cache_size: from_pretrained(..., cache_size=2)"
@@ -366,4 +373,4 @@ def unquantized(model: OffloadedModel) -> Iterator[OffloadedModel]:
         try:
             yield found
         finally:
-            found.offload.cache.close()
+            found.offload.close()

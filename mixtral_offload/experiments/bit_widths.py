@@ -171,7 +171,7 @@ def _predictions_of(
     try:
         yield from predictions(model, tokenizer, texts, limit)
     finally:
-        model.offload.cache.close()
+        model.offload.close()
 
 
 def _converted(

@@ -181,8 +181,10 @@ def _computation(
     run, plain_run = products.make_run(layout, activate, at_once), PLAIN.make_run(layout, activate)
     on_cpu = None
     if options.misses != COPY and plan.store == "ram":
-        of_cpu = choose_products("auto", "exact", layout, torch.device("cpu"))
-        on_cpu = of_cpu.make_run(layout, activate, of_cpu.make_experts(layout, activate))
+        on_cpu = run  # the same bits, whatever computes them
+        if options.device.type != "cpu":
+            of_cpu = choose_products("auto", "exact", layout, torch.device("cpu"))
+            on_cpu = of_cpu.make_run(layout, activate, of_cpu.make_experts(layout, activate))
     return Computation(products, run, plain_run, at_once, on_cpu)
 
 

@@ -83,7 +83,7 @@ class ExpertCache:
         self.observers = Observers() if observers is None else observers
         self.store, self.engine, self.device = store, engine, torch.device(device)
         self.n_staging = n_staging = n_staging if store else 0
-        self._slots = {layer: n for layer, (n, _) in layers.items()}
+        self._slots, self._policy = {layer: n for layer, (n, _) in layers.items()}, policy
         n_rows = sum(self._slots.values()) + n_staging
         residents = [(layer, expert) for layer, (_, resident) in layers.items() for expert in resident]
         if lender is None:
@@ -109,23 +109,28 @@ class ExpertCache:
     ) -> ExpertCache:
         """Make another cache over the same store, engine, memory and residents, for an experiment.
 
+        It has the same eviction policy and the same rule for misses.
+
         Only one of the two may hold anything at a time: `drain` one before the other is used.
 
         Args:
             slots: layer -> number of slots. Rows that this cache lacks are allocated.
             kind: Class of the other cache; default: ExpertCache.
         """
-        return (kind or ExpertCache)(
+        other = (kind or ExpertCache)(
             self.layout,
             {layer: (n, ()) for layer, n in slots.items()},
             self.store,
             self.engine,
             self.device,
+            policy=self._policy,
             n_staging=n_staging,
             shared=shared,
             observers=self.observers,
             lender=self,
         )
+        other._residency.misses = self.misses
+        return other
 
     def _lend(self, n_rows: int) -> list[Tensor]:
         more = _allocate(max(0, n_rows - self._n_rows), self.layout.n_bytes, self.device)

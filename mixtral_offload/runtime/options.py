@@ -16,7 +16,7 @@ import torch
 from mixtral_offload.core.misses import COPY, MISSES
 from mixtral_offload.core.options import OffloadOptions, declared
 from mixtral_offload.core.placement import Plan, Sizes, make_plan
-from mixtral_offload.core.policies import make_policy
+from mixtral_offload.core.policies import check_predictions, make_policy
 from mixtral_offload.errors import CapacityError, OptionError
 from mixtral_offload.models.checkpoint import Checkpoint
 from mixtral_offload.models.kv_cache import kv_bytes, kv_layout
@@ -78,36 +78,45 @@ def _check_values(options: OffloadOptions) -> None:
             check_whole(name, getattr(options, name), least)
     if options.compile not in (True, False, "auto"):
         raise OptionError("unknown compile", expected='True, False or "auto"', found=options.compile)
-    if options.dequantize_on_load not in (True, False) or (
-        options.dequantize_on_load and options.compile is True
-    ):
-        found = f"dequantize_on_load={options.dequantize_on_load!r}, compile={options.compile!r}"
-        raise OptionError(
-            "unknown dequantize_on_load", expected="True (and nothing to compile) or False", found=found
-        )
-    if options.precision not in PRECISIONS or (options.dequantize_on_load and options.precision != "exact"):
-        found = f"precision={options.precision!r}, dequantize_on_load={options.dequantize_on_load!r}"
-        raise OptionError("unknown precision", expected='"exact", or "fast" for packed experts', found=found)
-    if options.misses not in MISSES or (options.misses != COPY and options.store == "disk"):
-        raise OptionError(
-            "unknown misses",
-            expected=f"{', '.join(MISSES)}; only copy for experts on disk",
-            found=f"misses={options.misses!r}, store={options.store!r}",
-        )
-    for name in ("shared_slots", "progress"):
+    if options.precision not in PRECISIONS:
+        raise OptionError("unknown precision", expected=", ".join(PRECISIONS), found=options.precision)
+    if options.misses not in MISSES:
+        raise OptionError("unknown misses", expected=", ".join(MISSES), found=options.misses)
+    for name in ("dequantize_on_load", "shared_slots", "progress"):
         if getattr(options, name) not in (True, False):
             raise OptionError(f"unknown {name}", expected="True or False", found=getattr(options, name))
     make_policy(options.policy)
+    _check_together(options)
+
+
+def _check_together(options: OffloadOptions) -> None:
+    """Refuse options that exclude each other."""
+    if options.dequantize_on_load and options.compile is True:
+        raise OptionError("dequantize_on_load=True leaves nothing to compile", found="compile=True")
+    if options.dequantize_on_load and options.precision != "exact":
+        found = f"precision={options.precision!r}"
+        raise OptionError("dequantize_on_load=True leaves no packed experts", found=found)
+    if options.misses != COPY and options.store == "disk":
+        raise OptionError(
+            "the CPU computes experts from RAM", found=f'misses={options.misses!r}, store="disk"'
+        )
 
 
 def for_checkpoint(options: OffloadOptions, checkpoint: Checkpoint) -> CheckedOptions:
-    """Return parsed options with the dtype of config.json, or of the first float tensor, for "auto"."""
+    """Return parsed options with the dtype of config.json, or of the first float tensor, for "auto".
+
+    Raises:
+        OptionError: More predictions than this model can need.
+    """
     dtype = options.dtype
     if dtype == "auto":
         plain = (of.dtype for key, of in checkpoint.dense.items() if checkpoint.places[key].field is None)
         stored = next((of for of in plain if of.is_floating_point), None)
         dtype = _parse_dtype(getattr(checkpoint.config, "dtype", None) or stored)
-    return CheckedOptions(**{**vars(options), "dtype": dtype})
+    checked = CheckedOptions(**{**vars(options), "dtype": dtype})
+    n_layers = len(checkpoint.layers)
+    check_predictions(options.prefetch or 0, options.look_ahead, checkpoint.n_experts, n_layers)
+    return checked
 
 
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

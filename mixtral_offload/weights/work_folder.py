@@ -39,7 +39,7 @@ def resume_hint(target: Path) -> str | None:
     if not n_files:
         return None
     kept = f"{n_files} finished files are kept in {folder}"
-    return f"{kept}: the same command goes on from there; delete that folder to give up"
+    return f"{kept}: the same command resumes from there; delete that folder to start over"
 
 
 def finish_renamed(target: Path, settings: dict) -> bool:

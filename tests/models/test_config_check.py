@@ -289,3 +289,10 @@ def test_a_default_device_of_the_caller_changes_nothing():
     ids = torch.arange(5, 25).view(1, -1)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, from_pretrained(device="cpu", cache_size=2)(ids).logits)
+
+
+@pytest.mark.parametrize("options", [{"prefetch": 9}, {"prefetch": 2, "look_ahead": 6}], ids=str)
+def test_more_predictions_than_a_model_can_need_are_refused(options):
+    with pytest.raises(OptionError, match="impossible predictions"):
+        from_pretrained(device="cpu", cache_size=2, **options)
+    from_pretrained(device="cpu", cache_size=2, prefetch=8, look_ahead=5)

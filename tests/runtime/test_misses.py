@@ -13,6 +13,9 @@ from mixtral_offload.core.costs import DeviceCosts
 from mixtral_offload.core.misses import MissCosts, MissRule
 from mixtral_offload.core.trace import COMPUTED, MISS, RoutingTrace
 from mixtral_offload.errors import CapacityError, OptionError
+from mixtral_offload.experiments.ablation import ablate
+from mixtral_offload.experiments.baselines import make_variants, switched
+from mixtral_offload.weights.native import find_native
 from mixtral_offload.weights.source import DEMO
 from tests.twin import relative_error
 
@@ -91,14 +94,46 @@ def test_with_predictions_only_a_timed_replay_knows(offloaded):
 
 
 def test_what_cannot_be_is_refused(offloaded, monkeypatch):
-    for options in ({"misses": "gpu"}, {"misses": None}, {"misses": "cpu", "store": "disk"}):
+    for options in ({"misses": "gpu"}, {"misses": None}):
         with pytest.raises(OptionError, match="unknown misses"):
             offloaded(DEMO, **options)
+    with pytest.raises(OptionError, match="computes experts from RAM"):
+        offloaded(DEMO, misses="cpu", store="disk")
     with pytest.raises(CapacityError, match="needs the experts in RAM"):
         offloaded(DEMO, cache_size=2, ram="6MB", misses="cpu", context_length=16)
     model = offloaded(DEMO, cache_size=8, misses="cpu")  # nothing is missing
     answer(model)
     assert model.offload.stats.computed == model.offload.stats.misses == 0
+
+
+@pytest.mark.parametrize("options", [{"precision": "fast"}, {"precision": "exact"}], ids=str)
+def test_the_same_products_compute_what_was_missing(offloaded, options):
+    """On the CPU itself no bit depends on where an expert was computed."""
+    if find_native()[0] is None and options["precision"] == "fast":
+        pytest.skip("no kernels")
+    ids = torch.tensor([[300, 700, 900, 12, 5, 77, 81]])
+    whole = offloaded(DEMO, cache_size=8, **options)
+    model = offloaded(DEMO, cache_size=2, store="ram", misses="cpu", **options)
+    with torch.no_grad():
+        for part in (ids, ids[:, :1], ids[:, 3:5]):
+            assert torch.equal(model(part).logits, whole(part).logits)
+    assert model.offload.stats.computed > 0
+
+
+def test_experiments_copy_all_misses_with_the_model_s_policy(offloaded):
+    model = offloaded(DEMO, cache_size=2, store="ram", misses="cpu")
+    with pytest.raises(OptionError, match="all its misses must be copied"):
+        ablate(model, load_tokenizer(), "Hello", cache_size=2)
+    kept = {}
+    for policy in ("lru", "lfu"):
+        model = offloaded(DEMO, cache_size=2, store="ram", policy=policy)
+        with switched(model, make_variants(model, 2, 0)["without prefetch"]):
+            cache = model.offload.cache
+            for expert in (0, 0, 1, 2):  # which of 0 (older) and 1 (used once) is evicted?
+                with cache.lock:
+                    assert [number for number, _ in cache.fetch(0, [expert])] == [expert]
+            kept[policy] = sorted(cache.contents(0))
+    assert kept == {"lru": [1, 2], "lfu": [0, 2]}
 
 
 def test_costs_are_measured_where_the_model_runs(offloaded):
