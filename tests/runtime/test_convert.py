@@ -256,7 +256,7 @@ def test_a_signal_leaves_what_the_same_command_goes_on_with(tmp_path, undisturbe
     assert process.returncode == status and not target.exists(), error
     if number != "SIGKILL":
         assert "finished files are kept in" in error and str(work_folder_of(target)) in error
-        assert "the same command goes on" in error and "Traceback" not in error
+        assert "the same command resumes" in error and "Traceback" not in error
     assert main(["convert", str(PLAIN), str(target), *OPTIONS]) == 0
     said = capsys.readouterr()
     assert "resuming:" in said.err and "checked:" in said.err and "written:" in said.out
