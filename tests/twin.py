@@ -9,6 +9,7 @@ from transformers import MixtralForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from mixtral_offload.runtime.build import from_pretrained
+from mixtral_offload.weights.hqq import QuantizedLinear, values
 from mixtral_offload.weights.native import find_native
 
 
@@ -23,6 +24,38 @@ def twin(*source, **options) -> PreTrainedModel:
     model.set_experts_implementation("eager")
     model.generation_config = unpacked.generation_config
     return model.eval()
+
+
+def unrounded(fields, shape, quantization):
+    """The matrix in fp64, without fp16's rounding of its scales and zeros."""
+    of = {name: value.double() for name, value in fields.items()}
+    scale, zero = of.get("meta.scale"), of.get("meta.zero")
+    if scale is None:
+        scale = (of["meta.scale_q"] - of["meta.meta_scale.zero"]) * of["meta.meta_scale.scale"]
+    if zero is None:
+        zero = (of["meta.zero_q"] - of["meta.meta_zero.zero"]) * of["meta.meta_zero.scale"]
+    q = values(fields, quantization).double()
+    return ((q - zero.view(1, -1)) * scale.view(1, -1)).view(shape)
+
+
+def unrounded_twin(*source) -> PreTrainedModel:
+    """A twin whose scales are not rounded to fp16, as the kernels do not round them either."""
+    plain, packed = twin(*source), from_pretrained(*source, device="cpu", cache_size=8)
+    for name, module in packed.named_modules():
+        if isinstance(module, QuantizedLinear):
+            shape = module.out_features, module.in_features
+            weight = unrounded(module.fields, shape, module.quantization)
+            plain.get_submodule(name).weight.data.copy_(weight)
+    layout = packed.offload.layout
+    for (layer, expert), row in packed.offload.cache.resident_slots():
+        of = {
+            name: unrounded(fields, layout.shapes[name], layout.quantization[name])
+            for name, fields in layout.views(row).items()
+        }
+        experts = plain.model.layers[layer].mlp.experts
+        experts.gate_up_proj.data[expert].copy_(torch.cat((of["gate"], of["up"])))
+        experts.down_proj.data[expert].copy_(of["down"])
+    return plain
 
 
 def limit(of_torch: float, of_kernels: float = 5e-3) -> float:

@@ -24,11 +24,11 @@ from mixtral_offload.weights.hqq import (
     field_specs,
     matmul,
     quantize,
-    values,
 )
 from mixtral_offload.weights.layout import ExpertLayout, expert_forward
 from mixtral_offload.weights.native import NativeLinear
 from mixtral_offload.weights.products import Kind, choose_products
+from tests.twin import unrounded
 
 FORMATS = [
     *(PAPER[bits] for bits in (2, 3, 4, 8, 16)),
@@ -183,18 +183,6 @@ def test_the_largest_values_do_not_overflow(kernels, quantization):
     for sign, fast in product((1, -1), (False, True)):
         x = torch.full((2, 1024), 0.7 * sign)
         assert relative(kernels.linear(x, fields, shape, quantization, fast), x @ weight.T) < 2e-3
-
-
-def unrounded(fields, shape, quantization):
-    """The matrix in fp64, without fp16's rounding of its scales and zeros."""
-    of = {name: value.double() for name, value in fields.items()}
-    scale, zero = of.get("meta.scale"), of.get("meta.zero")
-    if scale is None:
-        scale = (of["meta.scale_q"] - of["meta.meta_scale.zero"]) * of["meta.meta_scale.scale"]
-    if zero is None:
-        zero = (of["meta.zero_q"] - of["meta.meta_zero.zero"]) * of["meta.meta_zero.scale"]
-    q = values(fields, quantization).double()
-    return ((q - zero.view(1, -1)) * scale.view(1, -1)).view(shape)
 
 
 WIDTHS = [*(PAPER[bits] for bits in (2, 3, 4, 8)), Quantization(4, 64), Quantization(3, 64, 128, True)]
