@@ -23,7 +23,11 @@ def load(name: str) -> dict:
 def where(found: dict) -> str:
     """Where a result was measured; older ones do not tell."""
     machine = found["machine"]
-    return in_words(machine) if isinstance(machine, dict) else "2 cores of a processor with AVX-512"
+    return (
+        in_words(machine)
+        if isinstance(machine, dict)
+        else "2 cores, before the kernels in C, processor not recorded"
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
