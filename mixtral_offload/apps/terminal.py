@@ -13,7 +13,10 @@ from mixtral_offload.errors import describe
 from mixtral_offload.generation.chat import ChatSession
 from mixtral_offload.system.safe_output import safe_output
 
-HELP = "Write a message. Ctrl-C stops an answer; /again generates another; /clear forgets all; /exit or Ctrl-D ends."
+HELP = (
+    "Write a message. Ctrl-C stops an answer; /again generates another; /clear forgets all; "
+    "/exit or Ctrl-D ends."
+)
 #: longest time between two lines that were pasted together, in seconds
 PASTE_S = 0.03
 
